@@ -1,0 +1,37 @@
+# `make` lists the verbs. Each makes the environment it needs in .venv first and can be run again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test check bench
+
+help:
+	@echo "make demo    convert a checkpoint, check its parity, draw what both frameworks see; in demo/"
+	@echo "make test    everything that CI runs: make check, then the tests"
+	@echo "make check   ruff, mypy, import contracts"
+	@echo "make bench   measure speed and memory; writes docs/benchmarks.md"
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python -m parity.demo demo
+
+test: check
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m bench
+
+$(VENV)/demo.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e ".[cpu]"
+	touch $@
+
+$(VENV)/test.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e ".[cpu,aot,test,dev]"
+	touch $@ $(VENV)/demo.stamp

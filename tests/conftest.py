@@ -1,0 +1,20 @@
+"""What all tests share: quiet TensorFlow, and the official code where its place is given."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # results are judged on the CPU
+
+
+@pytest.fixture(scope="session")
+def official_sources() -> tuple[Path, Path]:
+    """Folders of the official MaskFormer and Detectron2 code; skips where they are not given (CI has neither them nor torch)."""
+    try:
+        return Path(os.environ["MASKFORMER_SOURCE"]), Path(os.environ["DETECTRON2_SOURCE"])
+    except KeyError as missing:
+        pytest.skip(f"needs the official code: set {missing.args[0]}")
