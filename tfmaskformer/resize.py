@@ -21,6 +21,12 @@ Size = Sequence[int] | tf.Tensor
 """Height and width in px: two ints, or an int32 tensor [2]."""
 
 
+def static_shape(tensor: tf.Tensor) -> list[int | tf.Tensor]:
+    """The shape: Python ints where they are known, scalar int32 tensors where they are not."""
+    dynamic = tf.shape(tensor)
+    return [dynamic[axis] if length is None else length for axis, length in enumerate(tensor.shape)]
+
+
 def nearest_indices(in_size: int | tf.Tensor, out_size: int | tf.Tensor, length: int | tf.Tensor | None = None) -> tf.Tensor:
     """Source index of each output index under PyTorch's nearest rule, ``floor(i · in / out)``.
 
@@ -52,7 +58,7 @@ def resize_nearest(x_nhwc: tf.Tensor, size: Size, in_sizes: tf.Tensor | None = N
     """
     _both_or_neither(in_sizes, out_sizes)
     if in_sizes is None:
-        shape = _shape(x_nhwc)
+        shape = static_shape(x_nhwc)
         for axis in (0, 1):
             x_nhwc = tf.gather(x_nhwc, nearest_indices(shape[1 + axis], size[axis]), axis=1 + axis)
         return x_nhwc
@@ -73,7 +79,7 @@ def resize_bilinear(x: tf.Tensor, size: Size, in_sizes: tf.Tensor | None = None,
         x's dtype [..., size[0], size[1]]; 0 outside ``out_sizes``.
     """
     _both_or_neither(in_sizes, out_sizes)
-    shape = _shape(x)
+    shape = static_shape(x)
     *batch, height, width = shape
     if in_sizes is None:
         rows, columns = (_bilinear_weights(shape[axis - 2], size[axis], shape[axis - 2], size[axis], x.dtype) for axis in (0, 1))
@@ -112,9 +118,3 @@ def _bilinear_weights(in_size, out_size, in_length, out_length, dtype):
 def _both_or_neither(in_sizes, out_sizes):
     if (in_sizes is None) != (out_sizes is None):
         raise ValueError("resize: in_sizes and out_sizes belong together; got only one of them")
-
-
-def _shape(x):
-    """The shape as a list: ints where static, scalar tensors where not."""
-    dynamic = tf.shape(x)
-    return [dynamic[axis] if length is None else length for axis, length in enumerate(x.shape)]

@@ -1,0 +1,97 @@
+"""Checkpoint directories: a TensorFlow checkpoint whose keys are the official names, and the config beside it.
+
+``config.json`` holds the :class:`~tfmaskformer.config.MaskFormerConfig`; ``checkpoint``, ``ckpt.index`` and ``ckpt.data-*`` are
+what ``tf.train.Checkpoint(model=model)`` reads and writes: ``backbone.stem.conv1.weight`` has the key
+``model/backbone/stem/conv1/weight/.ATTRIBUTES/VARIABLE_VALUE``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import tensorflow as tf
+
+from tfmaskformer.config import ConfigError, MaskFormerConfig
+from tfmaskformer.model import MaskFormer
+from tfmaskformer.module import parameter_specs
+
+CONFIG_FILE = "config.json"
+_PREFIX, _SUFFIX = "model/", "/.ATTRIBUTES/VARIABLE_VALUE"
+
+
+class CheckpointError(ValueError):
+    """A directory that holds no MaskFormer, or not the one its config describes; the message lists everything that is wrong."""
+
+
+def checkpoint_key(name: str) -> str:
+    """Key of the variable with an official name.
+
+    >>> checkpoint_key("backbone.stem.conv1.weight")
+    'model/backbone/stem/conv1/weight/.ATTRIBUTES/VARIABLE_VALUE'
+    """
+    return _PREFIX + name.replace(".", "/") + _SUFFIX
+
+
+def official_name(key: str) -> str | None:
+    """Inverse of :func:`checkpoint_key`; None for keys of other things (optimizer, step, object graph)."""
+    if not (key.startswith(_PREFIX) and key.endswith(_SUFFIX)):
+        return None
+    return key[len(_PREFIX) : -len(_SUFFIX)].replace("/", ".")
+
+
+def read_config(directory: str | os.PathLike[str]) -> MaskFormerConfig:
+    """The config of a checkpoint directory.
+
+    Raises:
+        CheckpointError: there is none, or it is not one.
+    """
+    path = Path(directory) / CONFIG_FILE
+    try:
+        return MaskFormerConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: cannot read {CONFIG_FILE} ({error.strerror}); expected a directory written by 'convert'"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, ConfigError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def load(directory: str | os.PathLike[str], dtype: str = "float32") -> MaskFormer:
+    """The model in a checkpoint directory, with its weights.
+
+    Args:
+        directory: written by ``convert`` or by ``tf.train.CheckpointManager`` on ``Checkpoint(model=model)`` beside a config.
+        dtype: "float32", "float64" (variables and computation, for parity) or "mixed_bfloat16" (float32 variables).
+
+    Raises:
+        CheckpointError: something is missing, left over or misshapen; all of it is listed.
+    """
+    model = MaskFormer(read_config(directory), dtype)
+    prefix = tf.train.latest_checkpoint(str(directory))
+    if prefix is None:
+        raise CheckpointError(f"{directory}: no TensorFlow checkpoint in it; convert the source again")
+    try:
+        reader = tf.train.load_checkpoint(prefix)
+        shapes = reader.get_variable_to_shape_map()
+        _check(directory, model, shapes)
+        model.build_parameters(lambda name: reader.get_tensor(checkpoint_key(name)))
+    except (tf.errors.OpError, RuntimeError) as error:
+        raise CheckpointError(f"{prefix}: not a readable TensorFlow checkpoint ({error}); convert the source again") from error
+    return model
+
+
+def _check(directory: str | os.PathLike[str], model: MaskFormer, shapes: dict[str, list[int]]) -> None:
+    specs = parameter_specs(model)
+    stored = {name: tuple(shape) for key, shape in shapes.items() if (name := official_name(key)) is not None}
+    problems = [f"missing variable '{name}' {specs[name].shape}" for name in specs.keys() - stored.keys()]
+    problems += [f"variable '{name}' {stored[name]} is not in the model" for name in stored.keys() - specs.keys()]
+    problems += [
+        f"variable '{name}' has shape {stored[name]}, expected {specs[name].shape}"
+        for name in specs.keys() & stored.keys()
+        if stored[name] != specs[name].shape
+    ]
+    if problems:
+        listing = "\n  ".join(sorted(problems))
+        raise CheckpointError(f"{directory}: the checkpoint does not fit its {CONFIG_FILE}\n  {listing}")

@@ -1,0 +1,272 @@
+"""The leaves of the tree: convolution, linear, norms, attention, dropout, each computing what its PyTorch namesake computes.
+
+Feature maps are NHWC, sequences ``[batch, length, channels]``. Kernels are HWIO, linear weights ``[in, out]``. Where a module
+takes ``sizes`` (int32 ``[batch, 2]``: true height and width of each feature map inside its padded canvas), everything outside
+them is treated as the border of the map, so the inside is what the map alone would give; ``None`` means the canvas is the map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfmaskformer.module import Module, recording
+from tfmaskformer.resize import static_shape, valid_pixels
+
+EPSILON = 1e-5
+"""Of every norm in the official models: ``nn.GroupNorm``, ``nn.LayerNorm`` and Detectron2's ``FrozenBatchNorm2d`` defaults."""
+
+GROUP_NORM_GROUPS = 32
+"""Detectron2 ``layers/batch_norm.py:get_norm("GN")``."""
+
+
+def c2_msra_fill() -> keras.initializers.Initializer:
+    """fvcore ``weight_init.c2_msra_fill``: normal, fan out, gain of a ReLU."""
+    return keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal")
+
+
+def c2_xavier_fill() -> keras.initializers.Initializer:
+    """fvcore ``weight_init.c2_xavier_fill``: uniform in ±sqrt(3 / fan in)."""
+    return keras.initializers.VarianceScaling(1.0, "fan_in", "uniform")
+
+
+def torch_linear_fill() -> keras.initializers.Initializer:
+    """PyTorch's default for ``nn.Linear`` and ``nn.Conv2d``: uniform in ±1 / sqrt(fan in)."""
+    return keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias_fill(fan_in: int) -> keras.initializers.Initializer:
+    """PyTorch's default for the bias of ``nn.Linear`` and ``nn.Conv2d``: uniform in ±1 / sqrt(fan in)."""
+    bound = 1 / math.sqrt(fan_in)
+    return keras.initializers.RandomUniform(-bound, bound)
+
+
+def halved(sizes: tf.Tensor | None) -> tf.Tensor | None:
+    """True sizes behind a stride of 2 (every one of the network: kernel 2p + 1, padding p): ``ceil(size / 2)``."""
+    return None if sizes is None else (sizes + 1) // 2
+
+
+def zero_outside(inputs: tf.Tensor, sizes: tf.Tensor | None) -> tf.Tensor:
+    """``inputs`` ``[batch, height, width, channels]`` with exact zeros outside ``sizes``, whatever stood there (also NaN)."""
+    if sizes is None:
+        return inputs
+    _, height, width, _ = static_shape(inputs)
+    return tf.where(valid_pixels(sizes, (height, width))[..., None], inputs, tf.zeros([], inputs.dtype))
+
+
+def _at_least_float32(dtype: tf.DType) -> tf.DType:
+    return tf.float64 if dtype == tf.float64 else tf.float32
+
+
+class FrozenBatchNorm2d(Module):
+    """Batch norm whose statistics and affine parameters are constants (Detectron2 ``layers/batch_norm.py``)."""
+
+    def __init__(self, channels: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.eps = EPSILON
+        self.declare("weight", [channels], trainable=False, initializer="ones")
+        self.declare("bias", [channels], trainable=False)
+        self.declare("running_mean", [channels], trainable=False)
+        self.declare("running_var", [channels], trainable=False, initializer=keras.initializers.Constant(1 - EPSILON))
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        scale = self.weight * tf.math.rsqrt(self.running_var + self.eps)
+        bias = self.bias - self.running_mean * scale
+        return inputs * tf.cast(scale, inputs.dtype) + tf.cast(bias, inputs.dtype)
+
+
+class GroupNorm(Module):
+    """``nn.GroupNorm(32, channels)`` over the true part of each map; statistics in two passes, in float32 at least."""
+
+    def __init__(self, channels: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.eps = EPSILON
+        self.groups = GROUP_NORM_GROUPS
+        self.declare("weight", [channels], initializer="ones")
+        self.declare("bias", [channels])
+
+    def call(self, inputs: tf.Tensor, sizes: tf.Tensor | None = None) -> tf.Tensor:
+        batch, height, width, channels = static_shape(inputs)
+        dtype = _at_least_float32(inputs.dtype)
+        grouped = tf.reshape(tf.cast(inputs, dtype), [batch, height, width, self.groups, channels // self.groups])
+        if sizes is None:
+            mask, pixels = None, tf.cast(height * width, dtype)
+        else:
+            mask = valid_pixels(sizes, (height, width))[..., None, None]
+            pixels = tf.reshape(tf.cast(tf.reduce_prod(sizes, axis=1), dtype), [batch, 1, 1, 1, 1])
+
+        def mean(values: tf.Tensor) -> tf.Tensor:
+            if mask is not None:
+                values = tf.where(mask, values, tf.zeros([], dtype))
+            # Row sums first: one float32 sum over all pixels of a large map has 2.7 times the error.
+            rows = tf.reduce_sum(values, axis=[2, 4], keepdims=True)
+            return tf.reduce_sum(rows, axis=1, keepdims=True) / (pixels * tf.cast(channels // self.groups, dtype))
+
+        centred = grouped - mean(grouped)
+        normalised = centred * tf.math.rsqrt(mean(tf.square(centred)) + self.eps)
+        outputs = tf.reshape(normalised, [batch, height, width, channels]) * self.weight + self.bias
+        return tf.cast(outputs, inputs.dtype)
+
+
+class LayerNorm(Module):
+    """``nn.LayerNorm(channels)`` over the last axis; statistics in two passes, in float32 at least."""
+
+    def __init__(self, channels: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.eps = EPSILON
+        self.declare("weight", [channels], initializer="ones")
+        self.declare("bias", [channels])
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        values = tf.cast(inputs, _at_least_float32(inputs.dtype))
+        centred = values - tf.reduce_mean(values, axis=-1, keepdims=True)
+        variance = tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True)
+        outputs = centred * tf.math.rsqrt(variance + self.eps) * self.weight + self.bias
+        return tf.cast(outputs, inputs.dtype)
+
+
+class Conv2d(Module):
+    """Detectron2's ``Conv2d`` (``layers/wrappers.py``): convolution, then norm, then activation.
+
+    Padding is ``kernel_size // 2`` on every side at every stride, as in all official models. TensorFlow's ``SAME`` is that only
+    at stride 1; at stride 2 it pads even sizes on one side, which odd sizes hide.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        bias: bool = True,
+        norm: Module | None = None,
+        activation: Callable[[tf.Tensor], tf.Tensor] | None = None,
+        initializer: Callable[[], keras.initializers.Initializer] = c2_xavier_fill,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.use_bias = bias
+        self.activation = activation
+        self.declare("weight", [kernel_size, kernel_size, in_channels, out_channels], initializer=initializer())
+        if bias:
+            self.declare("bias", [out_channels])
+        self.norm = norm
+
+    def call(self, inputs: tf.Tensor, sizes: tf.Tensor | None = None) -> tf.Tensor:
+        padding: Any = "VALID"
+        if self.kernel_size > 1:
+            inputs = zero_outside(inputs, sizes)
+            margin = [self.kernel_size // 2] * 2
+            padding = "SAME" if self.stride == 1 else [[0, 0], margin, margin, [0, 0]]
+        outputs = tf.nn.conv2d(inputs, tf.cast(self.weight, inputs.dtype), self.stride, padding)
+        if self.use_bias:
+            outputs = tf.nn.bias_add(outputs, tf.cast(self.bias, inputs.dtype))
+        if isinstance(self.norm, GroupNorm):
+            outputs = self.norm(outputs, sizes if self.stride == 1 else halved(sizes))
+        elif self.norm is not None:
+            outputs = self.norm(outputs)
+        return outputs if self.activation is None else self.activation(outputs)
+
+
+def linear(inputs: tf.Tensor, weight: Any, bias: Any) -> tf.Tensor:
+    """``inputs @ weight + bias`` over the last axis of ``inputs``.
+
+    Always one 2-D product: TensorFlow 2.20 and 2.21 with oneDNN on AVX-512 return garbage for a 4-D by a 2-D ``tf.matmul``.
+    """
+    *leading, channels = static_shape(inputs)
+    flat = tf.reshape(inputs, [-1, channels])
+    outputs = tf.nn.bias_add(tf.matmul(flat, tf.cast(weight, inputs.dtype)), tf.cast(bias, inputs.dtype))
+    return tf.reshape(outputs, [*leading, weight.shape[-1]])
+
+
+class Linear(Module):
+    """``nn.Linear`` with bias, over the last axis."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        initializer: Callable[[], keras.initializers.Initializer] = torch_linear_fill,
+        bias_initializer: str | keras.initializers.Initializer | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.declare("weight", [in_channels, out_channels], initializer=initializer())
+        self.declare("bias", [out_channels], initializer=bias_initializer or torch_bias_fill(in_channels))
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        return linear(inputs, self.weight, self.bias)
+
+
+class Embedding(Module):
+    """``nn.Embedding`` of which upstream only ever reads ``weight``, whole."""
+
+    def __init__(self, num_embeddings: int, channels: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.declare("weight", [num_embeddings, channels], initializer=keras.initializers.RandomNormal(stddev=1.0))
+
+
+class Dropout(Module):
+    """``nn.Dropout``: the identity unless the model runs with ``training=True``."""
+
+    def __init__(self, rate: float, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.rate = rate
+
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        return tf.nn.dropout(inputs, self.rate) if training and self.rate > 0 else inputs
+
+
+class MultiheadAttention(Module):
+    """``nn.MultiheadAttention``: one packed input projection, scaled dot products, dropout on the weights, output projection."""
+
+    def __init__(self, channels: int, num_heads: int, dropout: float, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.declare("in_proj_weight", [channels, 3 * channels], initializer="glorot_uniform")
+        self.declare("in_proj_bias", [3 * channels])
+        self.out_proj = Linear(channels, channels, initializer=keras.initializers.GlorotUniform, bias_initializer="zeros")
+
+    def call(
+        self,
+        query: tf.Tensor,
+        key: tf.Tensor,
+        value: tf.Tensor,
+        valid_keys: tf.Tensor | None = None,
+        training: bool | None = None,
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Attends from ``query`` ``[batch, queries, channels]`` to ``key`` and ``value`` ``[batch, keys, channels]``.
+
+        ``valid_keys``: bool ``[batch, keys]``, True for keys that exist (torch's ``key_padding_mask``, negated). Returns the output
+        ``[batch, queries, channels]`` and, while taps are recorded, the weights averaged over heads ``[batch, queries, keys]``.
+        """
+        weights = tf.split(self.in_proj_weight, 3, axis=1)
+        biases = tf.split(self.in_proj_bias, 3)
+        query, key, value = (
+            self._split_heads(linear(inputs, weight, bias))
+            for inputs, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        )
+        head_channels = query.shape[-1]
+        scores = tf.matmul(query * tf.cast(math.sqrt(1 / head_channels), query.dtype), key, transpose_b=True)
+        if valid_keys is not None:
+            scores = tf.where(valid_keys[:, None, None, :], scores, tf.constant(-math.inf, scores.dtype))
+        attention = tf.nn.softmax(scores)
+        if training and self.dropout > 0:
+            attention = tf.nn.dropout(attention, self.dropout)
+        batch, heads, length, _ = static_shape(query)
+        mixed = tf.transpose(tf.matmul(attention, value), [0, 2, 1, 3])
+        outputs = self.out_proj(tf.reshape(mixed, [batch, length, heads * head_channels]))
+        return outputs, tf.reduce_mean(attention, axis=1) if recording() else None
+
+    def _split_heads(self, inputs: tf.Tensor) -> tf.Tensor:
+        batch, length, channels = static_shape(inputs)
+        return tf.transpose(tf.reshape(inputs, [batch, length, self.num_heads, channels // self.num_heads]), [0, 2, 1, 3])

@@ -1,0 +1,146 @@
+"""MaskFormer, whole: images in, class and mask logits of every query out.
+
+Source: MaskFormer ``mask_former/mask_former_model.py`` and ``mask_former/modeling/heads/mask_former_head.py``; paper: Cheng et
+al., "Per-Pixel Classification is Not All You Need for Semantic Segmentation", arXiv 2107.06278.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfmaskformer.config import MaskFormerConfig
+from tfmaskformer.layers import halved, zero_outside
+from tfmaskformer.module import Module, assign_official_names, build_parameters, tap
+from tfmaskformer.pixel_decoder import PIXEL_DECODERS
+from tfmaskformer.resize import static_shape
+from tfmaskformer.resnet import ResNet
+from tfmaskformer.transformer_predictor import TransformerPredictor
+
+DTYPES = ("float32", "float64", "mixed_bfloat16")
+PADDINGS = ("official", "masked")
+
+
+class MaskFormerHead(Module):
+    """Pixel decoder and transformer predictor."""
+
+    def __init__(self, config: MaskFormerConfig, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.transformer_in_feature = config.predictor.transformer_in_feature
+        self.pixel_decoder = PIXEL_DECODERS[config.pixel_decoder.name](config)
+        self.predictor = TransformerPredictor(config)
+
+    def call(self, features: dict[str, tf.Tensor], sizes: dict[str, tf.Tensor | None]) -> dict[str, Any]:
+        mask_features, encoder_features = self.pixel_decoder.forward_features(features, sizes)
+        memory = encoder_features if self.transformer_in_feature == "transformer_encoder" else features["res5"]
+        return self.predictor(memory, mask_features, sizes["res5"], sizes["res2"])
+
+
+class MaskFormer(keras.Model):
+    """The model. Its constructor names every module and parameter; :meth:`build_parameters` or ``load`` makes the variables.
+
+    Args:
+        config: what to build; kept as ``model.config``.
+        dtype: "float32", "float64" or "mixed_bfloat16" (variables, norms and losses in float32).
+    """
+
+    def __init__(self, config: MaskFormerConfig, dtype: str = "float32"):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {DTYPES}")
+        super().__init__(name="mask_former", dtype=dtype, autocast=False)
+        self.config = config
+        with _dtype_policy(dtype):
+            self.backbone = ResNet(config.backbone)
+            self.sem_seg_head = MaskFormerHead(config)
+        assign_official_names(self)
+
+    def build_parameters(self, value_of: Callable[[str], Any] | None = None) -> None:
+        """Creates all variables, at the official initial distributions or at ``value_of(official name)`` (array or tensor)."""
+        build_parameters(self, value_of)
+        self.built = True
+
+    def build(self, input_shape: Any = None) -> None:
+        if not self.built:
+            self.build_parameters()
+
+    def call(
+        self,
+        images: tf.Tensor,
+        image_sizes: tf.Tensor | None = None,
+        training: bool | None = None,
+        padding: str = "official",
+    ) -> dict[str, Any]:
+        """Logits for a batch of images on one canvas.
+
+        Args:
+            images: ``[batch, height, width, 3]``, RGB, 0 … 255, any integer or float dtype.
+            image_sizes: int32 ``[batch, 2]``, height and width in px of each image, which lies in the canvas' top left corner;
+                None: every image fills the canvas.
+            training: whether dropout is on.
+            padding: what the network sees outside an image.
+                "official": zeros, which it takes for part of the image, up to the canvas (upstream: the batch's largest height
+                and width) rounded up to ``config.size_divisibility``.
+                "masked": nothing. Each image gives what it gives alone in the official way (padded with zeros to its own multiple
+                of ``config.size_divisibility``), whatever the canvas.
+
+        Returns:
+            "pred_logits" ``[batch, queries, classes + 1]``, no-object last; "pred_masks" ``[batch, queries, ceil(padded height
+            / 4), ceil(padded width / 4)]``, logits; "aux_outputs", under deep supervision, the same two for each earlier decoder
+            layer. All in the compute dtype. With "masked" also "valid_sizes", int32 ``[batch, 2]``: the size in px that the
+            network saw of each image; masks are 0 outside ``ceil(valid_sizes / 4)``.
+        """
+        if padding not in PADDINGS:
+            raise ValueError(f"padding is {padding!r}, expected one of {PADDINGS}")
+        images = self.preprocess(images, image_sizes)
+        sizes = None
+        if padding == "masked":
+            sizes = self._valid_sizes(images, image_sizes)
+        features = self.backbone(images, sizes)
+        level_sizes, size = {}, halved(sizes)
+        for name in ("res2", "res3", "res4", "res5"):
+            level_sizes[name] = size = halved(size)
+        outputs = self.sem_seg_head(features, level_sizes)
+        if sizes is not None:
+            outputs["valid_sizes"] = sizes
+        return outputs
+
+    def preprocess(self, images: tf.Tensor, image_sizes: tf.Tensor | None = None) -> tf.Tensor:
+        """Normalises, then pads with zeros to ``config.size_divisibility`` (Detectron2 ``ImageList.from_tensors``).
+
+        Returns ``[batch, padded height, padded width, 3]`` in the compute dtype.
+        """
+        # As upstream, the constants are float32 numbers even where the model computes in float64.
+        dtype = tf.float64 if self.compute_dtype == "float64" else tf.float32
+        mean, std = (tf.cast(np.float32(values), dtype) for values in (self.config.pixel_mean, self.config.pixel_std))
+        images = zero_outside((tf.cast(images, dtype) - mean) / std, image_sizes)
+        _, height, width, _ = static_shape(images)
+        bottom, right = self._round_up(height) - height, self._round_up(width) - width
+        images = tf.cast(tf.pad(images, [[0, 0], [0, bottom], [0, right], [0, 0]]), self.compute_dtype)
+        tap("images", images)
+        return images
+
+    def _round_up(self, size: Any) -> Any:
+        divisor = max(self.config.size_divisibility, 1)
+        return (size + divisor - 1) // divisor * divisor
+
+    def _valid_sizes(self, images: tf.Tensor, image_sizes: tf.Tensor | None) -> tf.Tensor:
+        batch, height, width, _ = static_shape(images)
+        if image_sizes is None:
+            return tf.broadcast_to(tf.stack([height, width])[None], [batch, 2])
+        return self._round_up(tf.cast(image_sizes, tf.int32))
+
+
+@contextmanager
+def _dtype_policy(dtype: str) -> Iterator[None]:
+    """Modules made inside the block compute in ``dtype``."""
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(dtype)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(previous)

@@ -1,0 +1,194 @@
+"""The tree that everything hangs on: modules with official names, declared parameters and taps.
+
+Every layer of the model is a :class:`Module`. Its attributes carry the names of the official PyTorch modules, so the path of a
+module or of a variable in this tree *is* its official name (``backbone.res2.0.conv1.weight``). That one naming serves the
+weight tables, the TensorFlow checkpoint's keys, taps, gradients, reports and error messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterSpec:
+    """What a variable is before it exists: shape in TensorFlow's layout, and whether it is trained (False: a buffer)."""
+
+    shape: tuple[int, ...]
+    trainable: bool
+    initializer: str | keras.initializers.Initializer | Callable[..., tf.Tensor]
+
+
+class Module(keras.layers.Layer):
+    """A Keras layer that declares its parameters before it creates them, and whose output can be tapped.
+
+    A subclass calls :meth:`declare` in ``__init__`` and reads ``self.<name>`` in ``call``. Nothing is allocated until
+    :func:`build_parameters` runs on the root, so the whole tree of names and shapes is there at no cost.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._declared: dict[str, ParameterSpec] = {}
+        self._official_name = ""
+
+    def declare(
+        self,
+        name: str,
+        shape: Sequence[int],
+        *,
+        trainable: bool = True,
+        initializer: str | keras.initializers.Initializer = "zeros",
+    ) -> None:
+        """Announces a variable ``self.<name>`` of ``shape`` (TensorFlow's layout) in the policy's variable dtype."""
+        self._declared[name] = ParameterSpec(tuple(shape), trainable, initializer)
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates the declared variables, at their initial values. Whoever computes casts them: Keras does not."""
+        if self.built:
+            return
+        for name, spec in self._declared.items():
+            variable = self.add_weight(spec.shape, spec.initializer, trainable=spec.trainable, autocast=False, name=name)
+            setattr(self, name, variable)
+        self.built = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().__call__(*args, **kwargs)
+        tap(self._official_name, outputs)
+        return outputs
+
+
+class ModuleSequence(Module):
+    """Official ``nn.ModuleList`` and ``nn.Sequential``: children are attributes named ``"0"``, ``"1"``, …
+
+    Attributes instead of a Python list, because ``tf.train.Checkpoint`` leaves layers in lists out silently.
+    """
+
+    def __init__(self, modules: Sequence[Module], **kwargs: Any):
+        super().__init__(**kwargs)
+        for index, module in enumerate(modules):
+            setattr(self, str(index), module)
+        self._length = len(modules)
+
+    def __iter__(self) -> Iterator[Module]:
+        return (getattr(self, str(index)) for index in range(self._length))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Module:
+        return getattr(self, str(range(self._length)[index]))
+
+
+class Identity(Module):
+    """An official module that passes its input on (``nn.Sequential()`` with no children)."""
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        return inputs
+
+
+def _children(module: keras.layers.Layer) -> Iterator[tuple[str, Module]]:
+    return ((name, value) for name, value in vars(module).items() if isinstance(value, Module))
+
+
+def named_modules(root: keras.layers.Layer, prefix: str = "") -> Iterator[tuple[str, Module]]:
+    """All modules below ``root`` with their official names, depth first, in order of definition; the root itself is not named."""
+    for name, child in _children(root):
+        path = f"{prefix}.{name}" if prefix else name
+        yield path, child
+        yield from named_modules(child, path)
+
+
+def parameter_specs(root: keras.layers.Layer) -> dict[str, ParameterSpec]:
+    """Official name → :class:`ParameterSpec` of every variable below ``root``; needs no variable to exist."""
+    return {f"{path}.{name}": spec for path, module in named_modules(root) for name, spec in module._declared.items()}
+
+
+def named_variables(root: keras.layers.Layer) -> dict[str, keras.Variable]:
+    """Official name → variable, for a tree whose parameters are built."""
+    return {f"{path}.{name}": getattr(module, name) for path, module in named_modules(root) for name in module._declared}
+
+
+def assign_official_names(root: keras.layers.Layer) -> None:
+    """Tells every module its path from ``root``, under which its output is tapped."""
+    for path, module in named_modules(root):
+        module._official_name = path
+
+
+def build_parameters(root: keras.layers.Layer, value_of: Callable[[str], Any] | None = None) -> None:
+    """Creates every declared variable below ``root``: at ``value_of(official name)``, or at its declared initial value."""
+    for path, module in named_modules(root):
+        if value_of is not None:
+            for name, spec in module._declared.items():
+                module._declared[name] = dataclasses.replace(spec, initializer=_constant(value_of(f"{path}.{name}")))
+        module.build()
+
+
+def _constant(value: Any) -> Callable[..., tf.Tensor]:
+    return lambda shape, dtype=None: tf.cast(tf.ensure_shape(value, shape), dtype)
+
+
+class Taps(dict[str, tf.Tensor]):
+    """Recorded outputs in the order of the calls.
+
+    Keys are ``<official name>#<call index>``, with ``[<item>]`` behind it where a module returns several tensors:
+    ``sem_seg_head.predictor.transformer.decoder.norm#3``, ``backbone#0[res2]``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: dict[str, int] = {}
+
+    def add(self, name: str, outputs: Any) -> None:
+        """Records one call of module ``name``; dicts, lists and tuples are taken apart."""
+        index = self._calls.get(name, 0)
+        self._calls[name] = index + 1
+        for suffix, tensor in _flatten(outputs):
+            self[f"{name}#{index}{suffix}"] = tensor
+
+
+def _flatten(outputs: Any) -> Iterator[tuple[str, tf.Tensor]]:
+    if isinstance(outputs, Mapping):
+        items: Any = outputs.items()
+    elif isinstance(outputs, list | tuple):
+        items = enumerate(outputs)
+    else:
+        if outputs is not None:
+            yield "", outputs
+        return
+    for key, value in items:
+        for suffix, tensor in _flatten(value):
+            yield f"[{key}]{suffix}", tensor
+
+
+_recordings: list[Taps] = []
+
+
+def recording() -> bool:
+    """Whether taps are being recorded; modules then also compute what only a tap shows (attention weights)."""
+    return bool(_recordings)
+
+
+def tap(name: str, outputs: Any) -> None:
+    """Shows ``outputs`` to whoever records; costs nothing otherwise. Modules do it by themselves."""
+    if _recordings:
+        _recordings[-1].add(name, outputs)
+
+
+@contextlib.contextmanager
+def record_taps() -> Iterator[Taps]:
+    """Records the output of every module called inside the block, eagerly or while a ``tf.function`` is traced.
+
+    In a ``tf.function`` the tensors are symbolic: return ``dict(taps)`` from the function.
+    """
+    taps = Taps()
+    _recordings.append(taps)
+    try:
+        yield taps
+    finally:
+        _recordings.pop()
