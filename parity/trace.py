@@ -1,0 +1,474 @@
+"""Traces: what the official code computed, on disk. This module is their only reader and writer, and imports neither framework.
+
+A trace is a directory::
+
+    manifest.json          format, version, provenance, and the cases with their images
+    <case>.float64.h5      the reference
+    <case>.float32.h5      the official float32 baseline, and by how much official float32 runs miss the reference
+
+A case is one forward and backward pass of one or more images. Tensors are in the official layout (NCHW; sequences LBC), in the
+order in which they were computed.
+
+Format
+------
+Each HDF5 file is complete or absent: it is written as ``<name>.partial``, synced and renamed. Its attributes are ``format``,
+``version``, ``case``, ``dtype``, ``runs`` and ``facts`` (JSON). Its datasets:
+
+``index``           JSON as uint8: one row ``[group, name, shape, dtype, samples, offset]`` for each record
+``statistics``      float64 [records, 5]: l2, sum, min and max of the finite elements, and the number of non-finite ones
+``floor``           float64 [records, 2, runs]: relative L2 error of each run against the float64 reference,
+                    on the whole tensor and on the stored sample; NaN where it was not measured
+``values/<dtype>``  all stored elements of that dtype, record after record, with checksums
+
+Records are grouped:
+
+``inputs``     float64 file only: ``images/{i}`` uint8 [H, W, 3] RGB; ``targets/{i}/labels`` int64 [K]; ``targets/{i}/masks`` bool [K, H, W]
+``taps``       ``<module>#<call>[<item>]``, and ``images#0``, the normalised, padded batch
+``outputs``    ``pred_logits``, ``pred_masks``, ``aux_outputs.{layer}.pred_logits``, ``aux_outputs.{layer}.pred_masks``
+``matcher``    below ``{layer}/{i}/`` (layer: ``final``, ``0``, ``1``, …; i: image) ``cost_class``, ``cost_mask``, ``cost_dice``, ``total``
+               [Q, K]; ``assignment`` int64 [K], the query of each object, -1 for none; float64 file: ``gap``, by how much the best
+               *other* assignment costs more (inf: there is none); float32 file: ``cost_noise``, the largest error of ``total`` in any run
+``losses``     the official keys, unweighted; ``total``, their weighted sum
+``gradients``  of ``losses/total``, by parameter
+``inference``  ``{i}/sem_seg`` [C, H, W]; with panoptic on ``{i}/panoptic_seg`` int32 [H, W] and ``{i}/segments`` int64 [segments, 3]
+               (id, category_id, isthing); the same below ``{i}/resized/`` at another output size
+
+A sampled trace stores, of each large floating-point tensor in ``taps``, ``outputs``, ``gradients`` and ``inference``, only the
+elements of :func:`sample_indices`; its statistics and its floor are still those of the whole tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+FORMAT = "tfmaskformer-trace"
+VERSION = 1
+GROUPS = ("inputs", "taps", "outputs", "matcher", "losses", "gradients", "inference")
+SAMPLED_GROUPS = ("taps", "outputs", "gradients", "inference")
+DTYPES = ("float64", "float32", "int64", "int32", "uint8", "bool")
+_CHUNK = 1 << 14  # elements of an HDF5 chunk: the smallest amount that is read at once
+
+
+class TraceError(ValueError):
+    """A trace that cannot be read or written; the message names the file, what is wrong and the next step."""
+
+
+class Statistics(NamedTuple):
+    """Exact figures of a whole tensor, in float64. All but ``nonfinite`` are over the finite elements (0 if there are none)."""
+
+    l2: float
+    sum: float
+    min: float
+    max: float
+    nonfinite: int
+
+
+def statistics(array: np.ndarray) -> Statistics:
+    """:class:`Statistics` of an array of any shape and dtype.
+
+    >>> statistics(np.array([3.0, -4.0, np.inf]))
+    Statistics(l2=5.0, sum=-1.0, min=-4.0, max=3.0, nonfinite=1)
+    """
+    values = np.asarray(array, np.float64).ravel()
+    finite = np.isfinite(values)
+    nonfinite = int(values.size - np.count_nonzero(finite))
+    if nonfinite:
+        values = values[finite]
+    if not values.size:
+        return Statistics(0.0, 0.0, 0.0, 0.0, nonfinite)
+    return Statistics(math.sqrt(np.dot(values, values)), float(values.sum()), float(values.min()), float(values.max()), nonfinite)
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """``‖actual − expected‖₂ / ‖expected‖₂`` in float64; 0 if they are equal, inf if only ``expected`` is zero.
+
+    >>> relative_error(np.array([3.0, 4.5]), np.array([3.0, 4.0]))
+    0.1
+    """
+    expected = np.asarray(expected, np.float64).ravel()
+    difference = np.asarray(actual, np.float64).ravel() - expected
+    error = math.sqrt(np.dot(difference, difference))
+    norm = math.sqrt(np.dot(expected, expected))
+    if error == 0:
+        return 0.0
+    return error / norm if norm else math.inf
+
+
+def sample_indices(name: str, shape: Sequence[int], count: int) -> np.ndarray:
+    """Which elements of tensor ``name`` a sampled trace stores.
+
+    One element from each of ``count`` equal stretches of the flattened tensor, the first and the last element among them, so
+    every image, channel and region has its share. Depends on the arguments alone: exact integer arithmetic, no generator.
+
+    Args:
+        name: the record's name.
+        shape: the tensor's shape in the official layout.
+        count: number of elements, 2 or more.
+
+    Returns:
+        int64 [min(count, elements)], row-major flat indices, ascending.
+    """
+    size = math.prod(shape)
+    if size <= count:
+        return np.arange(size, dtype=np.int64)
+    seed = hashlib.blake2b(f"{name}{list(map(int, shape))}".encode(), digest_size=8).digest()
+    state = np.uint64(int.from_bytes(seed, "little")) + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64 (Steele, Lea, Flood 2014)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    state ^= state >> np.uint64(31)
+    edges = np.arange(count + 1, dtype=np.int64) * size // count
+    indices = edges[:-1] + (state % np.diff(edges).astype(np.uint64)).astype(np.int64)
+    indices[0], indices[-1] = 0, size - 1
+    return indices
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One tensor of a trace.
+
+    Attributes:
+        group: one of :data:`GROUPS`.
+        name: unique within the group.
+        shape: of the whole tensor, official layout.
+        dtype: one of :data:`DTYPES`.
+        samples: how many elements were asked for; None if the whole tensor is stored.
+        statistics: of the whole tensor.
+        floor: relative L2 error against the float64 reference of each of the file's runs, on the whole tensor; NaN: not measured.
+        sample_floor: the same on the stored elements.
+    """
+
+    group: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    samples: int | None
+    statistics: Statistics
+    floor: tuple[float, ...]
+    sample_floor: tuple[float, ...]
+    offset: int = dataclasses.field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def stored(self) -> int:
+        """Elements in the file."""
+        return self.size if self.samples is None else min(self.samples, self.size)
+
+    def select(self, tensor: np.ndarray) -> np.ndarray:
+        """The elements of ``tensor`` (whole, official layout) that correspond to :meth:`TraceFile.read`'s, in its shape.
+
+        Raises:
+            TraceError: ``tensor`` has another shape.
+        """
+        if tuple(tensor.shape) != self.shape:
+            raise TraceError(f"{self.group} '{self.name}': expected shape {self.shape}, got {tuple(tensor.shape)}")
+        if self.samples is None:
+            return tensor
+        return np.ascontiguousarray(tensor).ravel()[sample_indices(self.name, self.shape, self.samples)]
+
+
+class TraceFileWriter:
+    """Writes one file of a trace; a context manager. The file appears under its name when the block ends without an exception.
+
+    Args:
+        directory: the trace's directory, which exists.
+        case: name of the case: letters, digits, ``_``, ``-``, ``+``.
+        dtype: "float64" or "float32": that of the run.
+        runs: names of the runs of which errors are stored.
+        samples: elements to store of a large tensor in :data:`SAMPLED_GROUPS`, 2 or more; None stores everything.
+        facts: JSON types; what else is known of the run.
+    """
+
+    def __init__(self, directory: str | Path, case: str, dtype: str, *, runs: Sequence[str], samples: int | None, facts: Mapping[str, Any]):
+        self.path = file_path(directory, case, dtype)
+        self.samples = samples
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._runs = tuple(runs)
+        self._rows: dict[tuple[str, str], list[Any]] = {}
+        self._statistics: list[Statistics] = []
+        self._floor: dict[tuple[str, str], np.ndarray] = {}
+        try:
+            self._file = h5py.File(self._partial, "w")
+        except OSError as error:
+            raise TraceError(f"cannot write '{self._partial}': {error}") from error
+        self._file.attrs.update(format=FORMAT, version=VERSION, case=case, dtype=dtype, runs=json.dumps(self._runs))
+        self._file.attrs["facts"] = json.dumps(facts, sort_keys=True)
+
+    def add(self, group: str, name: str, array: np.ndarray) -> None:
+        """Appends a record; ``array`` is whole, in the official layout. Its values are on disk or copied when this returns."""
+        array = np.asarray(array)
+        if group not in GROUPS or array.dtype.name not in DTYPES or (group, name) in self._rows:
+            raise TraceError(f"record {group} '{name}' ({array.dtype}): unknown group or dtype, or there already")
+        sampled = self.samples is not None and group in SAMPLED_GROUPS and array.dtype.kind == "f" and array.size > self.samples
+        samples = self.samples if sampled else None
+        flat = array.ravel()
+        values = flat[sample_indices(name, array.shape, samples)] if samples else flat
+        pool = self._pool(array.dtype)
+        offset = pool.shape[0]
+        self._rows[group, name] = [group, name, list(array.shape), array.dtype.name, samples, offset]
+        self._statistics.append(statistics(array))
+        pool.resize((offset + values.size,))
+        pool[offset:] = values
+
+    def set_floor(self, group: str, name: str, errors: Sequence[Sequence[float]]) -> None:
+        """Stores the errors of a record: [2, runs], on the whole tensor and on the stored elements."""
+        if (group, name) not in self._rows:
+            raise TraceError(f"no record {group} '{name}' to set a floor for")
+        self._floor[group, name] = np.asarray(errors, np.float64).reshape(2, len(self._runs))
+
+    def _pool(self, dtype: np.dtype) -> h5py.Dataset:
+        name = f"values/{dtype.name}"
+        if name not in self._file:
+            compression = None if dtype.kind == "f" else "gzip"  # masks and ids shrink, activations do not
+            self._file.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(_CHUNK,), compression=compression, fletcher32=True)
+        return self._file[name]
+
+    def __enter__(self) -> TraceFileWriter:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None:
+            self._file.close()
+            self._partial.unlink()
+            return
+        index = np.frombuffer(json.dumps(list(self._rows.values())).encode(), np.uint8)
+        missing = np.full((2, len(self._runs)), np.nan)
+        floor = np.array([self._floor.get(key, missing) for key in self._rows]).reshape(-1, 2, len(self._runs))
+        self._file.create_dataset("index", data=index, compression="gzip", fletcher32=True)
+        self._file["statistics"] = np.array(self._statistics, np.float64).reshape(-1, len(Statistics._fields))
+        self._file["floor"] = floor
+        self._file.close()
+        _move_into_place(self._partial, self.path)
+
+
+class TraceFile:
+    """Reads one file of a trace, one record at a time; a context manager.
+
+    Attributes:
+        case, dtype, runs, facts: as given to :class:`TraceFileWriter`.
+        records: (group, name) → :class:`Record`, in the order in which they were written.
+
+    Raises:
+        TraceError: the file is absent, truncated, no trace, or of another version.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise TraceError(f"no trace file '{self.path}'; record it with 'parity-check record'")
+        try:
+            self._file = h5py.File(self.path, "r")
+        except OSError as error:
+            raise TraceError(f"'{self.path}' is truncated or no HDF5 file ({error}); record it again") from error
+        try:
+            self._read_index()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_index(self) -> None:
+        attributes = self._file.attrs
+        if attributes.get("format") != FORMAT:
+            raise TraceError(f"'{self.path}' is no trace: attribute 'format' is {attributes.get('format')!r}, expected '{FORMAT}'")
+        if attributes["version"] != VERSION:
+            raise TraceError(f"'{self.path}' has trace version {attributes['version']}, expected {VERSION}; record it again")
+        try:
+            self.case, self.dtype = str(attributes["case"]), str(attributes["dtype"])
+            self.runs: tuple[str, ...] = tuple(json.loads(attributes["runs"]))
+            self.facts: dict[str, Any] = json.loads(attributes["facts"])
+            rows = json.loads(self._file["index"][()].tobytes())
+            tables = zip(rows, self._file["statistics"][()], self._file["floor"][()], strict=True)
+            self.records: dict[tuple[str, str], Record] = {
+                (group, name): Record(
+                    group,
+                    name,
+                    tuple(shape),
+                    dtype,
+                    samples,
+                    Statistics(*map(float, figures[:4]), int(figures[4])),
+                    tuple(map(float, floor[0])),
+                    tuple(map(float, floor[1])),
+                    offset,
+                )
+                for (group, name, shape, dtype, samples, offset), figures, floor in tables
+            }
+            for record in self.records.values():
+                if self._file[f"values/{record.dtype}"].shape[0] < record.offset + record.stored:
+                    raise ValueError(f"no values for {record.group} '{record.name}'")
+        except (KeyError, ValueError, OSError, TypeError) as error:
+            raise TraceError(f"'{self.path}' is damaged ({error}); record it again") from error
+
+    def group(self, group: str) -> dict[str, Record]:
+        """The records of one group by name, in order."""
+        return {name: record for (of, name), record in self.records.items() if of == group}
+
+    def __getitem__(self, key: tuple[str, str]) -> Record:
+        """The record of (group, name).
+
+        Raises:
+            TraceError: there is none.
+        """
+        if key not in self.records:
+            raise TraceError(f"'{self.path}' has no record {key[0]} '{key[1]}'")
+        return self.records[key]
+
+    def read(self, group: str, name: str) -> np.ndarray:
+        """The stored elements of a record: the whole tensor in its shape, or [record.stored] where it is sampled."""
+        record = self[group, name]
+        try:
+            values = self._file[f"values/{record.dtype}"][record.offset : record.offset + record.stored]
+        except OSError as error:
+            raise TraceError(f"'{self.path}' is damaged at {group} '{name}' ({error}); record it again") from error
+        return values.reshape(record.shape) if record.samples is None else values
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> TraceFile:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class Case:
+    """One case of a trace, opened; a context manager.
+
+    Attributes:
+        reference: the float64 :class:`TraceFile`.
+        baseline: the float32 :class:`TraceFile`, with the floors.
+    """
+
+    def __init__(self, directory: str | Path, name: str):
+        self.name = name
+        self.reference = TraceFile(file_path(directory, name, "float64"))
+        try:
+            self.baseline = TraceFile(file_path(directory, name, "float32"))
+            expected, got = self.reference.facts.get("key"), self.baseline.facts.get("key")
+            if expected != got:
+                self.baseline.close()
+                raise TraceError(
+                    f"'{self.baseline.path}' is not of the same recording as float64: key {got}, expected {expected}; record both again"
+                )
+        except TraceError:
+            self.reference.close()
+            raise
+
+    @property
+    def images(self) -> list[np.ndarray]:
+        """uint8 [height, width, 3] RGB, one for each image."""
+        return [self.reference.read("inputs", f"images/{i}") for i in range(self._count())]
+
+    @property
+    def targets(self) -> list[dict[str, np.ndarray]]:
+        """``labels`` int64 [K] and ``masks`` bool [K, height, width] of each image."""
+        keys = ("labels", "masks")
+        return [{key: self.reference.read("inputs", f"targets/{i}/{key}") for key in keys} for i in range(self._count())]
+
+    def _count(self) -> int:
+        return sum(name.startswith("images/") for name in self.reference.group("inputs"))
+
+    def close(self) -> None:
+        self.reference.close()
+        self.baseline.close()
+
+    def __enter__(self) -> Case:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class Trace:
+    """A recorded trace.
+
+    Attributes:
+        manifest: the whole ``manifest.json``.
+        cases: names of the cases.
+
+    Raises:
+        TraceError: no trace there, or of another version.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.manifest = read_manifest(self.directory)
+        self.cases = tuple(self.manifest["cases"])
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Commits, versions, command, hashes."""
+        return self.manifest["provenance"]
+
+    def case(self, name: str) -> Case:
+        """Opens one case."""
+        if name not in self.cases:
+            raise TraceError(f"trace '{self.directory}' has no case '{name}'; it has {', '.join(self.cases) or 'none'}")
+        return Case(self.directory, name)
+
+    def __iter__(self) -> Iterator[Case]:
+        """Opens one case after the other, and closes it when the next is asked for."""
+        for name in self.cases:
+            with self.case(name) as case:
+                yield case
+
+
+def file_path(directory: str | Path, case: str, dtype: str) -> Path:
+    """Where a case's file lies."""
+    if not case or not all(character.isalnum() or character in "_-+" for character in case):
+        raise TraceError(f"case name {case!r}: expected letters, digits, '_', '-' or '+'")
+    return Path(directory) / f"{case}.{dtype}.h5"
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """``manifest.json`` of a trace, checked.
+
+    Raises:
+        TraceError: absent, no JSON, of another format or version.
+    """
+    path = Path(directory) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TraceError(f"'{directory}' is no trace: it has no manifest.json; record one with 'parity-check record'") from error
+    except (OSError, ValueError) as error:
+        raise TraceError(f"cannot read '{path}': {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise TraceError(f"'{path}' is no trace's manifest: 'format' is not '{FORMAT}'")
+    if manifest.get("version") != VERSION:
+        raise TraceError(f"'{path}' has trace version {manifest.get('version')}, expected {VERSION}; record it again")
+    return manifest
+
+
+def write_manifest(directory: str | Path, provenance: Mapping[str, Any], cases: Mapping[str, Any]) -> None:
+    """Writes ``manifest.json`` atomically; ``cases`` maps each name to what is known of its images (JSON types)."""
+    path = Path(directory) / "manifest.json"
+    partial = path.with_name(path.name + ".partial")
+    manifest = {"format": FORMAT, "version": VERSION, "provenance": dict(provenance), "cases": dict(cases)}
+    partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    _move_into_place(partial, path)
+
+
+def _move_into_place(partial: Path, path: Path) -> None:
+    """Syncs ``partial`` to the disk, gives it its name and syncs that too."""
+    for target, flags in ((partial, os.O_RDONLY), (path.parent, os.O_RDONLY)):
+        descriptor = os.open(target, flags)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if target is partial:
+            os.replace(partial, path)
