@@ -1,0 +1,27 @@
+"""The one error of the converters: what is wrong, where, what was expected, and the next step."""
+
+from __future__ import annotations
+
+
+class ConversionError(ValueError):
+    """A file, a config or a destination that cannot be used; nothing was written.
+
+    The first line says what and where; ``details`` say expected and got, and end with the next step.
+
+    >>> print(ConversionError("the file is empty", "download it again"))
+    the file is empty
+      download it again
+    """
+
+    def __init__(self, what: str, *details: str):
+        super().__init__("\n  ".join((what, *details)))
+
+
+def quoted(name: object, limit: int = 120) -> str:
+    """``name`` in quotes, control characters escaped and shortened to about ``limit`` characters: it may come from a hostile file.
+
+    >>> quoted("a.weight")
+    "'a.weight'"
+    """
+    text = str(name)
+    return repr(text if len(text) <= limit else f"{text[: limit - 20]}… ({len(text)} characters)")

@@ -1,0 +1,516 @@
+"""Reads the tensors of a pickled checkpoint without Python's ``pickle``: a pickle is a program, and here none is run.
+
+A pickle is a sequence of opcodes for a small stack machine. This module is such a machine with everything left out that could
+do harm: there is no import, no attribute lookup and no call. The nine names that files with NumPy arrays need (``ALLOWED``) are
+looked up in a table and stand for functions of this module, which check their arguments and only describe an array. All others
+are refused by name. Dictionary keys are text, so that nothing is hashed that could be nested, and no memory is allocated from a
+number in the file: payloads are views of the file's own bytes.
+
+Reads protocols 0 to 5, Python 2 strings (latin-1) and the module names of NumPy 1 and 2. Why not a restricted
+``pickle.Unpickler``: docs/decisions/0002-reading-pickles.md. Opcodes: CPython ``Lib/pickletools.py``.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import re
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from converters.errors import ConversionError, quoted
+
+DTYPES = frozenset(f"{kind}{size}" for kind, sizes in {"f": (2, 4, 8), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8)}.items() for size in sizes) | {
+    "b1"
+}
+"""The element types that an array may have: numbers and booleans, never objects, records or strings."""
+
+MAX_DIMENSIONS = 32
+
+
+def load_state_dict(data: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a pickled checkpoint: ``{"model": {name: array}, …}`` as Detectron2 writes it, or the inner dict alone.
+
+    The arrays are read-only views of ``data`` (for text-encoded arrays of protocols 0 to 2: of one decoded copy), in file order.
+
+    Raises:
+        ConversionError: not a pickle, truncated, outside of what such a file may contain, or not a dict of arrays.
+    """
+    root = _Machine(data).run()
+    if not isinstance(root, dict):
+        raise ConversionError(f"the pickle holds a {_kind(root)}, expected a dict of arrays, or one under the key 'model'")
+    model = root.get("model", root)
+    if not isinstance(model, dict) or not model:
+        raise ConversionError(f"the pickle's 'model' is {_kind(model)}, expected a dict of arrays that is not empty")
+    wrong = [f"{quoted(name)} is {_kind(value)}" for name, value in model.items() if not isinstance(value, _Array)]
+    if wrong:
+        more = [f"… and {len(wrong) - 10} more"] if len(wrong) > 10 else []
+        raise ConversionError("the pickle's 'model' must hold arrays only", *wrong[:10], *more)
+    tensors = {name: value.ndarray() for name, value in model.items()}
+    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    if total_bytes > len(data):
+        raise ConversionError(f"the tensors ({total_bytes} bytes) are larger than the file ({len(data)} bytes): they share their data")
+    return tensors
+
+
+class _Dtype:
+    """``numpy.dtype(name)``, then its pickled state, which tells the byte order."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.byte_order = "="
+
+    def build(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) not in (8, 9) or any(part is not None for part in state[2:5]):
+            raise _Refused("a dtype with fields, a sub-array or an unknown state")
+        self.byte_order = _text(state[1])
+        if self.byte_order not in ("<", ">", "|", "="):
+            raise _Refused(f"the byte order {quoted(self.byte_order)}")
+
+    def numpy(self) -> np.dtype:
+        return np.dtype(self.name).newbyteorder({"|": "="}.get(self.byte_order, self.byte_order))
+
+
+class _Array:
+    """An array described by a pickle: a dtype, a shape, an order and the bytes."""
+
+    def __init__(self) -> None:
+        self._parts: tuple[_Dtype, tuple[int, ...], str, memoryview] | None = None
+
+    def build(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) == 5 and state[0] in (0, 1):
+            state = state[1:]
+        if not isinstance(state, tuple) or len(state) != 4:
+            raise _Refused("an array with an unknown state")
+        shape, dtype, fortran, data = state
+        self.fill(data, dtype, shape, "F" if fortran else "C")
+
+    def fill(self, data: Any, dtype: Any, shape: Any, order: str) -> None:
+        if self._parts is not None:
+            raise _Refused("an array that is filled twice")
+        if not isinstance(dtype, _Dtype):
+            raise _Refused("an array without a dtype")
+        if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape) or len(shape) > MAX_DIMENSIONS:
+            raise _Refused("an array whose shape is not a short tuple of sizes")
+        if not isinstance(data, memoryview):
+            raise _Refused(f"an array whose data is {_kind(data)} instead of bytes")
+        expected_bytes = math.prod(shape) * dtype.numpy().itemsize
+        if len(data) != expected_bytes:
+            raise _Refused(f"an array of shape {shape} and dtype {dtype.name} with {len(data)} bytes instead of {expected_bytes}")
+        self._parts = dtype, shape, order, data
+
+    def ndarray(self) -> np.ndarray:
+        if self._parts is None:
+            raise ConversionError("the pickle holds an array without data")
+        dtype, shape, order, data = self._parts
+        return np.frombuffer(data, dtype.numpy()).reshape(shape, order="F" if order == "F" else "C")
+
+
+class _Refused(Exception):
+    """Something that the file must not contain; the machine adds where."""
+
+
+class _Global:
+    """An allowed name: stands for one of the functions below, and is nothing that Python could call by accident."""
+
+    def __init__(self, name: str, call: Callable[..., Any]):
+        self.name = name
+        self.call = call
+
+
+def _dtype(machine: _Machine, name: Any, align: Any = False, copy: Any = False) -> _Dtype:
+    name = _text(name)
+    if name not in DTYPES:
+        raise _Refused(f"the dtype {quoted(name)}; allowed are {', '.join(sorted(DTYPES))}")
+    return _Dtype(name)
+
+
+def _reconstruct(machine: _Machine, cls: Any, shape: Any, kind: Any) -> _Array:
+    if not isinstance(cls, _Global) or cls.name != "numpy.ndarray" or shape != (0,) or _text(kind) != "b":
+        raise _Refused("a numpy _reconstruct with other arguments than (numpy.ndarray, (0,), 'b')")
+    return _Array()
+
+
+def _frombuffer(machine: _Machine, data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    array = _Array()
+    array.fill(data, dtype, shape, _text(order))
+    return array
+
+
+def _scalar(machine: _Machine, dtype: Any, data: Any) -> _Array:
+    array = _Array()
+    array.fill(data, dtype, (), "C")
+    return array
+
+
+def _encode(machine: _Machine, text: Any, encoding: Any) -> memoryview:
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise _Refused("a _codecs.encode of something else than text to latin1")
+    return machine.decoded(text.encode("latin1"))
+
+
+def _empty_bytes(machine: _Machine) -> memoryview:
+    return memoryview(b"")
+
+
+def _ordered_dict(machine: _Machine, items: Any = ()) -> dict[str, Any]:
+    return {_key(key): value for key, value in items}
+
+
+def _not_callable(machine: _Machine, *args: Any) -> Any:
+    raise _Refused("a call of numpy.ndarray")
+
+
+_CALLS: dict[Callable[..., Any], tuple[str, ...]] = {
+    _reconstruct: ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+    _scalar: ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+    _frombuffer: ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"),
+    _not_callable: ("numpy.ndarray",),
+    _dtype: ("numpy.dtype",),
+    _encode: ("_codecs.encode",),
+    _empty_bytes: ("builtins.bytes", "__builtin__.bytes"),
+    _ordered_dict: ("collections.OrderedDict",),
+}
+
+ALLOWED = {name: _Global(name, call) for call, names in _CALLS.items() for name in names}
+"""Every global that a pickle may name."""
+
+
+def _text(value: Any) -> str:
+    """Text, also where Python 2 wrote a byte string."""
+    if isinstance(value, memoryview):
+        return bytes(value).decode("latin1")
+    if not isinstance(value, str):
+        raise _Refused(f"{_kind(value)} where text is expected")
+    return value
+
+
+def _key(value: Any) -> str:
+    if not isinstance(value, str | memoryview):
+        raise _Refused(f"a dict key that is {_kind(value)}; keys must be text")
+    return _text(value)
+
+
+def _kind(value: Any) -> str:
+    """What ``value`` is, in words that never look into it."""
+    names = {dict: "a dict", list: "a list", tuple: "a tuple", str: "text", memoryview: "bytes", type(None): "None", _Array: "an array"}
+    return names.get(type(value), type(value).__name__.lstrip("_").lower())
+
+
+class _Machine:
+    """Runs the opcodes of one pickle; see the module's docstring."""
+
+    def __init__(self, data: bytes):
+        self._data = data
+        self._view = memoryview(data)
+        self._at = 0
+        self._stack: list[Any] = []
+        self._marked: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
+        self._decoded_bytes = 0
+
+    def run(self) -> Any:
+        """The object that the pickle describes."""
+        data, operations = self._data, _OPERATIONS
+        start = 0
+        try:
+            while True:
+                start = self._at
+                if start >= len(data):
+                    raise _Truncated
+                operation = operations.get(data[start])
+                self._at = start + 1
+                if operation is None:
+                    raise _Refused(_REFUSED_OPCODES.get(data[start], f"the unknown opcode {data[start : start + 1]!r}"))
+                if operation is _Machine._stop:
+                    break
+                operation(self)
+            root = self._stack.pop()
+        except _Truncated:
+            raise ConversionError(
+                f"the pickle is truncated: it ends inside the operation at byte {start} of {len(data)}",
+                "download or copy the file again",
+            ) from None
+        except _Refused as error:
+            raise ConversionError(f"the pickle contains {error}, at byte {start}", *_hints(str(error))) from None
+        except (IndexError, KeyError, ValueError, TypeError, OverflowError, struct.error) as error:
+            raise ConversionError(
+                f"the pickle is malformed at byte {start} of {len(data)}: {type(error).__name__}",
+                "the file is damaged, or no checkpoint; download or copy it again",
+            ) from None
+        if self._at != len(data):
+            raise ConversionError(
+                f"{len(data) - self._at} bytes follow the end of the pickle at byte {self._at}",
+                "files of an old torch.save look like this; load it in PyTorch, turn the tensors into arrays and pickle the dict",
+            )
+        return root
+
+    def decoded(self, data: bytes) -> memoryview:
+        """A view of ``data``, which was decoded from the file; bounded, since a pickle can name one text many times."""
+        self._decoded_bytes += len(data)
+        if self._decoded_bytes > len(self._data):
+            raise _Refused("text that decodes to more bytes than the file has")
+        return memoryview(data)
+
+    def _take(self, count: int) -> memoryview:
+        start, end = self._at, self._at + count
+        if end > len(self._data):
+            raise _Truncated
+        self._at = end
+        return self._view[start:end]
+
+    def _number(self, size: int) -> int:
+        return int.from_bytes(self._take(size), "little")
+
+    def _line(self) -> bytes:
+        end = self._data.find(b"\n", self._at)
+        if end < 0:
+            raise _Truncated
+        line = self._data[self._at : end]
+        self._at = end + 1
+        return line
+
+    def _pop_mark(self) -> list[Any]:
+        items = self._stack
+        self._stack = self._marked.pop()
+        return items
+
+    # Opcodes, in the order of the pickle documentation: frame, constants, containers, memo, names and calls.
+
+    def _stop(self) -> None:
+        """Never called: the loop ends at this opcode."""
+
+    def _proto(self) -> None:
+        if (protocol := self._number(1)) > 5:
+            raise _Refused(f"protocol {protocol}; 0 to 5 are known")
+
+    def _frame(self) -> None:
+        self._take(8)
+
+    def _int(self) -> None:
+        line = self._line()
+        self._stack.append({b"00": False, b"01": True}.get(line) if line in (b"00", b"01") else int(line))
+
+    def _long(self) -> None:
+        self._stack.append(int(self._line().rstrip(b"L")))
+
+    def _binint(self) -> None:
+        self._stack.append(int.from_bytes(self._take(4), "little", signed=True))
+
+    def _long1(self) -> None:
+        self._stack.append(int.from_bytes(self._take(self._number(1)), "little", signed=True))
+
+    def _float(self) -> None:
+        self._stack.append(float(self._line()))
+
+    def _binfloat(self) -> None:
+        self._stack.append(struct.unpack(">d", self._take(8))[0])
+
+    def _string(self) -> None:
+        line = self._line().strip()
+        if len(line) < 2 or line[:1] not in (b"'", b'"') or line[-1:] != line[:1]:
+            raise _Refused("a string without quotes")
+        self._stack.append(self.decoded(codecs.escape_decode(line[1:-1])[0]))  # type: ignore[attr-defined]
+
+    def _unicode(self) -> None:
+        self._stack.append(self._line().decode("raw-unicode-escape"))
+
+    def _mark(self) -> None:
+        self._marked.append(self._stack)
+        self._stack = []
+
+    def _pop(self) -> None:
+        if self._stack:
+            self._stack.pop()
+        else:
+            self._pop_mark()
+
+    def _tuple(self) -> None:
+        items = self._pop_mark()
+        self._stack.append(tuple(items))
+
+    def _last_as_tuple(self, count: int) -> None:
+        if len(self._stack) < count:
+            raise IndexError
+        self._stack[-count:] = [tuple(self._stack[-count:])]
+
+    def _list(self) -> None:
+        items = self._pop_mark()
+        self._stack.append(items)
+
+    def _dict(self) -> None:
+        items = self._pop_mark()
+        self._stack.append({})
+        self._set(items)
+
+    def _append(self) -> None:
+        self._extend([self._stack.pop()])
+
+    def _appends(self) -> None:
+        self._extend(self._pop_mark())
+
+    def _extend(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if type(target) is not list:
+            raise _Refused(f"an append to {_kind(target)}")
+        target.extend(items)
+
+    def _setitem(self) -> None:
+        value, key = self._stack.pop(), self._stack.pop()
+        self._set([key, value])
+
+    def _setitems(self) -> None:
+        self._set(self._pop_mark())
+
+    def _set(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if type(target) is not dict:
+            raise _Refused(f"an item set on {_kind(target)}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            name = _key(key)
+            if name in target:
+                raise _Refused(f"the key {quoted(name)} twice")
+            target[name] = value
+
+    def _memoize(self, index: int | None = None) -> None:
+        self._memo[len(self._memo) if index is None else index] = self._stack[-1]
+
+    def _global(self) -> None:
+        module, name = self._line().decode("latin1"), self._line().decode("latin1")
+        self._push_global(module, name)
+
+    def _stack_global(self) -> None:
+        name, module = self._stack.pop(), self._stack.pop()
+        self._push_global(_text(module), _text(name))
+
+    def _push_global(self, module: str, name: str) -> None:
+        full_name = f"{module}.{name}"
+        if full_name not in ALLOWED:
+            raise _Refused(f"the global {quoted(full_name)}, which is not on the allow list")
+        self._stack.append(ALLOWED[full_name])
+
+    def _reduce(self) -> None:
+        arguments, function = self._stack.pop(), self._stack.pop()
+        if not isinstance(function, _Global) or type(arguments) is not tuple:
+            raise _Refused(f"a call of {_kind(function)}")
+        self._stack.append(function.call(self, *arguments))
+
+    def _build(self) -> None:
+        state, target = self._stack.pop(), self._stack[-1]
+        if isinstance(target, _Array | _Dtype):
+            target.build(state)
+        elif type(target) is not dict or type(state) is not dict:  # the attributes of an OrderedDict (torch's _metadata) are not needed
+            raise _Refused(f"a state set on {_kind(target)}")
+
+
+class _Truncated(Exception):
+    """The data end inside an operation."""
+
+
+def _constant(value: Any) -> Callable[[_Machine], None]:
+    return lambda machine: machine._stack.append(value)
+
+
+def _sized_number(size: int) -> Callable[[_Machine], None]:
+    return lambda machine: machine._stack.append(machine._number(size))
+
+
+def _sized_bytes(size: int) -> Callable[[_Machine], None]:
+    return lambda machine: machine._stack.append(machine._take(machine._number(size)))
+
+
+def _sized_text(size: int) -> Callable[[_Machine], None]:
+    return lambda machine: machine._stack.append(str(machine._take(machine._number(size)), "utf-8"))
+
+
+_OPERATIONS: dict[int, Callable[[_Machine], None]] = {
+    ord(opcode): operation
+    for opcode, operation in {
+        "\x80": _Machine._proto,
+        "\x95": _Machine._frame,
+        ".": _Machine._stop,
+        "N": _constant(None),
+        "\x88": _constant(True),
+        "\x89": _constant(False),
+        "I": _Machine._int,
+        "L": _Machine._long,
+        "J": _Machine._binint,
+        "K": _sized_number(1),
+        "M": _sized_number(2),
+        "\x8a": _Machine._long1,
+        "F": _Machine._float,
+        "G": _Machine._binfloat,
+        "S": _Machine._string,
+        "T": _sized_bytes(4),
+        "U": _sized_bytes(1),
+        "B": _sized_bytes(4),
+        "C": _sized_bytes(1),
+        "\x8e": _sized_bytes(8),
+        "\x96": _sized_bytes(8),
+        "V": _Machine._unicode,
+        "X": _sized_text(4),
+        "\x8c": _sized_text(1),
+        "\x8d": _sized_text(8),
+        "(": _Machine._mark,
+        "0": _Machine._pop,
+        "1": _Machine._pop_mark,  # type: ignore[dict-item]
+        "2": lambda machine: machine._stack.append(machine._stack[-1]),
+        ")": _constant(()),
+        "t": _Machine._tuple,
+        "\x85": lambda machine: machine._last_as_tuple(1),
+        "\x86": lambda machine: machine._last_as_tuple(2),
+        "\x87": lambda machine: machine._last_as_tuple(3),
+        "]": lambda machine: machine._stack.append([]),
+        "l": _Machine._list,
+        "a": _Machine._append,
+        "e": _Machine._appends,
+        "}": lambda machine: machine._stack.append({}),
+        "d": _Machine._dict,
+        "s": _Machine._setitem,
+        "u": _Machine._setitems,
+        "p": lambda machine: machine._memoize(int(machine._line())),
+        "q": lambda machine: machine._memoize(machine._number(1)),
+        "r": lambda machine: machine._memoize(machine._number(4)),
+        "\x94": _Machine._memoize,
+        "g": lambda machine: machine._stack.append(machine._memo[int(machine._line())]),
+        "h": lambda machine: machine._stack.append(machine._memo[machine._number(1)]),
+        "j": lambda machine: machine._stack.append(machine._memo[machine._number(4)]),
+        "c": _Machine._global,
+        "\x93": _Machine._stack_global,
+        "R": _Machine._reduce,
+        "b": _Machine._build,
+    }.items()
+}
+
+_REFUSED_OPCODES = {
+    ord(opcode): what
+    for opcode, what in {
+        "P": "a persistent id",
+        "Q": "a persistent id",
+        "i": "an instance of a class",
+        "o": "an instance of a class",
+        "\x81": "an instance of a class",
+        "\x92": "an instance of a class",
+        "\x82": "an extension code",
+        "\x83": "an extension code",
+        "\x84": "an extension code",
+        "\x97": "an out-of-band buffer",
+        "\x98": "an out-of-band buffer",
+        "\x8f": "a set",
+        "\x90": "a set",
+        "\x91": "a set",
+        "\x8b": "an integer of arbitrary size",
+    }.items()
+}
+
+
+def _hints(refused: str) -> list[str]:
+    if re.search(r"'torch[.']|persistent id", refused):
+        return [
+            "the file holds torch tensors; this version reads NumPy arrays",
+            "in PyTorch: pickle.dump({'model': {k: v.numpy() for k, v in state_dict.items()}}, file)",
+        ]
+    return ["checkpoints hold NumPy arrays and text only; do not open this file with other tools unless you trust its source"]
