@@ -77,7 +77,7 @@ def load(directory: str | os.PathLike[str], dtype: str = "float32") -> MaskForme
         shapes = reader.get_variable_to_shape_map()
         _check(directory, model, shapes)
         model.build_parameters(lambda name: reader.get_tensor(checkpoint_key(name)))
-    except (tf.errors.OpError, RuntimeError) as error:
+    except (tf.errors.OpError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"{prefix}: not a readable TensorFlow checkpoint ({error}); convert the source again") from error
     return model
 

@@ -264,7 +264,9 @@ class MultiheadAttention(Module):
             attention = tf.nn.dropout(attention, self.dropout)
         batch, heads, length, _ = static_shape(query)
         mixed = tf.transpose(tf.matmul(attention, value), [0, 2, 1, 3])
-        outputs = self.out_proj(tf.reshape(mixed, [batch, length, heads * head_channels]))
+        mixed = tf.reshape(mixed, [batch, length, heads * head_channels])
+        # As upstream, out_proj holds parameters but is never called, so it has no tap of its own.
+        outputs = linear(mixed, self.out_proj.weight, self.out_proj.bias)
         return outputs, tf.reduce_mean(attention, axis=1) if recording() else None
 
     def _split_heads(self, inputs: tf.Tensor) -> tf.Tensor:

@@ -1,0 +1,94 @@
+"""Checkpoint directories: what load accepts, refuses and says; that stock TensorFlow reads them too."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.tfmaskformer.conftest import SMALL, random_values
+from tfmaskformer.checkpoint import CheckpointError, checkpoint_key, load, official_name
+from tfmaskformer.model import MaskFormer
+from tfmaskformer.module import named_variables
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    config = SMALL["encoder"]
+    model = MaskFormer(config)
+    model.build_parameters(random_values(config).__getitem__)
+    (path / "config.json").write_text(json.dumps(config.to_dict()))
+    tf.train.CheckpointManager(tf.train.Checkpoint(model=model), str(path), max_to_keep=1).save()
+    return path
+
+
+def test_keys_carry_the_official_names(directory):
+    keys = {key for key, _ in tf.train.list_variables(tf.train.latest_checkpoint(str(directory)))}
+    assert "model/backbone/res2/0/conv1/norm/running_var/.ATTRIBUTES/VARIABLE_VALUE" in keys
+    names = {official_name(key) for key in keys} - {None}
+    assert names == set(named_variables(load(directory)))
+    assert {official_name(checkpoint_key(name)) for name in names} == names
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_load_restores_every_value(directory, dtype):
+    expected = random_values(SMALL["encoder"])
+    actual = named_variables(load(directory, dtype))
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == dtype
+        np.testing.assert_array_equal(actual[name].numpy(), value)
+
+
+def test_stock_checkpoint_restores_into_the_model(directory):
+    model = MaskFormer(SMALL["encoder"])
+    model.build_parameters()
+    status = tf.train.Checkpoint(model=model).restore(tf.train.latest_checkpoint(str(directory)))
+    status.assert_existing_objects_matched()
+    for name, value in random_values(SMALL["encoder"]).items():
+        np.testing.assert_array_equal(named_variables(model)[name].numpy(), value)
+
+
+def _copy(directory, tmp_path):
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def test_a_checkpoint_that_does_not_fit_its_config_lists_everything(directory, tmp_path):
+    path = _copy(directory, tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    config["num_classes"] = 9
+    config["predictor"]["dec_layers"] = 4
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as error:
+        load(path)
+    message = str(error.value)
+    assert "variable 'sem_seg_head.predictor.class_embed.weight' has shape (64, 8), expected (64, 10)" in message
+    assert "missing variable 'sem_seg_head.predictor.transformer.decoder.layers.3.norm1.bias' (64,)" in message
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "config.json").unlink(), "cannot read config.json"),
+        (lambda path: (path / "config.json").write_text("{"), "config.json"),
+        (lambda path: (path / "config.json").write_text('{"name": "x"}'), "missing field 'num_classes'"),
+        (lambda path: (path / "checkpoint").unlink(), "no TensorFlow checkpoint"),
+        (lambda path: next(path.glob("ckpt*.index")).write_bytes(b"nonsense"), "not a readable TensorFlow checkpoint"),
+    ],
+)
+def test_damaged_directories_are_named(directory, tmp_path, damage, message):
+    path = _copy(directory, tmp_path)
+    damage(path)
+    with pytest.raises(CheckpointError, match=message):
+        load(path)
+
+
+def test_truncated_data_is_found(directory, tmp_path):
+    path = _copy(directory, tmp_path)
+    data = next(path.glob("ckpt*.data*"))
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="not a readable TensorFlow checkpoint"):
+        load(path)
