@@ -65,6 +65,7 @@ def test_input_proj_is_there_where_upstream_makes_one():
         pixel_decoder=PixelDecoderConfig("TransformerEncoderPixelDecoder", transformer_enc_layers=6),
         predictor=TransformerPredictorConfig("transformer_encoder"),
     )
-    assert encoder.predictor_in_channels == 256 and not encoder.predictor_has_input_proj
+    assert encoder.predictor_in_channels == 256
+    assert not encoder.predictor_has_input_proj
     assert MaskFormerConfig(name="res5", num_classes=3).predictor_in_channels == 2048
     assert MaskFormerConfig(name="res5", num_classes=3).predictor_has_input_proj

@@ -32,7 +32,7 @@ def _padded(size, divisor):
     return -(-size // divisor) * divisor if divisor else size
 
 
-@pytest.mark.parametrize("height_px, width_px", [(75, 91), (64, 128), (33, 34)])
+@pytest.mark.parametrize(("height_px", "width_px"), [(75, 91), (64, 128), (33, 34)])
 def test_shapes_of_outputs_at_any_size(small, height_px, width_px):
     config, model = small
     outputs = model(_photo(height_px, width_px)[None])
@@ -112,7 +112,7 @@ def test_graph_with_unknown_sizes_equals_eager(small):
         assert _relative(run(image), model(image)["pred_masks"]) < 1e-6
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("mixed_bfloat16", 0.1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("mixed_bfloat16", 0.1)])
 def test_lower_precisions_follow_float64(small, dtype, tolerance):
     config, model = small
     variables = named_variables(model)
