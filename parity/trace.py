@@ -290,7 +290,7 @@ class TraceFile:
             self.runs: tuple[str, ...] = tuple(json.loads(attributes["runs"]))
             self.facts: dict[str, Any] = json.loads(attributes["facts"])
             rows = json.loads(self._file["index"][()].tobytes())
-            tables = zip(rows, self._file["statistics"][()], self._file["floor"][()], strict=True)
+            tables = zip(rows, self._file["statistics"][()].tolist(), self._file["floor"][()].tolist(), strict=True)
             self.records: dict[tuple[str, str], Record] = {
                 (group, name): Record(
                     group,
@@ -298,12 +298,12 @@ class TraceFile:
                     tuple(shape),
                     dtype,
                     samples,
-                    Statistics(*map(float, figures[:4]), int(figures[4])),
-                    tuple(map(float, floor[0])),
-                    tuple(map(float, floor[1])),
+                    Statistics(l2, total, smallest, largest, int(nonfinite)),
+                    tuple(floor),
+                    tuple(sample_floor),
                     offset,
                 )
-                for (group, name, shape, dtype, samples, offset), figures, floor in tables
+                for (group, name, shape, dtype, samples, offset), (l2, total, smallest, largest, nonfinite), (floor, sample_floor) in tables
             }
             for record in self.records.values():
                 if self._file[f"values/{record.dtype}"].shape[0] < record.offset + record.stored:
