@@ -65,10 +65,10 @@ class _Dtype:
 
     def build(self, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) not in (8, 9) or any(part is not None for part in state[2:5]):
-            raise _Refused("a dtype with fields, a sub-array or an unknown state")
+            raise _RefusedError("a dtype with fields, a sub-array or an unknown state")
         self.byte_order = _text(state[1])
         if self.byte_order not in ("<", ">", "|", "="):
-            raise _Refused(f"the byte order {quoted(self.byte_order)}")
+            raise _RefusedError(f"the byte order {quoted(self.byte_order)}")
 
     def numpy(self) -> np.dtype:
         return np.dtype(self.name).newbyteorder({"|": "="}.get(self.byte_order, self.byte_order))
@@ -84,22 +84,22 @@ class _Array:
         if isinstance(state, tuple) and len(state) == 5 and state[0] in (0, 1):
             state = state[1:]
         if not isinstance(state, tuple) or len(state) != 4:
-            raise _Refused("an array with an unknown state")
+            raise _RefusedError("an array with an unknown state")
         shape, dtype, fortran, data = state
         self.fill(data, dtype, shape, "F" if fortran else "C")
 
     def fill(self, data: Any, dtype: Any, shape: Any, order: str) -> None:
         if self._parts is not None:
-            raise _Refused("an array that is filled twice")
+            raise _RefusedError("an array that is filled twice")
         if not isinstance(dtype, _Dtype):
-            raise _Refused("an array without a dtype")
+            raise _RefusedError("an array without a dtype")
         if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape) or len(shape) > MAX_DIMENSIONS:
-            raise _Refused("an array whose shape is not a short tuple of sizes")
+            raise _RefusedError("an array whose shape is not a short tuple of sizes")
         if not isinstance(data, memoryview):
-            raise _Refused(f"an array whose data is {_kind(data)} instead of bytes")
+            raise _RefusedError(f"an array whose data is {_kind(data)} instead of bytes")
         expected_bytes = math.prod(shape) * dtype.numpy().itemsize
         if len(data) != expected_bytes:
-            raise _Refused(f"an array of shape {shape} and dtype {dtype.name} with {len(data)} bytes instead of {expected_bytes}")
+            raise _RefusedError(f"an array of shape {shape} and dtype {dtype.name} with {len(data)} bytes instead of {expected_bytes}")
         self._parts = dtype, shape, order, data
 
     def ndarray(self) -> np.ndarray:
@@ -109,7 +109,7 @@ class _Array:
         return np.frombuffer(data, dtype.numpy()).reshape(shape, order="F" if order == "F" else "C")
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """Something that the file must not contain; the machine adds where."""
 
 
@@ -124,13 +124,13 @@ class _Global:
 def _dtype(machine: _Machine, name: Any, align: Any = False, copy: Any = False) -> _Dtype:
     name = _text(name)
     if name not in DTYPES:
-        raise _Refused(f"the dtype {quoted(name)}; allowed are {', '.join(sorted(DTYPES))}")
+        raise _RefusedError(f"the dtype {quoted(name)}; allowed are {', '.join(sorted(DTYPES))}")
     return _Dtype(name)
 
 
 def _reconstruct(machine: _Machine, cls: Any, shape: Any, kind: Any) -> _Array:
     if not isinstance(cls, _Global) or cls.name != "numpy.ndarray" or shape != (0,) or _text(kind) != "b":
-        raise _Refused("a numpy _reconstruct with other arguments than (numpy.ndarray, (0,), 'b')")
+        raise _RefusedError("a numpy _reconstruct with other arguments than (numpy.ndarray, (0,), 'b')")
     return _Array()
 
 
@@ -148,7 +148,7 @@ def _scalar(machine: _Machine, dtype: Any, data: Any) -> _Array:
 
 def _encode(machine: _Machine, text: Any, encoding: Any) -> memoryview:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise _Refused("a _codecs.encode of something else than text to latin1")
+        raise _RefusedError("a _codecs.encode of something else than text to latin1")
     return machine.decoded(text.encode("latin1"))
 
 
@@ -161,7 +161,7 @@ def _ordered_dict(machine: _Machine, items: Any = ()) -> dict[str, Any]:
 
 
 def _not_callable(machine: _Machine, *args: Any) -> Any:
-    raise _Refused("a call of numpy.ndarray")
+    raise _RefusedError("a call of numpy.ndarray")
 
 
 _CALLS: dict[Callable[..., Any], tuple[str, ...]] = {
@@ -184,13 +184,13 @@ def _text(value: Any) -> str:
     if isinstance(value, memoryview):
         return bytes(value).decode("latin1")
     if not isinstance(value, str):
-        raise _Refused(f"{_kind(value)} where text is expected")
+        raise _RefusedError(f"{_kind(value)} where text is expected")
     return value
 
 
 def _key(value: Any) -> str:
     if not isinstance(value, str | memoryview):
-        raise _Refused(f"a dict key that is {_kind(value)}; keys must be text")
+        raise _RefusedError(f"a dict key that is {_kind(value)}; keys must be text")
     return _text(value)
 
 
@@ -220,21 +220,21 @@ class _Machine:
             while True:
                 start = self._at
                 if start >= len(data):
-                    raise _Truncated
+                    raise _TruncatedError
                 operation = operations.get(data[start])
                 self._at = start + 1
                 if operation is None:
-                    raise _Refused(_REFUSED_OPCODES.get(data[start], f"the unknown opcode {data[start : start + 1]!r}"))
+                    raise _RefusedError(_REFUSED_OPCODES.get(data[start], f"the unknown opcode {data[start : start + 1]!r}"))
                 if operation is _Machine._stop:
                     break
                 operation(self)
             root = self._stack.pop()
-        except _Truncated:
+        except _TruncatedError:
             raise ConversionError(
                 f"the pickle is truncated: it ends inside the operation at byte {start} of {len(data)}",
                 "download or copy the file again",
             ) from None
-        except _Refused as error:
+        except _RefusedError as error:
             raise ConversionError(f"the pickle contains {error}, at byte {start}", *_hints(str(error))) from None
         except (IndexError, KeyError, ValueError, TypeError, OverflowError, struct.error) as error:
             raise ConversionError(
@@ -252,13 +252,13 @@ class _Machine:
         """A view of ``data``, which was decoded from the file; bounded, since a pickle can name one text many times."""
         self._decoded_bytes += len(data)
         if self._decoded_bytes > len(self._data):
-            raise _Refused("text that decodes to more bytes than the file has")
+            raise _RefusedError("text that decodes to more bytes than the file has")
         return memoryview(data)
 
     def _take(self, count: int) -> memoryview:
         start, end = self._at, self._at + count
         if end > len(self._data):
-            raise _Truncated
+            raise _TruncatedError
         self._at = end
         return self._view[start:end]
 
@@ -268,7 +268,7 @@ class _Machine:
     def _line(self) -> bytes:
         end = self._data.find(b"\n", self._at)
         if end < 0:
-            raise _Truncated
+            raise _TruncatedError
         line = self._data[self._at : end]
         self._at = end + 1
         return line
@@ -285,7 +285,7 @@ class _Machine:
 
     def _proto(self) -> None:
         if (protocol := self._number(1)) > 5:
-            raise _Refused(f"protocol {protocol}; 0 to 5 are known")
+            raise _RefusedError(f"protocol {protocol}; 0 to 5 are known")
 
     def _frame(self) -> None:
         self._take(8)
@@ -312,7 +312,7 @@ class _Machine:
     def _string(self) -> None:
         line = self._line().strip()
         if len(line) < 2 or line[:1] not in (b"'", b'"') or line[-1:] != line[:1]:
-            raise _Refused("a string without quotes")
+            raise _RefusedError("a string without quotes")
         self._stack.append(self.decoded(codecs.escape_decode(line[1:-1])[0]))  # type: ignore[attr-defined]
 
     def _unicode(self) -> None:
@@ -355,7 +355,7 @@ class _Machine:
     def _extend(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if type(target) is not list:
-            raise _Refused(f"an append to {_kind(target)}")
+            raise _RefusedError(f"an append to {_kind(target)}")
         target.extend(items)
 
     def _setitem(self) -> None:
@@ -368,11 +368,11 @@ class _Machine:
     def _set(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if type(target) is not dict:
-            raise _Refused(f"an item set on {_kind(target)}")
+            raise _RefusedError(f"an item set on {_kind(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             name = _key(key)
             if name in target:
-                raise _Refused(f"the key {quoted(name)} twice")
+                raise _RefusedError(f"the key {quoted(name)} twice")
             target[name] = value
 
     def _memoize(self, index: int | None = None) -> None:
@@ -389,13 +389,13 @@ class _Machine:
     def _push_global(self, module: str, name: str) -> None:
         full_name = f"{module}.{name}"
         if full_name not in ALLOWED:
-            raise _Refused(f"the global {quoted(full_name)}, which is not on the allow list")
+            raise _RefusedError(f"the global {quoted(full_name)}, which is not on the allow list")
         self._stack.append(ALLOWED[full_name])
 
     def _reduce(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
         if not isinstance(function, _Global) or type(arguments) is not tuple:
-            raise _Refused(f"a call of {_kind(function)}")
+            raise _RefusedError(f"a call of {_kind(function)}")
         self._stack.append(function.call(self, *arguments))
 
     def _build(self) -> None:
@@ -403,10 +403,10 @@ class _Machine:
         if isinstance(target, _Array | _Dtype):
             target.build(state)
         elif type(target) is not dict or type(state) is not dict:  # the attributes of an OrderedDict (torch's _metadata) are not needed
-            raise _Refused(f"a state set on {_kind(target)}")
+            raise _RefusedError(f"a state set on {_kind(target)}")
 
 
-class _Truncated(Exception):
+class _TruncatedError(Exception):
     """The data end inside an operation."""
 
 

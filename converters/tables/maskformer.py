@@ -1,0 +1,134 @@
+"""Rules for facebookresearch/MaskFormer checkpoints.
+
+Variables carry the official names (v2 key layout), so a line is one pattern and its transform. Sizes are not here: they come from
+the config through the model. A tuple belongs to a part of the architecture and is used when the config has that part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from checkpoints import registry
+from converters.errors import ConversionError, quoted
+from converters.rules import Drop, Rule
+from converters.transforms import CONV2D, IDENTITY, LINEAR, Transform
+from tfmaskformer.config import MaskFormerConfig
+
+TABLE = "maskformer/1"
+"""Name and version; the version grows with every change of what a rule does."""
+
+Lines = tuple[tuple[str, Transform], ...]
+
+# fmt: off
+RESNET: Lines = (
+    ("backbone.stem.conv1.weight", CONV2D),
+    ("backbone.stem.conv1.norm.{stat:weight|bias|running_mean|running_var}", IDENTITY),
+    ("backbone.{stage:res2|res3|res4|res5}.{block}.{conv:conv1|conv2|conv3|shortcut}.weight", CONV2D),
+    ("backbone.{stage:res2|res3|res4|res5}.{block}.{conv:conv1|conv2|conv3|shortcut}.norm.{stat:weight|bias|running_mean|running_var}", IDENTITY),
+)
+PIXEL_DECODER: Lines = (
+    ("sem_seg_head.pixel_decoder.adapter_{level}.weight", CONV2D),
+    ("sem_seg_head.pixel_decoder.adapter_{level}.norm.{param:weight|bias}", IDENTITY),
+    ("sem_seg_head.pixel_decoder.layer_{level}.weight", CONV2D),
+    ("sem_seg_head.pixel_decoder.layer_{level}.norm.{param:weight|bias}", IDENTITY),
+    ("sem_seg_head.pixel_decoder.mask_features.weight", CONV2D),
+    ("sem_seg_head.pixel_decoder.mask_features.bias", IDENTITY),
+)
+PIXEL_DECODER_ENCODER: Lines = (
+    ("sem_seg_head.pixel_decoder.input_proj.weight", CONV2D),
+    ("sem_seg_head.pixel_decoder.input_proj.bias", IDENTITY),
+    ("sem_seg_head.pixel_decoder.transformer.encoder.layers.{n}.self_attn.in_proj_weight", LINEAR),
+    ("sem_seg_head.pixel_decoder.transformer.encoder.layers.{n}.self_attn.in_proj_bias", IDENTITY),
+    ("sem_seg_head.pixel_decoder.transformer.encoder.layers.{n}.self_attn.out_proj.weight", LINEAR),
+    ("sem_seg_head.pixel_decoder.transformer.encoder.layers.{n}.self_attn.out_proj.bias", IDENTITY),
+    ("sem_seg_head.pixel_decoder.transformer.encoder.layers.{n}.linear{i:1|2}.weight", LINEAR),
+    ("sem_seg_head.pixel_decoder.transformer.encoder.layers.{n}.linear{i:1|2}.bias", IDENTITY),
+    ("sem_seg_head.pixel_decoder.transformer.encoder.layers.{n}.norm{i:1|2}.{param:weight|bias}", IDENTITY),
+)
+PREDICTOR: Lines = (
+    ("sem_seg_head.predictor.query_embed.weight", IDENTITY),
+    ("sem_seg_head.predictor.transformer.decoder.layers.{n}.{attention:self_attn|multihead_attn}.in_proj_weight", LINEAR),
+    ("sem_seg_head.predictor.transformer.decoder.layers.{n}.{attention:self_attn|multihead_attn}.in_proj_bias", IDENTITY),
+    ("sem_seg_head.predictor.transformer.decoder.layers.{n}.{attention:self_attn|multihead_attn}.out_proj.weight", LINEAR),
+    ("sem_seg_head.predictor.transformer.decoder.layers.{n}.{attention:self_attn|multihead_attn}.out_proj.bias", IDENTITY),
+    ("sem_seg_head.predictor.transformer.decoder.layers.{n}.linear{i:1|2}.weight", LINEAR),
+    ("sem_seg_head.predictor.transformer.decoder.layers.{n}.linear{i:1|2}.bias", IDENTITY),
+    ("sem_seg_head.predictor.transformer.decoder.layers.{n}.norm{i:1|2|3}.{param:weight|bias}", IDENTITY),
+    ("sem_seg_head.predictor.transformer.decoder.norm.{param:weight|bias}", IDENTITY),
+    ("sem_seg_head.predictor.class_embed.weight", LINEAR),
+    ("sem_seg_head.predictor.class_embed.bias", IDENTITY),
+    ("sem_seg_head.predictor.mask_embed.layers.{n}.weight", LINEAR),
+    ("sem_seg_head.predictor.mask_embed.layers.{n}.bias", IDENTITY),
+)
+PREDICTOR_INPUT_PROJ: Lines = (
+    ("sem_seg_head.predictor.input_proj.weight", CONV2D),
+    ("sem_seg_head.predictor.input_proj.bias", IDENTITY),
+)
+PREDICTOR_ENCODER: Lines = (
+    ("sem_seg_head.predictor.transformer.encoder.layers.{n}.self_attn.in_proj_weight", LINEAR),
+    ("sem_seg_head.predictor.transformer.encoder.layers.{n}.self_attn.in_proj_bias", IDENTITY),
+    ("sem_seg_head.predictor.transformer.encoder.layers.{n}.self_attn.out_proj.weight", LINEAR),
+    ("sem_seg_head.predictor.transformer.encoder.layers.{n}.self_attn.out_proj.bias", IDENTITY),
+    ("sem_seg_head.predictor.transformer.encoder.layers.{n}.linear{i:1|2}.weight", LINEAR),
+    ("sem_seg_head.predictor.transformer.encoder.layers.{n}.linear{i:1|2}.bias", IDENTITY),
+    ("sem_seg_head.predictor.transformer.encoder.layers.{n}.norm{i:1|2}.{param:weight|bias}", IDENTITY),
+)
+# fmt: on
+
+
+def rules(config: MaskFormerConfig, key_layout: str) -> list[Rule]:
+    """The rules of every part that ``config`` has, with source patterns in the file's key layout ("v1" or "v2")."""
+    lines = RESNET + PIXEL_DECODER + PREDICTOR
+    if config.pixel_decoder.transformer_enc_layers:
+        lines += PIXEL_DECODER_ENCODER
+    if config.predictor_has_input_proj:
+        lines += PREDICTOR_INPUT_PROJ
+    if config.predictor.enc_layers:
+        lines += PREDICTOR_ENCODER
+    return [Rule(registry.v1_key(name) if key_layout == "v1" else name, name, transform) for name, transform in lines]
+
+
+def drops(config: MaskFormerConfig) -> list[Drop]:
+    """Official tensors that are no variables."""
+    empty_weight = np.ones(config.num_classes + 1, np.float32)
+    empty_weight[-1] = config.criterion.no_object_weight
+    return [Drop("criterion.empty_weight", "class weights of the loss, derived from the config; checked to be equal", empty_weight)]
+
+
+def key_layout(names: Iterable[str]) -> str:
+    """Which of the two official key layouts a file has.
+
+    "v2": ``sem_seg_head.pixel_decoder.…``. "v1", as in plain pickles: the pixel decoder's tensors lie directly in ``sem_seg_head.``.
+
+    Raises:
+        ConversionError: both at once, or neither.
+    """
+    heads = [name for name in names if name.startswith("sem_seg_head.") and not name.startswith("sem_seg_head.predictor.")]
+    v2 = [name for name in heads if name.startswith("sem_seg_head.pixel_decoder.")]
+    v1 = [name for name in heads if not name.startswith("sem_seg_head.pixel_decoder.")]
+    if v1 and v2:
+        raise ConversionError(
+            "the key layouts v1 and v2 are mixed",
+            f"v1 (sem_seg_head.…): {len(v1)} tensors, e.g. {quoted(v1[0])}",
+            f"v2 (sem_seg_head.pixel_decoder.…): {len(v2)} tensors, e.g. {quoted(v2[0])}",
+            "a file that was renamed twice or merged looks like this; use the original",
+        )
+    if not heads:
+        raise ConversionError(
+            "no MaskFormer: the file has no tensors of a pixel decoder ('sem_seg_head.…')",
+            "expected a checkpoint of the whole model, such as model_final_6f60dc.pkl",
+        )
+    return "v2" if v2 else "v1"
+
+
+def v2_key(name: str, layout: str) -> str:
+    """The v2 name of a tensor in a file of this key layout.
+
+    >>> v2_key("sem_seg_head.layer_1.weight", "v1"), v2_key("sem_seg_head.predictor.query_embed.weight", "v1")
+    ('sem_seg_head.pixel_decoder.layer_1.weight', 'sem_seg_head.predictor.query_embed.weight')
+    """
+    if layout == "v1" and name.startswith("sem_seg_head.") and not name.startswith("sem_seg_head.predictor."):
+        return name.replace("sem_seg_head.", "sem_seg_head.pixel_decoder.", 1)
+    return name
