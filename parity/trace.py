@@ -34,13 +34,12 @@ Records are grouped:
                (id, category_id, isthing); the same below ``{i}/resized/`` at another output size
 
 A sampled trace stores, of each large floating-point tensor in ``taps``, ``outputs``, ``gradients`` and ``inference``, only the
-elements of :func:`sample_indices`; its statistics and its floor are still those of the whole tensor.
+elements of :func:`parity.sampling.sample_indices`; its statistics and its floor are still those of the whole tensor.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -50,6 +49,8 @@ from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
+
+from parity.sampling import sample_indices
 
 FORMAT = "tfmaskformer-trace"
 VERSION = 1
@@ -102,34 +103,6 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     if error == 0:
         return 0.0
     return error / norm if norm else math.inf
-
-
-def sample_indices(name: str, shape: Sequence[int], count: int) -> np.ndarray:
-    """Which elements of tensor ``name`` a sampled trace stores.
-
-    One element from each of ``count`` equal stretches of the flattened tensor, the first and the last element among them, so
-    every image, channel and region has its share. Depends on the arguments alone: exact integer arithmetic, no generator.
-
-    Args:
-        name: the record's name.
-        shape: the tensor's shape in the official layout.
-        count: number of elements, 2 or more.
-
-    Returns:
-        int64 [min(count, elements)], row-major flat indices, ascending.
-    """
-    size = math.prod(shape)
-    if size <= count:
-        return np.arange(size, dtype=np.int64)
-    seed = hashlib.blake2b(f"{name}{list(map(int, shape))}".encode(), digest_size=8).digest()
-    state = np.uint64(int.from_bytes(seed, "little")) + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64 (Steele, Lea, Flood 2014)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    state ^= state >> np.uint64(31)
-    edges = np.arange(count + 1, dtype=np.int64) * size // count
-    indices = edges[:-1] + (state % np.diff(edges).astype(np.uint64)).astype(np.int64)
-    indices[0], indices[-1] = 0, size - 1
-    return indices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +178,7 @@ class TraceFileWriter:
         except OSError as error:
             raise TraceError(f"cannot write '{self._partial}': {error}") from error
         self._file.attrs.update(format=FORMAT, version=VERSION, case=case, dtype=dtype, runs=json.dumps(self._runs))
-        self._file.attrs["facts"] = json.dumps(facts, sort_keys=True)
+        self._file.attrs["facts"] = json.dumps(facts)
 
     def add(self, group: str, name: str, array: np.ndarray) -> None:
         """Appends a record; ``array`` is whole, in the official layout. Its values are on disk or copied when this returns."""

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from parity import trace
-from parity.trace import Trace, TraceError, TraceFile, TraceFileWriter, relative_error, sample_indices, statistics
+from parity.sampling import sample_indices
+from parity.trace import Trace, TraceError, TraceFile, TraceFileWriter, relative_error, statistics
 
 RUNS = ("contiguous", "channels_last")
 
@@ -91,24 +92,6 @@ def test_relative_error():
     assert relative_error(np.array([1e-9, 0]), np.zeros(2)) == math.inf
     assert relative_error(np.array([3.0, 4.5]), np.array([3.0, 4.0])) == pytest.approx(0.1, rel=1e-15)
     assert math.isnan(relative_error(np.array([np.nan]), np.ones(1)))
-
-
-def test_sample_indices_never_change():
-    """Committed traces hold these elements: a change here makes them unreadable, so it needs a new trace version."""
-    assert sample_indices("backbone#0[res2]", (2, 3, 50, 70), 8).tolist() == [0, 3520, 6500, 10280, 11855, 13446, 16332, 20999]
-    assert sample_indices("backbone#0[res3]", (2, 3, 50, 70), 8).tolist() != sample_indices("backbone#0[res2]", (2, 3, 50, 70), 8).tolist()
-    assert sample_indices("backbone#0[res2]", (2, 3, 70, 50), 8).tolist() != sample_indices("backbone#0[res2]", (2, 3, 50, 70), 8).tolist()
-
-
-@pytest.mark.parametrize("shape", [(), (0, 4), (1,), (7,), (8,), (9,), (3, 5, 7), (1, 256, 80, 112)])
-def test_sample_indices_are_spread_distinct_and_include_both_corners(shape):
-    size = math.prod(shape)
-    indices = sample_indices("x", shape, 8)
-    assert (indices.shape, indices.dtype) == ((min(size, 8),), np.int64)
-    assert (np.diff(indices) > 0).all()
-    if size:
-        assert (indices[0], indices[-1]) == (0, size - 1)
-    assert all(np.searchsorted(indices, size * i // 8) == i for i in range(1, 8) if size > 8)  # one in each stretch
 
 
 def test_an_exception_leaves_no_file(tmp_path, tensors):
