@@ -1,0 +1,35 @@
+"""How measurements are told: every script prints one section of Markdown to stdout, and progress to stderr."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable, Sequence
+
+THREADS = 2
+"""Of every framework that is measured."""
+
+
+def section(title: str, text: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A second-level Markdown section: a paragraph, then a table whose first column is text and whose others are figures."""
+    lines = [f"## {title}", "", text, "", "| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gigabytes(size_bytes: float) -> str:
+    """Size in 10⁹ bytes, for a table.
+
+    >>> gigabytes(1_650_000_000)
+    '1.65 GB'
+    """
+    return f"{size_bytes / 1e9:.2f} GB"
+
+
+def progress(message: str) -> None:
+    """One line for who waits."""
+    print(message, file=sys.stderr, flush=True)
