@@ -1,0 +1,337 @@
+"""Makes the recipes of synthetic checkpoints with the official model on real photographs, and checks what came out.
+
+    MASKFORMER_SOURCE=… DETECTRON2_SOURCE=… python -m parity.calibrate ENTRY…           writes checkpoints/recipes/<ENTRY>.json
+    MASKFORMER_SOURCE=… DETECTRON2_SOURCE=… python -m parity.calibrate --check ENTRY…   prints the properties as JSON
+
+One float64 pass goes through the model in the order of its calls. Where a module is called for the first time its gains are set so that
+its output meets a target, and the pass goes on with the corrected output; so every layer is calibrated on activations that are already
+as they will be. The two heads are tuned last, on what the queries and the pixels then look like. Only scalars come out, a few for each
+tensor. The targets, and why, are in ``docs/decisions/0005-synthetic-checkpoints.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.resources
+import itertools
+import json
+import math
+import pathlib
+import re
+import sys
+import types
+from typing import Any
+
+import numpy as np
+
+from checkpoints import registry, synthesize
+
+SEED = 0
+"""The seed that the recipes are made for."""
+
+CONV_STD = 0.245
+"""Standard deviation of what goes into FrozenBatchNorm and GroupNorm: a variance of 0.06, in which an eps of 1e-5 shows."""
+
+LOGIT_STD = {"multihead_attn": 3.0, "self_attn": 2.5}
+"""Standard deviation of attention logits over the keys: some ten keys matter to a query, far from uniform and far from one-hot."""
+
+ATTENTION_RMS = {"multihead_attn": 0.35, "decoder": 0.09, "encoder": 0.07}
+"""Root mean square of what an attention adds to the residual stream, which has 0.2 (after a decoder's norm1) to 0.34. Cross-attention
+is what tells queries apart; self-attention averages, and more of it would make them alike."""
+
+# What reads the output of a ReLU does not pass its mean on. The others read the image, a LayerNorm or an attention.
+_UNCENTRED = re.compile(r"stem|in_proj_weight|out_proj|linear1|class_embed|mask_embed\.layers\.0|query_embed|norm|bias|empty_weight")
+
+# First pattern that fits: gain and offset before calibration. Norms of FPN laterals weigh 0.4 against 0.8 from above, so that masks
+# are coherent; LayerNorms weigh 0.32, so that the next LayerNorm sees a variance near 0.1.
+_INITIAL = [
+    (r"^backbone.*running_mean$", 0.06, 0.0),
+    (r"^backbone.*running_var$", 0.03, 0.06),
+    (r"^backbone.*norm\.weight$", 0.3, 1.0),
+    (r"^backbone.*norm\.bias$", 0.15, 0.0),
+    (r"decoder\.norm\.weight$", 0.3, 1.0),
+    (r"decoder\.norm\.bias$", 0.2, 0.0),
+    (r"adapter_\d\.norm\.weight$", 0.2, 0.4),
+    (r"adapter_\d\.norm\.bias$", 0.2, 0.0),
+    (r"layer_\d\.norm\.weight$", 0.3, 0.8),
+    (r"layer_\d\.norm\.bias$", 0.3, 0.0),
+    (r"decoder.*\.norm1\.weight$", 0.08, 0.2),
+    (r"\.norm\d\.weight$", 0.12, 0.32),
+    (r"\.norm\d\.bias$", 0.05, 0.0),
+    (r"in_proj_bias$", 0.1, 0.0),
+    (r"out_proj\.bias$", 0.03, 0.0),
+    (r"linear1\.bias$", 0.4, 0.0),
+    (r"linear2\.bias$", 0.1, 0.0),
+    (r"mask_features\.bias$", 0.3, 0.5),
+    (r"input_proj\.bias$", 0.1, 0.0),
+    (r"\.bias$", 0.3, 0.0),
+    (r"query_embed\.weight$", 1.0, 0.0),
+]
+
+
+def photographs() -> dict[str, np.ndarray]:
+    """Name → uint8 [height, width, 3] RGB of the committed photographs, coffee first."""
+    from PIL import Image
+
+    folder = importlib.resources.files("checkpoints") / "photos"
+    images = {}
+    for name in ("coffee", "chelsea", "astronaut"):
+        with (folder / f"{name}.png").open("rb") as file:
+            images[name] = np.asarray(Image.open(file).convert("RGB"))
+    return images
+
+
+def initial_recipe(entry: registry.Entry) -> dict[str, synthesize.Draw]:
+    """Where calibration starts: weights that keep variance, norms and biases from the table above."""
+    draws = {}
+    for key, spec in registry.layout(entry).items():
+        if key == "criterion.empty_weight":
+            draws[key] = synthesize.Draw(0.0, 1.0, replace={-1: entry.config["criterion"]["no_object_weight"]})
+            continue
+        fitting = next(((gain, offset) for pattern, gain, offset in _INITIAL if re.search(pattern, key)), None)
+        gain, offset = fitting or (math.sqrt(3 / math.prod(spec.shape[1:])), 0.0)
+        draws[key] = synthesize.Draw(gain, offset, centred=not _UNCENTRED.search(key))
+    return draws
+
+
+def official_model(entry: registry.Entry, tensors: dict[str, np.ndarray], dtype: str = "float64") -> Any:
+    """The official model of an entry in evaluation mode, with ``tensors`` (v2 keys)."""
+    import torch
+
+    from parity import official
+
+    code = official.load()
+    config = code.config(code.maskformer / entry.official_config)
+    config.merge_from_list(list(entry.official_options))
+    model = code.model(config, dtype=dtype)
+    # A dict without version metadata counts as v1, so v1 names it has.
+    with official._quiet():
+        model.load_state_dict({registry.v1_key(key): torch.from_numpy(value) for key, value in tensors.items()})
+    return model
+
+
+def network(model: Any, images: list[np.ndarray]) -> dict[str, Any]:
+    """The official network's outputs for uint8 images, normalised and padded as the official meta-architecture does."""
+    import torch
+    from detectron2.structures import ImageList
+
+    tensors = [torch.from_numpy(image.transpose(2, 0, 1).copy()).to(model.pixel_mean.dtype) for image in images]
+    batch = ImageList.from_tensors([(tensor - model.pixel_mean) / model.pixel_std for tensor in tensors], model.size_divisibility)
+    return model.sem_seg_head(model.backbone(batch.tensor))
+
+
+class Calibration:
+    """One calibration: the official model, the recipe as it stands, and the hooks that change both together."""
+
+    def __init__(self, entry: registry.Entry):
+        self.entry = entry
+        self.recipe = initial_recipe(entry)
+        self.model = official_model(entry, synthesize.synthesize(entry, SEED, self.recipe))
+        self._tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        self._handles: list[Any] = []
+        self._seen: set[Any] = set()
+
+    def run(self) -> dict[str, synthesize.Draw]:
+        """The calibrated recipe."""
+        import torch
+
+        photos = photographs()
+        self._attach()
+        with torch.no_grad():
+            network(self.model, [photos["coffee"][:288, :416], photos["chelsea"][:288, :416]])
+            for handle in self._handles:
+                handle.remove()
+            self._tune_heads(photos)
+        return {key: _rounded(draw) for key, draw in self.recipe.items()}
+
+    def _scale(self, key: str, factor: Any) -> None:
+        """Multiplies the tensor, in the recipe and in the model."""
+        draw = self.recipe[key]
+        self.recipe[key] = synthesize.Draw(draw.gain * float(factor), draw.offset * float(factor), draw.centred, draw.replace)
+        self._tensors[key].data.mul_(float(factor))
+
+    def _attach(self) -> None:
+        from detectron2 import layers
+        from detectron2.modeling.backbone.resnet import BottleneckBlock
+        from torch import nn
+
+        for name, module in self.model.named_modules():
+            if isinstance(module, BottleneckBlock):
+                self._hook(module.register_forward_pre_hook, functools.partial(self._block, name), module)
+            elif isinstance(module, layers.FrozenBatchNorm2d | nn.GroupNorm):
+                self._hook(module.register_forward_pre_hook, functools.partial(self._normalised, name), module)
+            elif isinstance(module, layers.Conv2d) and module.norm is None:
+                std = 1.0 if name.endswith("mask_features") else 0.35
+                self._hook(module.register_forward_hook, functools.partial(self._affine, name, std), module)
+            elif isinstance(module, nn.MultiheadAttention):
+                self._handles.append(module.register_forward_pre_hook(functools.partial(self._logits, name), with_kwargs=True))
+                self._hook(module.register_forward_hook, functools.partial(self._attended, name), module)
+            elif isinstance(module, nn.Linear) and not name.endswith("out_proj"):
+                std = 0.175 if name.endswith("linear2") else 1.0
+                self._hook(module.register_forward_hook, functools.partial(self._affine, name, std), module)
+
+    def _hook(self, register: Any, function: Any, module: Any) -> None:
+        def first_call_only(*arguments):
+            if (function, module) in self._seen:
+                return None
+            self._seen.add((function, module))
+            return function(*arguments)
+
+        self._handles.append(register(first_call_only))
+
+    def _block(self, name, module, inputs):
+        """A residual branch adds √(2 / blocks) of its shortcut's deviation, so that a stage doubles or triples it whatever its depth."""
+        stage = self.model.get_submodule(name.rpartition(".")[0])
+        shortcut = 1.0 if module.shortcut is not None else float(_deviation(inputs[0]))
+        for leaf in ("weight", "bias"):
+            self._scale(f"{name}.conv3.norm.{leaf}", min(0.7, math.sqrt(2 / len(stage))) * shortcut)
+
+    def _normalised(self, name, module, inputs):
+        factor = CONV_STD / _deviation(inputs[0])
+        self._scale(name.removesuffix(".norm") + ".weight", factor)
+        return (inputs[0] * factor,)
+
+    def _affine(self, name, target, module, inputs, output):
+        """Convolutions and linear layers with a bias: the part without the bias gets a root mean square of ``target``."""
+        bias = module.bias[:, None, None] if module.weight.ndim == 4 else module.bias
+        linear = output - bias
+        factor = target / linear.pow(2).mean().sqrt()
+        self._scale(f"{name}.weight", factor)
+        return linear * factor + bias
+
+    def _logits(self, name, module, inputs, kwargs):
+        import torch
+
+        if name in self._seen:
+            return
+        self._seen.add(name)
+        names = dict(zip(("query", "key"), inputs, strict=False)) | kwargs
+        size, heads = module.embed_dim, module.num_heads
+
+        def projected(tensor, part):
+            rows = slice(part * size, (part + 1) * size)
+            return (tensor @ module.in_proj_weight[rows].T + module.in_proj_bias[rows]).unflatten(-1, (heads, size // heads))
+
+        logits = torch.einsum("qbhd,kbhd->bhqk", projected(names["query"], 0), projected(names["key"], 1)) / math.sqrt(size // heads)
+        factor = math.sqrt(LOGIT_STD[name.rpartition(".")[2]] / logits.var(-1).mean().sqrt())  # once for queries, once for keys
+        self._scale(f"{name}.in_proj_weight", factor)
+        self._scale(f"{name}.in_proj_bias", factor)
+
+    def _attended(self, name, module, inputs, output):
+        target = next(rms for part, rms in ATTENTION_RMS.items() if part in name)
+        linear = output[0] - module.out_proj.bias
+        factor = target / linear.pow(2).mean().sqrt()
+        self._scale(f"{name}.out_proj.weight", factor)
+        return linear * factor + module.out_proj.bias, output[1]
+
+    def _tune_heads(self, photos: dict[str, np.ndarray]) -> None:
+        """Chooses scale and no-object bias of the classes, scale and mean of the masks, by what panoptic inference makes of them."""
+        import torch
+
+        predictor = self.model.sem_seg_head.predictor
+        config = self.entry.config
+        seen: dict[str, Any] = {}
+        for name, module in (("features", self.model.sem_seg_head.pixel_decoder.mask_features), ("embed", predictor.mask_embed)):
+            self._handles.append(module.register_forward_hook(lambda _m, _i, output, name=name: seen.update({name: output})))
+        heads = []
+        for image in (photos["coffee"], photos["chelsea"]):
+            logits = network(self.model, [image])["pred_logits"][0] - predictor.class_embed.bias
+            heads.append((logits, seen["embed"][-1, 0] - predictor.mask_embed.layers[2].bias, seen["features"][0]))
+        for handle in self._handles:
+            handle.remove()
+
+        class_bias, mask_bias = predictor.class_embed.bias, predictor.mask_embed.layers[2].bias
+        thresholds = config["test"] if config["test"]["panoptic_on"] else {"object_mask_threshold": 0.7, "overlap_threshold": 0.8}
+        self.model.object_mask_threshold, self.model.overlap_threshold = (
+            thresholds["object_mask_threshold"],
+            thresholds["overlap_threshold"],
+        )
+        spread = torch.stack([torch.einsum("qc,chw->qhw", embed, features).std() for _, embed, features in heads]).mean()
+        settings = []
+        for mask_std, mask_mean in itertools.product((2.0, 3.0), (-3, -4, -6)):
+            gain = mask_std / spread
+            masks = [torch.einsum("qc,chw->qhw", (embed + mask_bias) * gain, features) for _, embed, features in heads]
+            offset = (mask_mean - masks[0].mean()) / heads[0][2].sum(0).mean()
+            masks = [mask + offset * features.sum(0) for mask, (*_, features) in zip(masks, heads, strict=True)]
+            settings.append((float(gain), float(offset), masks))
+        best: tuple[Any, ...] = ((-1,),)
+        for class_gain, empty_share in itertools.product((4, 6, 8, 10), (0.6, 0.7, 0.8)):  # the smallest gain that will do
+            logits = [linear * class_gain + class_bias for linear, *_ in heads]
+            rise = torch.quantile(torch.cat([linear[:, :-1].max(-1).values - linear[:, -1] for linear in logits]), empty_share)
+            for linear in logits:
+                linear[:, -1] += rise
+            for gain, offset, masks in settings:
+                found = [self._segments(linear, mask) for linear, mask in zip(logits, masks, strict=True)]
+                score = (min(min(mixed, 2) for _, mixed in found), min(min(segments, 5) for segments, _ in found))
+                if score > best[0]:
+                    best = (score, class_gain, float(class_bias[-1] + rise), gain, offset)
+        _, class_gain, empty, embed_gain, embed_offset = best
+        print(f"{self.entry.name}: heads {best}", file=sys.stderr)
+        prefix = "sem_seg_head.predictor."
+        self._scale(f"{prefix}class_embed.weight", class_gain)
+        draw = self.recipe[f"{prefix}class_embed.bias"]
+        self.recipe[f"{prefix}class_embed.bias"] = synthesize.Draw(draw.gain, draw.offset, replace={-1: empty})
+        for leaf in ("weight", "bias"):
+            self._scale(f"{prefix}mask_embed.layers.2.{leaf}", embed_gain)
+        draw = self.recipe[f"{prefix}mask_embed.layers.2.bias"]
+        self.recipe[f"{prefix}mask_embed.layers.2.bias"] = synthesize.Draw(draw.gain, embed_offset)
+
+    def _segments(self, logits: Any, masks: Any) -> tuple[int, int]:
+        """(segments, things or stuff, whichever are fewer) that the official panoptic inference finds."""
+        import torch
+
+        things = self.entry.config["thing_classes"]
+        self.model.metadata = types.SimpleNamespace(thing_dataset_id_to_contiguous_id={index: index for index in things})
+        scores, labels = logits.softmax(-1).max(-1)
+        kept = (labels != logits.shape[-1] - 1) & (scores > self.model.object_mask_threshold)
+        if not kept.any():
+            return 0, 0
+        large = torch.nn.functional.interpolate(masks[kept][None], scale_factor=4, mode="bilinear")[0]
+        segments = self.model.panoptic_inference(logits[kept], large)[1]
+        found_things = sum(segment["isthing"] for segment in segments)
+        return len(segments), min(found_things, len(segments) - found_things) if things else 0
+
+
+def _deviation(tensor: Any) -> Any:
+    """Deviation within a channel over images and positions; root mean square over channels. The channels' means do not count."""
+    return tensor.var(dim=(0, 2, 3)).mean().sqrt()
+
+
+def _rounded(draw: synthesize.Draw) -> synthesize.Draw:
+    def four(value: float) -> float:
+        return float(f"{value:.4g}")
+
+    return synthesize.Draw(four(draw.gain), four(draw.offset), draw.centred, {index: four(value) for index, value in draw.replace.items()})
+
+
+def write_recipe(entry: registry.Entry, recipe: dict[str, synthesize.Draw], folder: pathlib.Path) -> None:
+    """``<folder>/<entry>.json``, a line for each tensor."""
+    rows = []
+    for key, draw in recipe.items():
+        options: dict[str, Any] = {"centred": True} if draw.centred else {}
+        if draw.replace:
+            options["replace"] = {str(index): value for index, value in draw.replace.items()}
+        rows.append(json.dumps([key, draw.gain, draw.offset, options]))
+    how_made = f"python -m parity.calibrate {entry.name}"
+    text = f'{{\n  "how_made": "{how_made}",\n  "tensors": [\n    ' + ",\n    ".join(rows) + "\n  ]\n}\n"
+    (folder / f"{entry.name}.json").write_text(text, encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Calibrates or checks the entries named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("entries", nargs="+", metavar="ENTRY")
+    parser.add_argument("--check", action="store_true", help="print the properties of the committed recipes instead")
+    parser.add_argument("--recipes", type=pathlib.Path, default=pathlib.Path("checkpoints/recipes"), help="folder of the recipes")
+    arguments = parser.parse_args(argv)
+    for entry in map(registry.entry, arguments.entries):
+        if arguments.check:
+            print(json.dumps(check(entry), indent=2))  # noqa: F821
+        else:
+            write_recipe(entry, Calibration(entry).run(), arguments.recipes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
