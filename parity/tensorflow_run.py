@@ -1,0 +1,204 @@
+"""The TensorFlow side of a check: one function computes taps, outputs, costs, assignments, losses and gradients.
+
+Everything comes out by its official name and in the official layout; an image of a masked batch like the image alone. TensorFlow is
+imported when a run starts, not before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from parity.tap_rules import View, layout_of, official_gradients, official_layout
+
+if TYPE_CHECKING:
+    from tfmaskformer.config import MaskFormerConfig
+    from tfmaskformer.model import MaskFormer
+
+MODES = ("graph", "eager", "xla")
+PADDINGS = ("official", "masked")
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseInputs:
+    """What a case feeds in.
+
+    Attributes:
+        images: uint8 [height, width, 3] RGB.
+        targets: for each image ``labels`` int64 [K] and ``masks`` bool [K, height, width].
+        forced: (layer, image) → int [K], layer 0 being the final one: assignments to take losses under, where the reference's own is
+            no better than another (a tie or near-tie); elsewhere losses are taken under the model's own.
+        resized: (height, width) in px of each image's second inference.
+    """
+
+    images: Sequence[np.ndarray]
+    targets: Sequence[Mapping[str, np.ndarray]]
+    forced: Mapping[tuple[int, int], np.ndarray]
+    resized: Sequence[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseResults:
+    """What TensorFlow made of a case.
+
+    Attributes:
+        groups: group (as in :mod:`parity.trace`) → name → array; of taps and outputs the whole batch in TensorFlow's layout.
+        view: of masked padding, which image of the batch this is.
+    """
+
+    groups: dict[str, dict[str, np.ndarray]]
+    view: View | None = None
+
+    def official(self, group: str, name: str) -> np.ndarray:
+        """One tensor in the official layout."""
+        array = self.groups[group][name]
+        return official_layout(array, layout_of(group, name), self.view) if group in ("taps", "outputs") else array
+
+
+def run(
+    model: MaskFormer, cases: Sequence[CaseInputs], *, mode: str = "graph", padding: str = "official", pad_to: tuple[int, int] | None = None
+) -> list[CaseResults]:
+    """Runs the model with taps; one result for each case.
+
+    Args:
+        model: float32 or float64.
+        cases: one for official padding; for masked padding any number, of one image each, which become one batch.
+        mode: "graph", "eager" or "xla".
+        padding: see ``MaskFormer.call``.
+        pad_to: canvas (height, width) of masked padding, px; None: just large enough.
+    """
+    import tensorflow as tf
+
+    if padding == "official" and (len(cases) > 1 or pad_to is not None):
+        raise ValueError("official padding: expected one case, on its own canvas")
+    images = [image for case in cases for image in case.images]
+    sizes = np.array([image.shape[:2] for image in images], np.int32)
+    canvas = sizes.max(0) if pad_to is None else pad_to
+    divisor = max(model.config.size_divisibility, 1)
+    height, width = (-(-int(side) // divisor) * divisor for side in canvas)
+    targets = [_padded_targets(case, height, width) for case in cases]
+    forced = [_padded_assignments(case, model.config) for case in cases]
+    step: Any = _step(model, padding)
+    if mode != "eager":
+        step = tf.function(step, jit_compile=mode == "xla")
+    taps, outputs, matchings, losses, gradients = step(_padded_images(images, canvas), sizes, targets, forced)
+
+    whole = {"taps": _numpy(taps), "outputs": _numpy(dict(_flat_outputs(outputs)))}
+    results = []
+    for index, case in enumerate(cases):
+        view, own_outputs = None, outputs
+        if padding == "masked":
+            own_outputs = tf.nest.map_structure(lambda tensor, index=index: tensor[index : index + 1], outputs)
+            valid_height, valid_width = own_outputs["valid_sizes"][0].numpy().tolist()
+            view = View(index, (height, width), (valid_height, valid_width))
+        own = {
+            "matcher": dict(_matcher_records(matchings[index], case)),
+            "losses": _numpy(losses[index]),
+            "gradients": official_gradients(_numpy(gradients[index]), model.config),
+            "inference": dict(_inference(own_outputs, model.config, case)),
+        }
+        results.append(CaseResults({**whole, **own}, view))
+    return results
+
+
+def _step(model: MaskFormer, padding: str) -> Callable[..., tuple[Any, ...]]:
+    """The function to trace: a forward pass for the batch, then costs, losses and gradients for each case apart."""
+    import tensorflow as tf
+
+    from tfmaskformer.criterion import SetCriterion
+    from tfmaskformer.module import named_variables, record_taps
+
+    criterion = SetCriterion(model.config)
+    variables = {name: variable.value for name, variable in named_variables(model).items() if variable.trainable}
+
+    def step(batch: Any, sizes: Any, targets: Sequence[Any], forced: Sequence[Any]) -> tuple[Any, ...]:
+        matchings, losses, totals = [], [], []
+        with tf.GradientTape(persistent=len(targets) > 1) as tape:
+            with record_taps() as taps:
+                outputs = model(batch, sizes, padding=padding)
+            for index, (case_targets, (assignment, is_forced)) in enumerate(zip(targets, forced, strict=True)):
+                own = outputs
+                if padding == "masked":
+                    own = tf.nest.map_structure(lambda tensor, index=index: tensor[index : index + 1], outputs)
+                matching = criterion.match(own, case_targets)
+                assignment = tf.where(is_forced[..., tf.newaxis], assignment, matching.assignment)
+                case_losses = criterion.losses(own, case_targets, assignment)
+                totals.append(criterion.weighted_total(case_losses))
+                losses.append(case_losses | {"total": totals[-1]})
+                matchings.append(matching)
+        gradients = [tape.gradient(total, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO) for total in totals]
+        return dict(taps), outputs, matchings, losses, gradients
+
+    return step
+
+
+def _padded_images(images: Sequence[np.ndarray], canvas: Sequence[int]) -> np.ndarray:
+    """uint8 [batch, height, width, 3], each image in the top left corner."""
+    batch = np.zeros((len(images), int(canvas[0]), int(canvas[1]), 3), np.uint8)
+    for index, image in enumerate(images):
+        batch[index, : image.shape[0], : image.shape[1]] = image
+    return batch
+
+
+def _padded_targets(case: CaseInputs, height: int, width: int) -> dict[str, np.ndarray]:
+    """The criterion's ``targets``, on a canvas of (height, width) px."""
+    counts = np.array([len(target["labels"]) for target in case.targets], np.int32)
+    labels = np.zeros((len(counts), counts.max()), np.int32)
+    masks = np.zeros((*labels.shape, height, width), bool)
+    for index, target in enumerate(case.targets):
+        labels[index, : counts[index]] = target["labels"]
+        rows, columns = target["masks"].shape[1:]
+        masks[index, : counts[index], :rows, :columns] = target["masks"]
+    return {"labels": labels, "masks": masks, "num_objects": counts}
+
+
+def _padded_assignments(case: CaseInputs, config: MaskFormerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [layers, batch, max_objects] and bool [layers, batch]: the forced assignments, and where they are."""
+    layers = config.predictor.dec_layers if config.predictor.deep_supervision else 1
+    most = max(len(target["labels"]) for target in case.targets)
+    assignment = np.full((layers, len(case.targets), most), -1, np.int32)
+    is_forced = np.zeros(assignment.shape[:2], bool)
+    for (layer, image), queries in case.forced.items():
+        assignment[layer, image, : len(queries)] = queries
+        is_forced[layer, image] = True
+    return assignment, is_forced
+
+
+def _flat_outputs(outputs: Mapping[str, Any]) -> Any:
+    for key in ("pred_logits", "pred_masks"):
+        yield key, outputs[key]
+    for layer, auxiliary in enumerate(outputs.get("aux_outputs", ())):
+        for key in ("pred_logits", "pred_masks"):
+            yield f"aux_outputs.{layer}.{key}", auxiliary[key]
+
+
+def _matcher_records(matching: Any, case: CaseInputs) -> Any:
+    fields = _numpy(matching._asdict())
+    for layer in range(fields["assignment"].shape[0]):
+        for image, target in enumerate(case.targets):
+            prefix, count = f"{'final' if layer == 0 else layer - 1}/{image}", len(target["labels"])
+            for name in ("cost_class", "cost_mask", "cost_dice", "total"):
+                yield f"{prefix}/{name}", fields[name][layer, image, :, :count]
+            yield f"{prefix}/assignment", fields["assignment"][layer, image, :count]
+
+
+def _inference(outputs: Mapping[str, Any], config: MaskFormerConfig, case: CaseInputs) -> Any:
+    from tfmaskformer.inference import panoptic_inference, semantic_inference
+
+    sizes = [image.shape[:2] for image in case.images]
+    for suffix, output_sizes in (("", sizes), ("resized/", case.resized)):
+        for index, scores in enumerate(semantic_inference(outputs, config, sizes, output_sizes)):
+            yield f"{index}/{suffix}sem_seg", scores.numpy()
+        if not config.test.panoptic_on:
+            continue
+        for index, (segmentation, segments) in enumerate(panoptic_inference(outputs, config, sizes, output_sizes)):
+            rows = [[segment["id"], segment["category_id"], segment["isthing"]] for segment in segments]
+            yield f"{index}/{suffix}panoptic_seg", segmentation
+            yield f"{index}/{suffix}segments", np.array(rows, np.int64).reshape(-1, 3)
+
+
+def _numpy(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
