@@ -65,7 +65,7 @@ def infer(tensors: Mapping[str, np.ndarray], file_name: str, base: MaskFormerCon
         ConversionError: no MaskFormer that is known, tensors that contradict ``base``, or several entries that fit.
     """
     observed = _observe(tensors)
-    entries = {entry.name: (entry, flatten(entry.config)) for entry in registry.entries()}
+    entries = {entry.name: (entry, flatten(MaskFormerConfig.from_dict(entry.config).to_dict())) for entry in registry.entries()}
     exact = [name for name, (_, values) in entries.items() if _differences(values, observed) == []]
     related = [name for name, (_, values) in entries.items() if set(_differences(values, observed)) <= set(OWN)]
     if base is not None:
@@ -206,8 +206,12 @@ class _File:
 
     def no_object_weight(self) -> float:
         """The float32's shortest decimal: 0.1, not 0.10000000149."""
-        self.size("criterion.empty_weight", 0, 1)
-        return float(str(self._tensors["criterion.empty_weight"].reshape(-1)[-1])) if not self.problems else 0.0
+        if not (classes := self.size("criterion.empty_weight", 0, 1)) > 1:
+            return 0.0
+        weight = self._tensors["criterion.empty_weight"][classes - 1]
+        if not np.isfinite(weight):
+            self.problems.append(f"'criterion.empty_weight' ends with {weight}")
+        return float(str(weight))
 
 
 def _encoder_layers(file: _File) -> int:

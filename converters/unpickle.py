@@ -13,6 +13,7 @@ Reads protocols 0 to 5, Python 2 strings (latin-1) and the module names of NumPy
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import math
 import re
 import struct
@@ -31,10 +32,18 @@ DTYPES = frozenset(f"{kind}{size}" for kind, sizes in {"f": (2, 4, 8), "i": (1, 
 MAX_DIMENSIONS = 32
 
 
-def load_state_dict(data: bytes) -> dict[str, np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class PickledModel:
+    """Name → tensor in the order of the file, and the ``__author__`` that Detectron2 writes beside them, empty where there is none."""
+
+    tensors: dict[str, np.ndarray]
+    author: str
+
+
+def read_model(data: bytes) -> PickledModel:
     """The tensors of a pickled checkpoint: ``{"model": {name: array}, …}`` as Detectron2 writes it, or the inner dict alone.
 
-    The arrays are read-only views of ``data`` (for text-encoded arrays of protocols 0 to 2: of one decoded copy), in file order.
+    The arrays are read-only views of ``data`` (for text-encoded arrays of protocols 0 to 2: of one decoded copy).
 
     Raises:
         ConversionError: not a pickle, truncated, outside of what such a file may contain, or not a dict of arrays.
@@ -53,7 +62,8 @@ def load_state_dict(data: bytes) -> dict[str, np.ndarray]:
     total_bytes = sum(tensor.nbytes for tensor in tensors.values())
     if total_bytes > len(data):
         raise ConversionError(f"the tensors ({total_bytes} bytes) are larger than the file ({len(data)} bytes): they share their data")
-    return tensors
+    author = root.get("__author__", "")
+    return PickledModel(tensors, _text(author) if isinstance(author, str | memoryview) else "")
 
 
 class _Dtype:
@@ -66,12 +76,13 @@ class _Dtype:
     def build(self, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) not in (8, 9) or any(part is not None for part in state[2:5]):
             raise _RefusedError("a dtype with fields, a sub-array or an unknown state")
-        self.byte_order = _text(state[1])
-        if self.byte_order not in ("<", ">", "|", "="):
-            raise _RefusedError(f"the byte order {quoted(self.byte_order)}")
+        byte_order = _text(state[1])
+        if byte_order not in ("<", ">", "|", "="):
+            raise _RefusedError(f"the byte order {quoted(byte_order)}")
+        self.byte_order = byte_order.replace("|", "=")
 
     def numpy(self) -> np.dtype:
-        return np.dtype(self.name).newbyteorder({"|": "="}.get(self.byte_order, self.byte_order))
+        return np.dtype(self.byte_order + self.name)
 
 
 class _Array:
@@ -313,7 +324,7 @@ class _Machine:
         line = self._line().strip()
         if len(line) < 2 or line[:1] not in (b"'", b'"') or line[-1:] != line[:1]:
             raise _RefusedError("a string without quotes")
-        self._stack.append(self.decoded(codecs.escape_decode(line[1:-1])[0]))  # type: ignore[attr-defined]
+        self._stack.append(self.decoded(codecs.escape_decode(line[1:-1])[0]))
 
     def _unicode(self) -> None:
         self._stack.append(self._line().decode("raw-unicode-escape"))
@@ -456,7 +467,7 @@ _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
         "\x8d": _sized_text(8),
         "(": _Machine._mark,
         "0": _Machine._pop,
-        "1": _Machine._pop_mark,  # type: ignore[dict-item]
+        "1": _Machine._pop_mark,
         "2": lambda machine: machine._stack.append(machine._stack[-1]),
         ")": _constant(()),
         "t": _Machine._tuple,

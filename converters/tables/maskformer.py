@@ -25,8 +25,8 @@ Lines = tuple[tuple[str, Transform], ...]
 RESNET: Lines = (
     ("backbone.stem.conv1.weight", CONV2D),
     ("backbone.stem.conv1.norm.{stat:weight|bias|running_mean|running_var}", IDENTITY),
-    ("backbone.{stage:res2|res3|res4|res5}.{block}.{conv:conv1|conv2|conv3|shortcut}.weight", CONV2D),
-    ("backbone.{stage:res2|res3|res4|res5}.{block}.{conv:conv1|conv2|conv3|shortcut}.norm.{stat:weight|bias|running_mean|running_var}", IDENTITY),
+    ("backbone.res{stage}.{block}.{conv:conv1|conv2|conv3|shortcut}.weight", CONV2D),
+    ("backbone.res{stage}.{block}.{conv:conv1|conv2|conv3|shortcut}.norm.{stat:weight|bias|running_mean|running_var}", IDENTITY),
 )
 PIXEL_DECODER: Lines = (
     ("sem_seg_head.pixel_decoder.adapter_{level}.weight", CONV2D),

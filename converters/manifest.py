@@ -1,0 +1,105 @@
+"""``manifest.json``: where a converted checkpoint comes from, tensor by tensor. It has no times, so equal input gives equal bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import tfmaskformer
+from checkpoints.synthesize import AUTHOR as SYNTHETIC_AUTHOR
+from converters.infer import Inference
+from converters.rules import Drop, Move
+from converters.transforms import Transform
+
+MANIFEST_FILE = "manifest.json"
+CONFIG_FILE = "config.json"
+"""As ``tfmaskformer.checkpoint`` reads it; repeated here because that module imports TensorFlow."""
+FORMAT = "tfmaskformer-checkpoint"
+FORMAT_VERSION = 1
+
+
+def manifest(
+    *,
+    source: Mapping[str, Any],
+    table: str,
+    inference: Inference,
+    tensors: Mapping[str, np.ndarray],
+    digests: Mapping[str, str],
+    moves: Sequence[Move],
+    drops: Sequence[Drop],
+) -> dict[str, Any]:
+    """The manifest as JSON types.
+
+    Args:
+        source: what is known of the file: "file" (name without directories), "bytes", "sha256", "author", "key_layout".
+        table: name and version of the rule table.
+        inference: the config and its origins.
+        tensors: source name → tensor.
+        digests: source name → SHA-256 of the tensor's elements in C order, as hex digits.
+        moves: what became a variable.
+        drops: what did not.
+    """
+    return {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "tool": {"name": "tfmaskformer", "version": tfmaskformer.__version__, "rule_table": table},
+        "source": dict(source),
+        "weights_license": weights_license(inference, source["author"]),
+        "model": {
+            "name": inference.config.name,
+            "zoo_entry": inference.entry.name if inference.entry else None,
+            "origins": inference.origins,
+            "assumed": inference.assumed,
+            "alternatives": list(inference.alternatives),
+        },
+        "tensors": [
+            {
+                "source": move.source,
+                "target": move.target,
+                **_transform(move.transform),
+                "source_shape": list(tensors[move.source].shape),
+                "target_shape": list(move.transform.shape(tensors[move.source].shape)),
+                "dtype": tensors[move.source].dtype.name,
+                "sha256": digests[move.source],
+            }
+            for move in moves
+        ],
+        "dropped": [
+            {
+                "source": drop.source,
+                "reason": drop.reason,
+                "shape": list(tensors[drop.source].shape),
+                "dtype": tensors[drop.source].dtype.name,
+                "sha256": digests[drop.source],
+            }
+            for drop in drops
+        ],
+    }
+
+
+def weights_license(inference: Inference, author: str) -> str:
+    """What is known of the licence of the weights."""
+    if author == SYNTHETIC_AUTHOR:
+        return "Apache-2.0 (synthetic weights, made by tfmaskformer)"
+    if inference.entry is not None:
+        return f"{inference.entry.weights_license} if these are the official weights of {inference.entry.name}"
+    return "unknown; weights fine-tuned from official ones derive from CC-BY-NC-4.0"
+
+
+def encoded(values: Mapping[str, Any]) -> str:
+    """JSON text with a line for each tensor, so that it can be read and compared."""
+    parts = []
+    for key, value in values.items():
+        if isinstance(value, list) and value:
+            lines = ",\n    ".join(json.dumps(item) for item in value)
+            parts.append(f'  "{key}": [\n    {lines}\n  ]')
+        else:
+            parts.append(f'  "{key}": ' + json.dumps(value, indent=2).replace("\n", "\n  "))
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _transform(transform: Transform) -> dict[str, Any]:
+    return {"transform": transform.name} | ({"permutation": list(transform.permutation)} if transform.permutation else {})
