@@ -63,26 +63,26 @@ class SetCriterion:
     def losses(self, outputs: Mapping[str, Any], targets: Mapping[str, tf.Tensor], assignment: tf.Tensor) -> dict[str, tf.Tensor]:
         """All losses, unweighted, under a given assignment (int32 [layers, batch, max_objects])."""
         _check(outputs, targets)
-        num_masks = _num_masks(targets["num_objects"])
-        losses = {}
+        dtype = compute_dtype(outputs)
         layers = decoder_layers(outputs)
-        for layer, keys, queries in zip(layers, _keys(len(layers)), tf.unstack(assignment, len(layers)), strict=True):
-            loss_ce = self._loss_labels(layer, targets, queries)
-            loss_mask, loss_dice = _loss_masks(layer, targets, queries, outputs.get("valid_sizes"))
-            num = tf.cast(num_masks, loss_mask.dtype)
-            losses |= dict(zip(keys, (loss_ce, loss_mask / num, loss_dice / num), strict=True))
+        num_masks = tf.cast(_num_masks(targets["num_objects"]), dtype)
+        losses_mask, losses_dice = _losses_masks(outputs, targets, assignment)
+        losses = {}
+        for layer, (key_ce, key_mask, key_dice) in enumerate(_keys(len(layers))):
+            losses[key_ce] = self._loss_labels(tf.cast(layers[layer]["pred_logits"], dtype), targets["labels"], assignment[layer])
+            losses[key_mask] = losses_mask[layer] / num_masks
+            losses[key_dice] = losses_dice[layer] / num_masks
         return losses
 
     def weighted_total(self, losses: Mapping[str, tf.Tensor]) -> tf.Tensor:
         """The scalar that training minimises: the losses times their official weights, added."""
         return tf.add_n([self.weights[key] * loss for key, loss in losses.items()])
 
-    def _loss_labels(self, outputs, targets, queries):
-        """Cross-entropy over all queries, a weighted mean; the last class is "no object"."""
-        logits = tf.cast(outputs["pred_logits"], compute_dtype(outputs))
+    def _loss_labels(self, logits, labels, queries):
+        """Cross-entropy over all queries of a layer, a weighted mean; the last class is "no object"."""
         answers = queries[:, :, tf.newaxis] == tf.range(tf.shape(logits)[1])  # [batch, max_objects, num_queries]
-        labels = tf.cast(targets["labels"], tf.int32)[:, :, tf.newaxis]
-        labels = tf.where(tf.reduce_any(answers, 1), tf.reduce_sum(tf.where(answers, labels, 0), 1), self.num_classes)
+        labels = tf.reduce_sum(tf.where(answers, tf.cast(labels, tf.int32)[:, :, tf.newaxis], 0), 1)
+        labels = tf.where(tf.reduce_any(answers, 1), labels, self.num_classes)
         # Upstream's buffer empty_weight is float32, whatever the model's dtype became.
         weights = tf.where(labels == self.num_classes, tf.cast(tf.constant(self.no_object_weight, tf.float32), logits.dtype), 1)
         cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
@@ -95,14 +95,32 @@ def _keys(num_layers):
     return [tuple(name + suffix for name in ("loss_ce", "loss_mask", "loss_dice")) for suffix in suffixes]
 
 
-def _loss_masks(outputs, targets, queries, sizes):
-    """Focal and dice loss of the matched pairs, each summed over the batch: two scalars."""
-    logits = tf.gather(tf.cast(outputs["pred_masks"], compute_dtype(outputs)), tf.maximum(queries, 0), batch_dims=1)
-    matched = queries >= 0
-    # Only the small masks are kept for the gradient; at full size they are made anew, one layer at a time.
+def _losses_masks(outputs, targets, assignment):
+    """Focal and dice loss of the matched pairs, each summed over the batch: two tensors [layers]."""
+    queries = tf.maximum(assignment, 0)
+    logits = tf.stack([tf.gather(layer["pred_masks"], queries[i], batch_dims=1) for i, layer in enumerate(decoder_layers(outputs))])
     masks = tf.cast(targets["masks"], tf.bool)
-    focal, dice = tf.recompute_grad(lambda logits: _mask_losses(logits, masks, sizes))(logits)
-    return tuple(tf.reduce_sum(tf.where(matched, loss, 0)) for loss in (focal, dice))
+    sizes = outputs.get("valid_sizes")
+
+    def layer_with_gradients(logits):
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(logits)
+            losses = _mask_losses(logits, masks, sizes)
+        return *losses, *(tape.gradient(loss, logits) for loss in losses)
+
+    @tf.custom_gradient
+    def pairs(logits):
+        # Layer by layer, and the gradient taken at once: nothing of the targets' size outlives its layer.
+        *losses, focal_gradient, dice_gradient = tf.map_fn(
+            layer_with_gradients, tf.stop_gradient(logits), fn_output_signature=(logits.dtype,) * 4, parallel_iterations=1
+        )
+
+        def backward(focal, dice):
+            return focal[..., tf.newaxis, tf.newaxis] * focal_gradient + dice[..., tf.newaxis, tf.newaxis] * dice_gradient
+
+        return losses, backward
+
+    return [tf.reduce_sum(tf.where(assignment >= 0, loss, 0), [1, 2]) for loss in pairs(tf.cast(logits, compute_dtype(outputs)))]
 
 
 def _mask_losses(logits, masks, sizes):

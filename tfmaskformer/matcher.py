@@ -10,7 +10,7 @@ pieces of eight bits each, exact in both formats; see :func:`mask_products`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -68,10 +68,18 @@ class HungarianMatcher:
         split = _low_precision_device() if self.split_products is None else self.split_products
         real = real_objects(targets)
         labels = tf.where(real, tf.cast(targets["labels"], tf.int32), 0)
-        masks, valid, area = _targets_at(outputs["pred_masks"], targets["masks"], outputs.get("valid_sizes"), compute_dtype(outputs))
-        costs = [_costs(layer, labels, masks, valid, area, split) for layer in decoder_layers(outputs)]
-        parts = [tf.where(real[:, tf.newaxis, :], tf.stack(part), 0) for part in zip(*costs, strict=True)]
-        cost_class, cost_mask, cost_dice = (tf.stop_gradient(part) for part in parts)
+        dtype = compute_dtype(outputs)
+        masks, valid, area = _targets_at(outputs["pred_masks"], targets["masks"], outputs.get("valid_sizes"), dtype)
+
+        def costs(layer):
+            logits, pred_masks = (tf.cast(x, dtype) for x in layer)
+            return _cost_class(logits, labels), *_costs_masks(pred_masks, masks, valid, area, split)
+
+        layers = tuple(tf.stack([layer[key] for layer in decoder_layers(outputs)]) for key in ("pred_logits", "pred_masks"))
+        layers = tf.nest.map_structure(tf.stop_gradient, layers)
+        # One layer at a time bounds the memory.
+        costs = tf.map_fn(costs, layers, fn_output_signature=(dtype, dtype, dtype), parallel_iterations=1)
+        cost_class, cost_mask, cost_dice = (tf.where(real[:, tf.newaxis, :], cost, 0) for cost in costs)
         total = self.config.mask_weight * cost_mask + self.config.class_weight * cost_class + self.config.dice_weight * cost_dice
         num_objects = tf.broadcast_to(targets["num_objects"], tf.shape(total)[:2])
         return Matching(cost_class, cost_mask, cost_dice, total, *linear_assignment(total, num_objects))
@@ -116,14 +124,15 @@ def mask_products(values: tf.Tensor, masks: tf.Tensor, split: bool) -> tf.Tensor
     return tf.add_n([tf.matmul(piece, masks, transpose_b=True) for piece in reversed(pieces)])
 
 
-def _costs(outputs, labels, masks, valid, area, split) -> Sequence[tf.Tensor]:
-    """(class, focal, dice) costs [batch, num_queries, max_objects] of one layer; ``masks`` and ``valid`` are flat and 0 or 1."""
-    dtype = compute_dtype(outputs)
-    probability = tf.nn.softmax(tf.cast(outputs["pred_logits"], dtype))
-    cost_class = -tf.gather(probability, labels, axis=2, batch_dims=1)
+def _cost_class(logits, labels):
+    """Minus the probability of the object's class, [batch, num_queries, max_objects]."""
+    return -tf.gather(tf.nn.softmax(logits), labels, axis=2, batch_dims=1)
 
-    shape = tf.shape(outputs["pred_masks"])
-    logits = tf.reshape(tf.cast(outputs["pred_masks"], dtype), [shape[0], shape[1], shape[2] * shape[3]])
+
+def _costs_masks(logits, masks, valid, area, split):
+    """Focal and dice cost [batch, num_queries, max_objects] of mask logits; ``masks`` and ``valid`` are flat, 0 or 1."""
+    shape = tf.shape(logits)
+    logits = tf.reshape(logits, [shape[0], shape[1], shape[2] * shape[3]])
     inside = tf.sigmoid(logits)
     focal_pos = FOCAL_ALPHA * tf.square(tf.sigmoid(-logits)) * tf.nn.softplus(-logits)
     focal_neg = (1 - FOCAL_ALPHA) * tf.square(inside) * tf.nn.softplus(logits)
@@ -132,7 +141,7 @@ def _costs(outputs, labels, masks, valid, area, split) -> Sequence[tf.Tensor]:
 
     size = tf.reduce_sum(inside * valid, 2)[:, :, tf.newaxis] + tf.reduce_sum(masks, 2)[:, tf.newaxis, :]
     cost_dice = 1 - (2 * mask_products(inside, masks, split) + 1) / (size + 1)
-    return cost_class, cost_mask, cost_dice
+    return cost_mask, cost_dice
 
 
 def _targets_at(pred_masks, masks, sizes, dtype):
