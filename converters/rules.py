@@ -174,16 +174,17 @@ def _count(items: Sequence[str], noun: str) -> str:
 
 
 @functools.cache
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compiled(pattern: str, other: str) -> re.Pattern[str]:
+    """``pattern`` as a regular expression; the words of a placeholder may be written in ``other``, the rule's other side."""
+    choices = {name: "|".join(map(re.escape, words.split("|"))) for name, words in _PLACEHOLDER.findall(pattern + other) if words}
     expression, end = "", 0
     for match in _PLACEHOLDER.finditer(pattern):
-        name, words = match.groups()
-        choice = "|".join(map(re.escape, words.split("|"))) if words else "0|[1-9][0-9]*"
-        expression += f"{re.escape(pattern[end : match.start()])}(?P<{name}>{choice})"
+        choice = choices.get(match[1], "0|[1-9][0-9]*")
+        expression += f"{re.escape(pattern[end : match.start()])}(?P<{match[1]}>{choice})"
         end = match.end()
     return re.compile(expression + re.escape(pattern[end:]))
 
 
 def _translate(name: str, pattern: str, into: str) -> str | None:
-    match = _compiled(pattern).fullmatch(name)
+    match = _compiled(pattern, into).fullmatch(name)
     return match and _PLACEHOLDER.sub(lambda placeholder: match[placeholder[1]], into)

@@ -50,7 +50,7 @@ def read_model(data: bytes) -> PickledModel:
     """
     root = _Machine(data).run()
     if not isinstance(root, dict):
-        raise ConversionError(f"the pickle holds a {_kind(root)}, expected a dict of arrays, or one under the key 'model'")
+        raise ConversionError(f"the pickle holds {_kind(root)}, expected a dict of arrays, or one under the key 'model'")
     model = root.get("model", root)
     if not isinstance(model, dict) or not model:
         raise ConversionError(f"the pickle's 'model' is {_kind(model)}, expected a dict of arrays that is not empty")
