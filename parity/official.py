@@ -43,6 +43,10 @@ class OfficialError(RuntimeError):
     """The official code, a config or a checkpoint cannot be used; the message says which, why and the next step."""
 
 
+class OfficialUnavailable(OfficialError):  # noqa: N818 it reads as what it is
+    """A package that the official code needs is not installed."""
+
+
 class StateEntry(NamedTuple):
     """One tensor of the official ``state_dict``; ``kind`` is "parameter" or "buffer"."""
 
@@ -187,7 +191,7 @@ def state_layout(config_path: str | Path) -> list[StateEntry]:
 @functools.cache
 def _load(maskformer: Path, detectron2: Path) -> Official:
     if importlib.util.find_spec("torch") is None:
-        raise OfficialError("the official code needs PyTorch: pip install 'tfmaskformer[torch]'")
+        raise OfficialUnavailable("the official code needs PyTorch: pip install 'tfmaskformer[torch]'")
     missing = [name for name in STAND_INS if importlib.util.find_spec(name.partition(".")[0]) is None]
     stand_ins = {name: _StandIn(name) for name in missing}
     for name, stand_in in stand_ins.items():
@@ -204,7 +208,7 @@ def _load(maskformer: Path, detectron2: Path) -> Official:
                 if not Path(str(module.__file__)).resolve().is_relative_to(folder):
                     raise OfficialError(f"'{name}' was imported from '{module.__file__}' before; give that folder, or start a new process")
     except ModuleNotFoundError as error:
-        raise OfficialError(f"the official code needs '{error.name}': pip install 'tfmaskformer[torch]'") from error
+        raise OfficialUnavailable(f"the official code needs '{error.name}': pip install 'tfmaskformer[torch]'") from error
     finally:
         sys.dont_write_bytecode = write_bytecode
         sys.path.remove(str(maskformer))

@@ -185,10 +185,9 @@ class TraceFileWriter:
         array = np.asarray(array)
         if group not in GROUPS or array.dtype.name not in DTYPES or (group, name) in self._rows:
             raise TraceError(f"record {group} '{name}' ({array.dtype}): unknown group or dtype, or there already")
-        sampled = self.samples is not None and group in SAMPLED_GROUPS and array.dtype.kind == "f" and array.size > self.samples
-        samples = self.samples if sampled else None
+        samples = self._samples_of(group, array)
         flat = array.ravel()
-        values = flat[sample_indices(name, array.shape, samples)] if samples else flat
+        values = flat if samples is None else flat[sample_indices(name, array.shape, samples)]
         pool = self._pool(array.dtype)
         offset = pool.shape[0]
         self._rows[group, name] = [group, name, list(array.shape), array.dtype.name, samples, offset]
@@ -196,8 +195,21 @@ class TraceFileWriter:
         pool.resize((offset + values.size,))
         pool[offset:] = values
 
-    def set_floor(self, group: str, name: str, errors: Sequence[Sequence[float]]) -> None:
-        """Stores the errors of a record: [2, runs], on the whole tensor and on the stored elements."""
+    def _samples_of(self, group: str, array: np.ndarray) -> int | None:
+        sampled = self.samples is not None and group in SAMPLED_GROUPS and array.dtype.kind == "f" and array.size > self.samples
+        return self.samples if sampled else None
+
+    def errors(self, group: str, name: str, actual: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
+        """Relative L2 error of a record on the whole tensor and on the elements that :meth:`add` stores of it."""
+        error = relative_error(actual, expected)
+        samples = self._samples_of(group, actual)
+        if samples is None:
+            return error, error
+        indices = sample_indices(name, actual.shape, samples)
+        return error, relative_error(actual.ravel()[indices], expected.ravel()[indices])
+
+    def set_floor(self, group: str, name: str, errors: np.ndarray) -> None:
+        """Stores the errors of a record: float64 [2, runs], on the whole tensor and on the stored elements."""
         if (group, name) not in self._rows:
             raise TraceError(f"no record {group} '{name}' to set a floor for")
         self._floor[group, name] = np.asarray(errors, np.float64).reshape(2, len(self._runs))

@@ -40,7 +40,7 @@ def write(directory, tensors, samples=None, case="photo", dtype="float64", facts
     with TraceFileWriter(directory, case, dtype, runs=RUNS, samples=samples, facts=facts or {"key": "k"}) as writer:
         for (group, name), tensor in tensors.items():
             writer.add(group, name, tensor)
-        writer.set_floor("taps", "backbone.stem.conv1#0", [[1e-7, 2e-7], [3e-7, 4e-7]])
+        writer.set_floor("taps", "backbone.stem.conv1#0", np.array([[1e-7, 2e-7], [3e-7, 4e-7]]))
     return writer.path
 
 
