@@ -35,7 +35,7 @@ class Module(keras.layers.Layer):
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self._declared: dict[str, ParameterSpec] = {}
-        self._official_name = ""
+        self.official_name = ""  # the path from the root, once assign_official_names() has run
 
     def declare(
         self,
@@ -59,7 +59,7 @@ class Module(keras.layers.Layer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outputs = super().__call__(*args, **kwargs)
-        tap(self._official_name, outputs)
+        tap(self.official_name, outputs)
         return outputs
 
 
@@ -117,7 +117,7 @@ def named_variables(root: keras.layers.Layer) -> dict[str, keras.Variable]:
 def assign_official_names(root: keras.layers.Layer) -> None:
     """Tells every module its path from ``root``, under which its output is tapped."""
     for path, module in named_modules(root):
-        module._official_name = path
+        module.official_name = path
 
 
 def build_parameters(root: keras.layers.Layer, value_of: Callable[[str], Any] | None = None) -> None:
