@@ -15,6 +15,8 @@ import re
 import sys
 from typing import Any
 
+from parity import official
+
 DATASETS = {
     "ade20k_sem_seg_train": "ade20k",
     "ade20k_panoptic_train": "ade20k_panoptic",
@@ -157,21 +159,20 @@ def layout_name(cfg: Any) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Writes the three folders below the one given."""
-    from parity import official  # here, because it imports torch
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("destination", type=pathlib.Path, help="the package folder checkpoints/")
     destination = parser.parse_args(argv).destination
-    source = official.maskformer_source()
-    how_made = f"python -m parity.record_zoo checkpoints, at facebookresearch/MaskFormer {official.MASKFORMER_COMMIT}"
+    code = official.load()
+    how_made = f"python -m parity.record_zoo checkpoints, at facebookresearch/MaskFormer {code.commits['maskformer']}"
 
-    rows = [(row, ()) for row in zoo_rows((source / "MODEL_ZOO.md").read_text(encoding="utf-8"))]
+    rows = [(row, ()) for row in zoo_rows((code.maskformer / "MODEL_ZOO.md").read_text(encoding="utf-8"))]
     none = {"metrics": {}, "model_id": "", "url": ""}
     rows += [({"official_config": path, "name": name, **none}, tuple(options)) for name, (path, options) in TINY.items()]
     entries: dict[str, list[dict[str, Any]]] = {}
     layouts: dict[str, list[list[Any]]] = {}
     for order, (row, options) in enumerate(rows):
-        cfg = official.get_config(row["official_config"], options)
+        cfg = code.config(code.maskformer / row["official_config"])
+        cfg.merge_from_list(list(options))
         if cfg.MODEL.META_ARCHITECTURE != "MaskFormer" or cfg.MODEL.BACKBONE.NAME != "build_resnet_backbone":
             print(f"not covered yet: {row['official_config']}", file=sys.stderr)
             continue
@@ -195,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         entries.setdefault(dataset if row["url"] else "tiny", []).append(item)
         if item["layout"] not in layouts:
-            layouts[item["layout"]] = layout_rows(official.build_model(cfg), item["config"]["num_classes"])
+            layouts[item["layout"]] = layout_rows(code.model(cfg), item["config"]["num_classes"])
 
     for name, items in entries.items():
         _write(destination / "entries" / f"{name}.json", {"how_made": how_made, "entries": items}, 2)
