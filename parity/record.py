@@ -579,7 +579,7 @@ def _command(arguments: argparse.Namespace) -> list[str]:
         "--src",
         Path(arguments.src).name,
         "--config",
-        Path(arguments.config).with_suffix("").as_posix(),
+        _config_name(arguments.config),
         "--out",
         Path(arguments.out).name,
     ]
