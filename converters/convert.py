@@ -64,10 +64,10 @@ def convert(
     size_bytes = _check_source(source)
     base = named_config(config) if config else None
     target = Destination(destination, force, (MANIFEST_FILE, CONFIG_FILE, *checkpoint.FILES))
-    free_bytes = shutil.disk_usage(target.path.parent).free
-    if free_bytes < size_bytes:
-        raise ConversionError(f"cannot write {quoted(target.path)}: {free_bytes} bytes are free, the checkpoint has about {size_bytes}")
     with target.staging() as directory:
+        if (free_bytes := shutil.disk_usage(directory).free) < size_bytes:
+            what = f"cannot write {quoted(target.path)}: {free_bytes} bytes are free, the checkpoint has about {size_bytes}"
+            raise ConversionError(what, "free space on the disk, or choose another --dst")
         conversion = _convert(source, directory, base, progress)
         target.commit(directory)
     return dataclasses.replace(conversion, destination=target.path)

@@ -112,12 +112,6 @@ class Destination:
         raise ConversionError(f"cannot write {quoted(self.path)}: other runs keep removing their leftovers there", "try again")
 
     def _remove_leftovers(self) -> None:
-        for replaced in self.path.parent.glob(f".{_literal(self.path.name)}.replaced-*"):
-            if self.path.exists():
-                shutil.rmtree(replaced)
-            else:
-                replaced.rename(self.path)
-                self._check_existing()
         for leftover in self.path.parent.glob(f".{_literal(self.path.name)}.converting-*"):
             try:
                 lock = _lock(leftover)
@@ -129,6 +123,12 @@ class Destination:
                 ) from None
             shutil.rmtree(leftover, ignore_errors=True)
             os.close(lock)
+        for replaced in self.path.parent.glob(f".{_literal(self.path.name)}.replaced-*"):
+            if self.path.exists():
+                shutil.rmtree(replaced)
+            else:
+                replaced.rename(self.path)
+                self._check_existing()
 
     def _unwritable(self, error: OSError) -> ConversionError:
         remedies = {

@@ -144,7 +144,7 @@ def test_what_cannot_be_told_is_an_error(changes, message):
 def test_nan_in_empty_weight():
     tensors = tensors_of(registry.entry(R50_PANOPTIC))
     tensors["criterion.empty_weight"][-1] = np.nan
-    with pytest.raises(ConversionError, match="'criterion.empty_weight' ends with nan"):
+    with pytest.raises(ConversionError, match=r"'criterion\.empty_weight' ends with nan"):
         infer(tensors, "model.pkl")
 
 

