@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from converters.unpickle import read_model
+
 STAND_INS = {
     "torchvision": "RoI pooling, NMS, deformable convolution: no MaskFormer has them; the loss calls its _is_tracing, which answers False",
     "torchvision.ops": "see torchvision",
@@ -114,15 +116,15 @@ class Official:
 
         Args:
             config: from :meth:`config`.
-            checkpoint: a ``.pkl`` or ``.pth`` file, read and renamed by the official ``DetectionCheckpointer``. A pickle can run
-                code when it is read: give only files that you trust.
+            checkpoint: a ``.pkl`` or ``.pth`` file, read and renamed by the official ``DetectionCheckpointer``; a pickle that could
+                run code is refused before.
             dtype: "float32" or "float64".
             channels_last: the memory format of the weights, which the activations follow.
             training: training mode, with dropout.
             seed: of the random weights.
 
         Raises:
-            OfficialError: keys are missing or unexpected in the checkpoint, or a shape differs.
+            OfficialError: the checkpoint cannot be read, keys are missing or unexpected in it, or a shape differs.
         """
         import torch
         from detectron2.modeling import build_model
@@ -279,6 +281,8 @@ def _load_checkpoint(model: Any, path: Path) -> None:
     if not path.is_file():
         raise OfficialError(f"no checkpoint '{path}'")
     try:
+        if path.suffix == ".pkl":
+            read_model(path.read_bytes())  # refuses what is more than arrays; the official loader would run it
         StrictCheckpointer(model, save_to_disk=False).load(str(path))
     except OfficialError:
         raise

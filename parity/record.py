@@ -108,7 +108,7 @@ def record(
     Args:
         code: from :func:`parity.official.load`.
         config_name: official YAML file (see :meth:`parity.official.Official.config`).
-        checkpoint: official ``.pkl`` or ``.pth`` file, which must be trusted (a pickle can run code).
+        checkpoint: official ``.pkl`` or ``.pth`` file.
         cases: from :func:`parity.inputs.parse_case`; their names differ.
         directory: made if it is not there.
         samples: elements to store of each large tensor; None: all.
@@ -524,7 +524,7 @@ def _say(text: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``parity-check record``."""
-    parser.add_argument("--src", required=True, metavar="FILE", help="official checkpoint, .pkl or .pth; a pickle can run code: trust it")
+    parser.add_argument("--src", required=True, metavar="FILE", help="official checkpoint, .pkl or .pth")
     parser.add_argument(
         "--config", required=True, metavar="YAML", help="official config, for example coco-panoptic/maskformer_panoptic_R50_bs64_554k"
     )

@@ -148,6 +148,21 @@ def test_a_checkpoint_that_does_not_fit_is_refused(code, config, state, tmp_path
 def test_absent_and_truncated_checkpoints_are_refused(code, config, tmp_path):
     with pytest.raises(OfficialError, match="no checkpoint"):
         code.model(config, tmp_path / "absent.pkl")
-    (tmp_path / "empty.pkl").write_bytes(b"")
+    for name, content in [("empty.pkl", b""), ("cut.pkl", pickle.dumps({"model": {"a": np.zeros(9)}})[:50]), ("empty.pth", b"")]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(OfficialError, match=f"the official loader cannot load .*{name}"):
+            code.model(config, tmp_path / name)
+
+
+class _Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("made_by_pickle",)
+
+
+@needs_official
+def test_a_pickle_that_runs_code_is_refused(code, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": _Malicious(), "__author__": "x"}))
     with pytest.raises(OfficialError, match="cannot load"):
-        code.model(config, tmp_path / "empty.pkl")
+        code.model(config, tmp_path / "model.pkl")
+    assert not (tmp_path / "made_by_pickle").exists()
