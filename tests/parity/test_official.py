@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +58,12 @@ def test_folders_are_checked(tmp_path, monkeypatch):
 def test_importing_the_module_imports_no_torch():
     program = "import sys, parity.official; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=60).returncode == 0
+
+
+def test_the_guide_lists_every_stand_in():
+    guide = (Path(__file__).parents[2] / "docs" / "recording.md").read_text()
+    rows = [line.split("|")[1] for line in guide.splitlines() if line.startswith("| `")]
+    assert re.findall(r"`(.+?)`", "".join(rows)) == list(official.STAND_INS)
 
 
 @needs_official
