@@ -35,6 +35,10 @@ as a gradient behind a softmax that is the same for every key: nothing but noise
 LOSS_RESOLUTION = 2e-6
 """Least relative tolerance of a float32 loss: losses are sums over 1e5 pixels, official ones are off by up to 1.8e-5."""
 
+PIXEL_SHARE = {"float32": 1e-3, "float64": 1e-5}
+"""Share of the pixels of a panoptic segmentation that may go to another segment beyond what official float32 runs do themselves: pixels
+where two masks are equally probable but for the error of the masks, which is 1e-5 … 1e-4 in float32 and 1e-7 in float64."""
+
 TIE = 1e-9
 """Relative to the cost of an assignment: two assignments that cost the same to this are a tie, in every dtype."""
 
@@ -108,6 +112,7 @@ def compare(
     tolerance: float,
     *,
     whole: Whole | None = None,
+    scale: float = 0.0,
     zero_scale: float = 0.0,
     dtype: str | None = None,
 ) -> Comparison:
@@ -117,7 +122,8 @@ def compare(
         actual, expected: the elements to compare one by one. For a sampled tensor both are one-dimensional.
         tolerance: relative L2 error that is allowed.
         whole: for a sampled tensor; None: all elements are there.
-        zero_scale: what the error is relative to if ``expected`` is zero everywhere: the size of the official float32's rounding.
+        scale: what the error is relative to in place of ``‖expected‖``, if not 0.
+        zero_scale: the same if ``expected`` is zero everywhere: the size of the official float32's rounding.
         dtype: NumPy name that ``actual`` must have; None: a float for a float, an integer for an integer.
     """
     actual, expected = np.asarray(actual), np.asarray(expected)
@@ -140,7 +146,10 @@ def compare(
             fault = f"{whole.actual.nonfinite} elements of the whole tensor are not finite, expected {whole.expected.nonfinite}"
         if fault is None and bound > whole.tolerance:
             fault = f"by its statistics the whole tensor has an error of at least {bound:.1e}, tolerance {whole.tolerance:.1e}"
-    figures = _figures(actual, expected, tolerance, zero_scale)
+    figures = _figures(actual, expected, tolerance)
+    if scale or (zero_scale and not figures["expected_l2"]):
+        difference = np.where(np.isfinite(expected), actual - expected.astype(np.float64), 0)
+        figures["error"] = float(np.linalg.norm(difference)) / (scale or zero_scale)
     return Comparison(**known, compared=expected.size, error_bound=bound, fault=fault, **figures)
 
 
@@ -164,16 +173,13 @@ def _fault(actual: np.ndarray, expected: np.ndarray, dtype: str | None) -> str |
     return None
 
 
-def _figures(actual: np.ndarray, expected: np.ndarray, tolerance: float, zero_scale: float) -> dict[str, Any]:
+def _figures(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> dict[str, Any]:
     finite = np.isfinite(expected)
     wanted = np.where(finite, expected, 0).astype(np.float64)
     got = np.where(finite, actual, 0).astype(np.float64)
     difference = np.abs(got - wanted)
     l2 = math.sqrt(np.vdot(wanted, wanted))
-    error = relative_error(got, wanted)
-    if error == math.inf and zero_scale:
-        error = math.sqrt(np.vdot(got, got)) / zero_scale
-    figures: dict[str, Any] = {"error": error, "expected_l2": l2}
+    figures: dict[str, Any] = {"error": relative_error(got, wanted), "expected_l2": l2}
     if not difference.size:
         nothing = {"max_difference": 0.0, "max_index": (), "actual_at_max": math.nan, "expected_at_max": math.nan}
         return figures | nothing | {"mismatched": 0.0, "passing_tolerance": 0.0}
@@ -206,7 +212,7 @@ def _error_bound(whole: Whole) -> float:
 
 
 def tolerance(dtype: str, floor: float) -> float:
-    """Relative L2 error that a tensor may have.
+    """Relative L2 error that a tap, an output, a cost or a result may have.
 
     Args:
         dtype: "float32" or "float64": what TensorFlow computed in.
@@ -220,9 +226,26 @@ def tolerance(dtype: str, floor: float) -> float:
     return max(FLOAT64_TOLERANCE, FLOAT64_FACTOR * floor)
 
 
+def gradient_tolerance(dtype: str, floor: float) -> float:
+    """Relative L2 error that a gradient may have; arguments as of :func:`tolerance`.
+
+    Gradients are judged in float64. In float32 only shape and finiteness are: where the input of a ReLU is zero but for rounding, the
+    gradient of its weights is there or not, and four official runs are too few to have met every such place.
+    """
+    return tolerance(dtype, floor) if dtype == "float64" else math.inf
+
+
 def loss_tolerance(dtype: str, floor: float) -> float:
-    """Relative error that a loss may have; ``floor`` as in :func:`tolerance`."""
+    """Relative error that a loss may have; arguments as of :func:`tolerance`, with the floor of its term over all decoder layers.
+
+    A loss is one number, and four errors of one number can all be small by chance; those of six layers cannot.
+    """
     return tolerance(dtype, floor) if dtype == "float64" else max(FLOOR_FACTOR * floor, LOSS_RESOLUTION)
+
+
+def pixel_tolerance(dtype: str, floor: float) -> float:
+    """Share of the pixels of a panoptic segmentation that may differ; ``floor``: the share in the official float32 run."""
+    return FLOOR_FACTOR * (floor if dtype == "float32" else 0.0) + PIXEL_SHARE[dtype]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,10 +81,11 @@ def run(
     height, width = (-(-int(side) // divisor) * divisor for side in canvas)
     targets = [_padded_targets(case, height, width) for case in cases]
     forced = [_padded_assignments(case, model.config) for case in cases]
+    arguments = tf.nest.map_structure(tf.constant, (_padded_images(images, canvas), sizes, targets, forced))
     step: Any = _step(model, padding)
     if mode != "eager":
         step = tf.function(step, jit_compile=mode == "xla")
-    taps, outputs, matchings, losses, gradients = step(_padded_images(images, canvas), sizes, targets, forced)
+    taps, outputs, matchings, losses, gradients = step(*arguments)
 
     whole = {"taps": _numpy(taps), "outputs": _numpy(dict(_flat_outputs(outputs)))}
     results = []

@@ -1,0 +1,455 @@
+"""One check: a TensorFlow checkpoint against a trace, as result objects that know everything and print nothing.
+
+The order is validate, probe the environment, run, compare, account. Nothing is skipped: what has no partner on the other side fails
+the check, unless :data:`parity.tap_rules.EXEMPT` has its exact name and a reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parity import compare, probes, tap_rules
+from parity.compare import AssignmentComparison, Comparison
+from parity.tensorflow_run import CaseInputs, CaseResults, run
+from parity.trace import Case, Record, Trace, statistics
+from tfmaskformer.config import CriterionConfig, MaskFormerConfig
+
+GROUPS = ("taps", "outputs", "matcher", "losses", "gradients", "inference")
+"""Of what is computed, in this order, which is the order in which failures are looked for."""
+
+LEDGER = (*GROUPS, "variables")
+"""Groups of what is accounted for."""
+
+FLOAT32_MODULE = "pe_layer"
+"""The position embedding is float32 whatever the model's dtype, upstream and here."""
+
+CANVAS_PX = 128
+"""Without ``pad_to``, masked padding takes the next multiple of this that is larger than every image."""
+
+
+class CheckError(ValueError):
+    """The checkpoint, the trace or the settings cannot be used; the message says what, where and the next step."""
+
+
+class EnvironmentBrokenError(RuntimeError):
+    """An operation that the model uses computes garbage on this machine: no check can be trusted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is asked for.
+
+    Attributes:
+        checkpoint: directory written by ``convert``.
+        reference: a trace.
+        dtypes: "float32", "float64" or both.
+        cases: names; empty: all (with masked padding all of one image).
+        mode, padding, pad_to: see :func:`parity.tensorflow_run.run`.
+    """
+
+    checkpoint: str
+    reference: str
+    dtypes: tuple[str, ...] = ("float32", "float64")
+    cases: tuple[str, ...] = ()
+    mode: str = "graph"
+    padding: str = "official"
+    pad_to: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One name of one group, judged.
+
+    Attributes:
+        group, name: as in the trace.
+        passed: the verdict.
+        error, floor, tolerance: relative L2 errors (of ids: the share of mismatched elements); nan where there is none.
+        comparison: every statistic; None where there was nothing to compare.
+        note: what else is to be said, for example why there is no partner.
+    """
+
+    group: str
+    name: str
+    passed: bool
+    error: float = math.nan
+    floor: float = math.nan
+    tolerance: float = math.nan
+    comparison: Comparison | AssignmentComparison | None = None
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """error / floor; nan where the official runs all agree with the reference to the last bit."""
+        return self.error / self.floor if self.floor > 0 else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Exemption:
+    """A name that may be on one side only, or is compared under another one."""
+
+    group: str
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseCheck:
+    """One case in one dtype.
+
+    Attributes:
+        sizes_px: (height, width) of its images.
+        samples: elements stored of each large tensor; None: all.
+    """
+
+    case: str
+    dtype: str
+    sizes_px: tuple[tuple[int, int], ...]
+    samples: int | None
+    items: tuple[Item, ...]
+    exempted: tuple[Exemption, ...]
+
+    @property
+    def failures(self) -> tuple[Item, ...]:
+        """What failed, earliest first; see :meth:`place`."""
+        return tuple(sorted((item for item in self.items if not item.passed), key=self.place))
+
+    def place(self, item: Item) -> tuple[int, int]:
+        """When an item was computed. Gradients are computed backwards: there the last parameter comes first."""
+        position = self.items.index(item)
+        return LEDGER.index(item.group), -position if item.group == "gradients" else position
+
+    @property
+    def median_ratio(self) -> float:
+        """Median over taps of error / floor; nan where no tap has a floor."""
+        ratios = [item.ratio for item in self.items if item.group == "taps" and not math.isnan(item.ratio)]
+        return float(np.median(ratios)) if ratios else math.nan
+
+    @property
+    def median_passed(self) -> bool:
+        """Judged in float32 only."""
+        return self.dtype != "float32" or self.median_ratio <= compare.MEDIAN_FACTOR
+
+    @property
+    def passed(self) -> bool:
+        """Every item, and the median."""
+        return self.median_passed and all(item.passed for item in self.items)
+
+    def ledger(self) -> dict[str, dict[str, int]]:
+        """Group → how many names were compared, passed, failed, had no partner, were exempted."""
+        table = {}
+        for group in LEDGER:
+            items = [item for item in self.items if item.group == group]
+            table[group] = {
+                "compared": sum(item.comparison is not None for item in items),
+                "passed": sum(item.passed for item in items),
+                "failed": sum(not item.passed for item in items),
+                "no partner": sum(item.comparison is None for item in items),
+                "exempted": sum(exemption.group == group for exemption in self.exempted),
+            }
+        return table
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A whole check.
+
+    Attributes:
+        settings: what was asked for.
+        environment: what computed.
+        source: of the checkpoint's manifest, what it was converted from.
+        provenance: of the trace.
+        cases: one for each case and dtype.
+        left_out: cases of the trace that were not checked, and why.
+    """
+
+    settings: Settings
+    environment: probes.Environment
+    source: dict[str, Any]
+    provenance: dict[str, Any]
+    cases: tuple[CaseCheck, ...]
+    left_out: tuple[Exemption, ...]
+
+    @property
+    def passed(self) -> bool:
+        """All of it; never of nothing."""
+        return bool(self.cases) and all(case.passed for case in self.cases)
+
+    @property
+    def first_failure(self) -> tuple[CaseCheck, Item] | None:
+        """The first thing that truly differs: of all cases and dtypes the earliest, for float64 sees faults below float32's noise."""
+        found = [(case, case.failures[0]) for case in self.cases if case.failures]
+        return min(found, key=lambda pair: pair[0].place(pair[1])) if found else None
+
+
+def check(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Check:
+    """Runs a check.
+
+    Args:
+        settings: what to check.
+        progress: is told each step.
+
+    Raises:
+        CheckError, parity.trace.TraceError, tfmaskformer.CheckpointError: bad input.
+        EnvironmentBrokenError: TensorFlow computes garbage here.
+    """
+    source = _source(Path(settings.checkpoint))
+    trace = Trace(settings.reference)
+    _check_same_weights(settings, source, trace)
+    names, left_out = _select(settings, trace)
+
+    progress("probing the environment")
+    environment = probes.examine()
+    if environment.broken:
+        wrong = ", ".join(f"{probe.name} (error {probe.error:.1e})" for probe in environment.broken)
+        raise EnvironmentBrokenError(f"TensorFlow computes garbage on this machine: {wrong}\n  {probes.REMEDY}")
+
+    from tfmaskformer.checkpoint import load
+
+    batches = [names] if settings.padding == "masked" else [(name,) for name in names]
+    checked: list[CaseCheck] = []
+    for dtype in settings.dtypes:
+        model = load(settings.checkpoint, dtype)
+        for batch in batches:
+            progress(f"{', '.join(batch)}: {dtype}")
+            checked += _check_batch(settings, trace, batch, model, dtype)
+    return Check(settings, environment, source, trace.provenance, tuple(checked), left_out)
+
+
+def _source(checkpoint: Path) -> dict[str, Any]:
+    """What the checkpoint was converted from, by its manifest."""
+    path = checkpoint / "manifest.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["source"])
+    except FileNotFoundError as error:
+        raise CheckError(
+            f"'{checkpoint}' has no manifest.json, which tells whose weights it has; expected a directory from 'convert'"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckError(f"'{path}' cannot be read ({error!r}); convert the checkpoint again") from error
+
+
+def _check_same_weights(settings: Settings, source: Mapping[str, Any], trace: Trace) -> None:
+    recorded = trace.provenance.get("checkpoint", {})
+    if recorded.get("sha256") != source.get("sha256"):
+        raise CheckError(
+            f"other weights: '{settings.checkpoint}' was converted from {source.get('file')} (SHA-256 {source.get('sha256')}),\n"
+            f"  but '{settings.reference}' was recorded from {recorded.get('file')} (SHA-256 {recorded.get('sha256')})\n"
+            "  convert that file, or record a trace of this one: parity-check record --src …"
+        )
+
+
+def _select(settings: Settings, trace: Trace) -> tuple[tuple[str, ...], tuple[Exemption, ...]]:
+    """Names of the cases to check, and those that are left out."""
+    unknown = [name for name in settings.cases if name not in trace.cases]
+    if unknown or not trace.cases:
+        raise CheckError(f"trace '{settings.reference}' has no case {', '.join(unknown)}; it has {', '.join(trace.cases) or 'none'}")
+    wanted = settings.cases or trace.cases
+    sizes = {name: [image["size_px"] for image in trace.manifest["cases"][name]["images"]] for name in wanted}
+    if settings.padding == "official":
+        if settings.pad_to is not None:
+            raise CheckError("--pad-to is for --padding masked: official padding has no canvas to choose")
+        return tuple(wanted), ()
+    several = [name for name in wanted if len(sizes[name]) > 1]
+    if several and settings.cases:
+        raise CheckError(f"case {several[0]} has {len(sizes[several[0]])} images: masked padding is compared with each image's own trace")
+    if not (chosen := tuple(name for name in wanted if name not in several)):
+        raise CheckError(f"trace '{settings.reference}' has no case of one image, which masked padding is compared with")
+    for name in chosen:
+        if settings.pad_to and any(side > limit for side, limit in zip(sizes[name][0], settings.pad_to, strict=True)):
+            raise CheckError(f"case {name} is {_px(sizes[name][0])} px, which is larger than --pad-to {_px(settings.pad_to)}")
+    reason = "its images share a batch with official padding, which the network sees; masked padding is compared with single images"
+    return chosen, tuple(Exemption("cases", name, reason) for name in several)
+
+
+def _px(size: Sequence[int]) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def _check_batch(settings: Settings, trace: Trace, names: Sequence[str], model: Any, dtype: str) -> Iterator[CaseCheck]:
+    cases = [trace.case(name) for name in names]
+    try:
+        inputs = [_inputs(case, dtype) for case in cases]
+        pad_to = settings.pad_to
+        if settings.padding == "masked" and pad_to is None:
+            largest = np.max([image.shape[:2] for case in inputs for image in case.images], axis=0)
+            pad_to = tuple((int(side) // CANVAS_PX + 1) * CANVAS_PX for side in largest)  # type: ignore[assignment]
+        for case, case_inputs, results in zip(
+            cases, inputs, run(model, inputs, mode=settings.mode, padding=settings.padding, pad_to=pad_to), strict=True
+        ):
+            items, exempted = _judge(case, results, model.config, dtype)
+            items += _judge_variables(model, items)
+            samples = next((record.samples for record in case.reference.records.values() if record.samples is not None), None)
+            sizes = tuple((image.shape[0], image.shape[1]) for image in case_inputs.images)
+            yield CaseCheck(case.name, dtype, sizes, samples, tuple(items), tuple(exempted))
+    finally:
+        for case in cases:
+            case.close()
+
+
+def _inputs(case: Case, dtype: str) -> CaseInputs:
+    reference = case.reference
+    forced = {}
+    for name in reference.group("matcher"):
+        layer, image, what = name.split("/")
+        if what == "assignment" and _is_near_tie(case, f"{layer}/{image}", dtype):
+            forced[0 if layer == "final" else int(layer) + 1, int(image)] = reference.read("matcher", name)
+    images = case.images
+    resized = [reference["inference", f"{index}/resized/sem_seg"].shape[1:] for index in range(len(images))]
+    return CaseInputs(images, case.targets, forced, [(height, width) for height, width in resized])
+
+
+def _is_near_tie(case: Case, place: str, dtype: str) -> bool:
+    gap, noise = _gap_and_noise(case, place)
+    return gap <= (noise if dtype == "float32" else compare.TIE)
+
+
+def _gap_and_noise(case: Case, place: str) -> tuple[float, float]:
+    return float(case.reference.read("matcher", f"{place}/gap")), float(case.baseline.read("matcher", f"{place}/cost_noise"))
+
+
+def _judge(case: Case, results: CaseResults, config: MaskFormerConfig, dtype: str) -> tuple[list[Item], list[Exemption]]:
+    """Every name of both sides, in the order of the reference."""
+    items: list[Item] = []
+    exempted: list[Exemption] = []
+    partners = tap_rules.partners(config)
+    for group in GROUPS:
+        expected = [name for name in case.reference.group(group) if not (group == "matcher" and name.endswith("/gap"))]
+        left = dict.fromkeys(results.groups[group])
+        for name in expected:
+            partner = name
+            if group == "taps" and name in partners:
+                partner, reason = partners[name]
+                exempted.append(Exemption(group, name, f"compared with '{partner}': {reason}"))
+            left.pop(partner, None)
+            if partner in results.groups[group]:
+                items.append(_judge_one(case, results, group, name, partner, config, dtype))
+            else:
+                _alone(group, name, "no partner in TensorFlow", items, exempted)
+        for name in left:
+            _alone(group, name, "no partner in the trace", items, exempted)
+    return items, exempted
+
+
+def _alone(group: str, name: str, note: str, items: list[Item], exempted: list[Exemption]) -> None:
+    reason = tap_rules.EXEMPT.get((group, name))
+    if reason is None:
+        items.append(Item(group, name, False, note=note))
+    else:
+        exempted.append(Exemption(group, name, reason))
+
+
+def _judge_one(case: Case, results: CaseResults, group: str, name: str, partner: str, config: MaskFormerConfig, dtype: str) -> Item:
+    record = case.reference[group, name]
+    try:
+        actual = results.official(group, partner)
+    except tap_rules.TapRuleError as error:
+        return Item(group, name, False, comparison=compare.incomparable(str(error)), note=str(error))
+    if group == "matcher" and name.endswith("/assignment"):
+        return _judge_assignment(case, name, actual, dtype)
+    if record.dtype.startswith("int"):
+        return _judge_ids(case, group, name, actual, dtype)
+    return _judge_floats(case, record, actual, config, dtype)
+
+
+LAWS = {"losses": compare.loss_tolerance, "gradients": compare.gradient_tolerance}
+"""How a floor becomes a tolerance, by group; :func:`parity.compare.tolerance` for the others."""
+
+
+def _judge_floats(case: Case, record: Record, actual: np.ndarray, config: MaskFormerConfig, dtype: str) -> Item:
+    group, name = record.group, record.name
+    baseline = case.baseline[group, name]
+    file = case.baseline if dtype == "float32" else case.reference
+    law = LAWS.get(group, compare.tolerance)
+    floor, whole_floor, scale = _largest(file[group, name].sample_floor), _largest(file[group, name].floor), 0.0
+    if group == "losses":
+        term = _term(name)
+        floor = max(_largest(other.floor) for other in file.group(group).values() if _term(other.name) == term)
+    elif group == "matcher":
+        # The matcher adds the costs, so what counts is their error on the scale of the sum.
+        place, what = name.rsplit("/", 1)
+        floor = _largest(file[group, f"{place}/total"].floor)
+        scale = case.reference[group, f"{place}/total"].statistics.l2 / COST_WEIGHTS[what](config.criterion)
+    tolerance = law(dtype, floor)
+    if actual.shape != record.shape:
+        fault = f"shape {actual.shape}, expected {record.shape}"
+        comparison = compare.incomparable(fault, expected_shape=record.shape, actual_shape=actual.shape, tolerance=tolerance)
+    else:
+        whole = None
+        if record.samples is not None:
+            whole = compare.Whole(statistics(actual), record.statistics, record.shape, law(dtype, whole_floor))
+        comparison = compare.compare(
+            record.select(actual),
+            case.reference.read(group, name),
+            tolerance,
+            whole=whole,
+            scale=scale,
+            zero_scale=baseline.statistics.l2,
+            dtype="float32" if name.split("#")[0].endswith(FLOAT32_MODULE) else dtype,
+        )
+    return Item(group, name, comparison.passed, comparison.error, floor, tolerance, comparison, comparison.fault or "")
+
+
+COST_WEIGHTS: dict[str, Callable[[CriterionConfig], float]] = {
+    "cost_class": lambda criterion: criterion.class_weight,
+    "cost_mask": lambda criterion: criterion.mask_weight,
+    "cost_dice": lambda criterion: criterion.dice_weight,
+    "total": lambda criterion: 1.0,
+}
+"""The weight of each term in the matcher's total cost."""
+
+
+def _term(loss: str) -> str:
+    """The term of a loss, without the decoder layer: loss_dice_3 → loss_dice."""
+    return loss.rstrip("0123456789").rstrip("_")
+
+
+def _largest(floors: Sequence[float]) -> float:
+    """The floor. Where the reference is zero and an official run is not, that run is the scale of the error, and the floor is 1."""
+    return 1.0 if math.inf in floors else max(floors)
+
+
+def _judge_ids(case: Case, group: str, name: str, actual: np.ndarray, dtype: str) -> Item:
+    """Panoptic ids and segments: equal, but for pixels where two masks are equally probable but for rounding."""
+    expected, official = case.reference.read(group, name), case.baseline.read(group, name)
+    comparison = compare.compare(actual, expected, 0.0)
+    if actual.shape != expected.shape:
+        return Item(group, name, False, comparison=comparison, note=comparison.fault or "")
+    share = float(np.mean(actual != expected)) if expected.size else 0.0
+    floor = float(np.mean(official != expected)) if official.shape == expected.shape and expected.size else 0.0
+    tolerance = compare.pixel_tolerance(dtype, floor) if name.endswith("panoptic_seg") else 0.0
+    comparison = dataclasses.replace(comparison, tolerance=tolerance, mismatched=share)
+    return Item(group, name, comparison.fault is None and share <= tolerance, share, floor, tolerance, comparison, comparison.fault or "")
+
+
+def _judge_assignment(case: Case, name: str, actual: np.ndarray, dtype: str) -> Item:
+    place = name.rpartition("/")[0]
+    gap, noise = _gap_and_noise(case, place)
+    comparison = compare.compare_assignment(
+        actual,
+        case.reference.read("matcher", name),
+        case.reference.read("matcher", f"{place}/total"),
+        gap=gap,
+        cost_noise=noise,
+        dtype=dtype,
+    )
+    note = "" if comparison.label == "same" else f"{comparison.label}: {comparison.differing} of {comparison.objects} objects"
+    return Item("matcher", name, comparison.passed, comparison=comparison, note=note)
+
+
+def _judge_variables(model: Any, items: Sequence[Item]) -> Iterator[Item]:
+    """Every variable shows somewhere: trained ones in their gradient, buffers in the output of their module."""
+    from tfmaskformer.module import parameter_specs
+
+    judged = {(item.group, item.name): item for item in items}
+    for name, spec in parameter_specs(model).items():
+        group, witness = ("gradients", name) if spec.trainable else ("taps", f"{name.rpartition('.')[0]}#0")
+        found = judged.get((group, witness))
+        note = f"shows in {group} '{witness}'"
+        yield Item("variables", name, found is not None, comparison=found.comparison if found else None, note=note)

@@ -1,0 +1,189 @@
+"""The command ``parity-check``, also ``tfmaskformer parity-check``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from parity.check import Check, Settings
+
+PHOTOS = Path(__file__).parents[1] / "checkpoints" / "photos"
+DEFAULT_IMAGES = ("coffee.png@256x320", "chelsea.png@225x301")
+"""What --reference official takes without --image: two sizes, one of them odd in both axes."""
+
+MATCH, MISMATCH, BAD_INPUT, COULD_NOT_RUN = 0, 1, 2, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare a TensorFlow checkpoint with the official PyTorch model, layer by layer; or record what that computes.
+
+    Returns 0 match, 1 mismatch, 2 usage or bad input, 3 could not run.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return _record(arguments[1:]) if arguments[:1] == ["record"] else _check(arguments)
+
+
+def _record(argv: Sequence[str]) -> int:
+    from parity import record
+
+    parser = argparse.ArgumentParser(
+        prog="parity-check record",
+        description="Runs the official PyTorch code on a checkpoint and photographs, and writes a trace of all that it computes.",
+        epilog="exit codes: 0 recorded, 2 usage or bad input, 3 could not run",
+    )
+    record.add_arguments(parser)
+    return record.run(parser.parse_args(argv))
+
+
+def _check(argv: Sequence[str]) -> int:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.reference != "official" and (arguments.src or arguments.config or arguments.image):
+        parser.error("--src, --config and --image are for --reference official; a trace says what it was recorded from")
+    if arguments.reference == "official" and not arguments.src:
+        parser.error("--reference official needs --src, the official checkpoint that --ckpt was converted from")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        for path in (arguments.report, None if arguments.json == "-" else arguments.json):
+            _check_writable(path)
+        with tempfile.TemporaryDirectory(prefix="parity-check-") as scratch:
+            if arguments.reference == "official" and (failed := _record_reference(arguments, scratch)):
+                return failed
+            return _run(arguments, _settings(arguments, scratch))
+    except OSError as error:
+        return _failed(str(error), BAD_INPUT)
+
+
+def _run(arguments: argparse.Namespace, settings: Settings) -> int:
+    try:
+        from parity import check, report
+        from parity.trace import TraceError
+        from tfmaskformer.checkpoint import CheckpointError
+    except ImportError as error:
+        return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
+    try:
+        result: Check = check.check(settings, lambda step: print(f"{step} …", file=sys.stderr, flush=True))
+    except (check.CheckError, TraceError, CheckpointError) as error:
+        return _failed(str(error), BAD_INPUT)
+    except check.EnvironmentBrokenError as error:
+        return _failed(str(error), COULD_NOT_RUN)
+    except MemoryError:
+        return _failed("out of memory; check one case at a time (--case) or one dtype (--dtype float32)", COULD_NOT_RUN)
+    except KeyboardInterrupt:
+        return _failed("interrupted; nothing was concluded", COULD_NOT_RUN)
+    if arguments.report:
+        Path(arguments.report).mkdir(parents=True, exist_ok=True)
+        report.write(result, Path(arguments.report))
+    if arguments.json == "-":
+        print(report.as_json(result), end="")
+    else:
+        print(report.text(result, colour=sys.stdout.isatty()))
+        if arguments.json:
+            Path(arguments.json).write_text(report.as_json(result), encoding="utf-8")
+        if arguments.report:
+            print(f"report: {arguments.report}")
+    return MATCH if result.passed else MISMATCH
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="parity-check",
+        description="Compares a TensorFlow checkpoint with what the official PyTorch code computes: every tap, output, cost, assignment, "
+        "loss, gradient and inference result. Against a trace it needs no PyTorch.",
+        epilog="'parity-check record --help' tells how traces are made. exit codes: 0 match, 1 mismatch, 2 usage or bad input, "
+        "3 could not run",
+    )
+    parser.add_argument("--ckpt", required=True, metavar="DIR", help="the checkpoint, written by convert")
+    parser.add_argument("--reference", required=True, metavar="DIR", help="a trace, or 'official' to record one now")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float64", "both"), default="both", help="what TensorFlow computes in (default: both)"
+    )
+    parser.add_argument("--case", action="append", default=[], metavar="NAME", help="check this case only; may be given again")
+    parser.add_argument("--mode", choices=("graph", "eager", "xla"), default="graph", help="how TensorFlow runs (default: graph)")
+    parser.add_argument(
+        "--padding", choices=("official", "masked"), default="official", help="masked: all cases of one image in one padded batch"
+    )
+    parser.add_argument("--pad-to", type=int, nargs=2, metavar=("H", "W"), help="canvas of masked padding, px (default: a little larger)")
+    parser.add_argument("--report", metavar="DIR", help="write report.txt, report.json and error_along_depth.png into DIR")
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON to FILE, or to stdout only (-)")
+    official = parser.add_argument_group("with --reference official (needs PyTorch)")
+    official.add_argument("--src", metavar="FILE", help="the official checkpoint that DIR was converted from; it must be trusted")
+    official.add_argument("--config", metavar="YAML", help="official config (default: that of the zoo entry in the manifest of DIR)")
+    official.add_argument(
+        "--image", action="append", default=[], metavar="FILE@HxW", help="what 'record' takes as --case; may be given again"
+    )
+    official.add_argument("--maskformer", metavar="DIR", help="source folder of facebookresearch/MaskFormer")
+    official.add_argument("--detectron2", metavar="DIR", help="source folder of facebookresearch/detectron2")
+    return parser
+
+
+def _settings(arguments: argparse.Namespace, scratch: str) -> Settings:
+    from parity.check import Settings
+
+    return Settings(
+        checkpoint=arguments.ckpt,
+        reference=scratch if arguments.reference == "official" else arguments.reference,
+        dtypes=("float32", "float64") if arguments.dtype == "both" else (arguments.dtype,),
+        cases=tuple(arguments.case),
+        mode=arguments.mode,
+        padding=arguments.padding,
+        pad_to=tuple(arguments.pad_to) if arguments.pad_to else None,
+    )
+
+
+def _record_reference(arguments: argparse.Namespace, directory: str) -> int:
+    """Records the images into ``directory``; returns an exit code, 0 where it worked."""
+    config = arguments.config or _zoo_config(arguments.ckpt)
+    if config is None:
+        return _failed(
+            f"the manifest of '{arguments.ckpt}' names no zoo entry, so its official config is not known; give --config", BAD_INPUT
+        )
+    argv = ["--src", arguments.src, "--config", config, "--out", directory]
+    for image in arguments.image or [f"{PHOTOS / name}" for name in DEFAULT_IMAGES]:
+        argv += ["--case", image]
+    for name in ("maskformer", "detectron2"):
+        if getattr(arguments, name):
+            argv += [f"--{name}", getattr(arguments, name)]
+    stdout, sys.stdout = sys.stdout, sys.stderr  # the path of a temporary folder is no result
+    try:
+        return _record(argv)
+    finally:
+        sys.stdout = stdout
+
+
+def _zoo_config(checkpoint: str) -> str | None:
+    """The official YAML file of a converted checkpoint, below ``configs``; None where its manifest does not tell."""
+    from checkpoints import registry
+
+    try:
+        manifest = json.loads((Path(checkpoint) / "manifest.json").read_text(encoding="utf-8"))
+        return registry.entry(manifest["model"]["zoo_entry"]).official_config.removeprefix("configs/")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _check_writable(path: str | None) -> None:
+    """Raises OSError where a report could not be written, before anything is run."""
+    if path is None:
+        return
+    parent = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+    if not parent.is_dir() and parent != Path(path).absolute():
+        raise NotADirectoryError(f"cannot write '{path}': '{parent}' is no directory")
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"cannot write '{path}': no permission in '{parent}'; give another place")
+
+
+def _failed(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
