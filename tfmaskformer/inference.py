@@ -11,7 +11,7 @@ in size and are lists. Images are taken one after the other, so that memory is t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -22,7 +22,7 @@ from tfmaskformer.resize import resize_bilinear
 MASK_STRIDE = 4
 """Image px behind one element of ``pred_masks``, rounded up at the border."""
 
-Sizes = Sequence[Sequence[int]] | np.ndarray | tf.Tensor
+Sizes: TypeAlias = "Sequence[Sequence[int]] | np.ndarray | tf.Tensor"
 """(height, width) of each image, px."""
 
 
@@ -200,7 +200,7 @@ def _per_image(
 
 
 def _checked_sizes(name: str, sizes: Sizes, batch: int) -> list[tuple[int, int]]:
-    array = np.asarray(sizes)
+    array: np.ndarray = np.asarray(sizes)
     if array.shape != (batch, 2) or array.dtype.kind not in "iu" or (array < 1).any():
         raise ValueError(
             f"inference: {name} must be integers ({batch}, 2), height and width of each image in px, at least 1; "
