@@ -33,7 +33,7 @@ SEED = 0
 CONV_STD = 0.245
 """Standard deviation of what goes into FrozenBatchNorm and GroupNorm: a variance of 0.06, in which an eps of 1e-5 shows."""
 
-LOGIT_STD = {"multihead_attn": 3.0, "self_attn": 2.5}
+LOGIT_STD = {"multihead_attn": 3.5, "self_attn": 3.0}
 """Standard deviation of attention logits over the keys: some ten keys matter to a query, far from uniform and far from one-hot."""
 
 _ENOUGH = (1, 4)
@@ -183,7 +183,7 @@ class Calibration:
         self._handles.append(register(first_call_only))
 
     def _block(self, name, module, inputs):
-        """A residual branch adds √(1 / blocks) of its shortcut's deviation, so that a stage multiplies it by about √e whatever its depth."""
+        """A residual branch adds √(1 / blocks) of its shortcut's deviation: a stage multiplies it by about √e, however deep."""
         stage = self.model.get_submodule(name.rpartition(".")[0])
         shortcut = 1.0 if module.shortcut is not None else float(_deviation(inputs[0]))
         for leaf in ("weight", "bias"):
@@ -243,6 +243,8 @@ class Calibration:
         for handle in self._handles:
             handle.remove()
 
+        # What all queries have in common would give nearly all of them one class: the biases take it away.
+        common = torch.cat([linear for linear, *_ in heads]).mean(0)
         class_bias, mask_bias = predictor.class_embed.bias, predictor.mask_embed.layers[2].bias
         thresholds = config["test"] if config["test"]["panoptic_on"] else {"object_mask_threshold": 0.7, "overlap_threshold": 0.8}
         self.model.object_mask_threshold, self.model.overlap_threshold = (
@@ -259,7 +261,7 @@ class Calibration:
             settings.append((float(gain), float(offset), masks))
         best: tuple[Any, ...] = ((-1,),)
         for class_gain, empty_share in itertools.product((4, 6, 8, 10), (0.7, 0.5, 0.3)):  # the smallest gain that will do
-            logits = [linear * class_gain + class_bias for linear, *_ in heads]
+            logits = [(linear - common) * class_gain + class_bias for linear, *_ in heads]
             rise = torch.quantile(torch.cat([linear[:, :-1].max(-1).values - linear[:, -1] for linear in logits]), empty_share)
             for linear in logits:
                 linear[:, -1] += rise
@@ -267,17 +269,19 @@ class Calibration:
                 found = [self._segments(linear, mask) for linear, mask in zip(logits, masks, strict=True)]
                 score = (min(min(mixed, _ENOUGH[0]) for _, mixed in found), min(min(segments, _ENOUGH[1]) for segments, _ in found))
                 if score > best[0]:
-                    best = (score, class_gain, float(class_bias[-1] + rise), gain, offset)
+                    best = (score, class_gain, float(rise), gain, offset)
                 if score == _ENOUGH:
                     break
             if best[0] == _ENOUGH:
                 break
-        _, class_gain, empty, embed_gain, embed_offset = best
+        _, class_gain, rise, embed_gain, embed_offset = best
         print(f"{self.entry.name}: heads {best}", file=sys.stderr)
         prefix = "sem_seg_head.predictor."
         self._scale(f"{prefix}class_embed.weight", class_gain)
-        draw = self.recipe[f"{prefix}class_embed.bias"]
-        self.recipe[f"{prefix}class_embed.bias"] = synthesize.Draw(draw.gain, draw.offset, replace={-1: empty})
+        values = class_bias - common * class_gain
+        values[-1] += rise
+        bias = f"{prefix}class_embed.bias"
+        self.recipe[bias] = synthesize.Draw(self.recipe[bias].gain, replace={index: float(value) for index, value in enumerate(values)})
         for leaf in ("weight", "bias"):
             self._scale(f"{prefix}mask_embed.layers.2.{leaf}", embed_gain)
         draw = self.recipe[f"{prefix}mask_embed.layers.2.bias"]
@@ -406,7 +410,8 @@ def _tap_figures(double: Any, single: Any, image: np.ndarray) -> dict[str, Any]:
     import torch
 
     taps: dict[str, Any] = {}
-    errors, live, attention = {}, {}, {}
+    errors: dict[Any, float] = {}
+    live, attention = {}, {}
 
     def keep(name, module, _, output):
         tensor = output[0] if isinstance(output, tuple) else output

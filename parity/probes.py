@@ -154,7 +154,7 @@ def _probes() -> list[tuple[str, Callable[[], tuple[np.ndarray, np.ndarray]]]]:
             "tf.matmul [1,8,100,32]×[1,8,100,32]ᵀ",
             against(lambda a: tf.matmul(a, a, transpose_b=True), lambda a: a @ a.swapaxes(2, 3), heads),
         ),
-        ("tf.einsum qc,qhw->chw", against(*(_einsum(module) for module in (tf, np)), queries[:20, :8], draw(20, 13, 17))),
+        ("tf.einsum qc,qhw->chw", against(_einsum(tf), _einsum(np), queries[:20, :8], draw(20, 13, 17))),
         ("tf.nn.conv2d 1×1", against(lambda x, k: tf.nn.conv2d(x, k, 1, "VALID"), _convolve(1, 0), images, kernel[:1, :1])),
         ("tf.nn.conv2d 3×3", against(lambda x, k: tf.nn.conv2d(x, k, 1, "SAME"), _convolve(1, 1), images, kernel)),
         ("tf.nn.conv2d 3×3 stride 2", against(lambda x, k: tf.nn.conv2d(x, k, 2, margin), _convolve(2, 1), images, kernel)),

@@ -30,7 +30,7 @@ DATASETS = {
 
 _TINY = [
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32),
-    *("MODEL.SEM_SEG_HEAD.MASK_DIM", 48, "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 12, "MODEL.MASK_FORMER.DIM_FEEDFORWARD", 80),
+    *("MODEL.SEM_SEG_HEAD.MASK_DIM", 48, "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 20, "MODEL.MASK_FORMER.DIM_FEEDFORWARD", 80),
     *("MODEL.MASK_FORMER.HIDDEN_DIM", 64, "MODEL.MASK_FORMER.DEC_LAYERS", 3),
 ]
 TINY = {
@@ -55,10 +55,10 @@ def zoo_rows(model_zoo: str) -> list[dict[str, Any]]:
             cells = dict(zip(headers, re.findall(r"<td .*?</td>", row, re.S), strict=True))
             rows.append(
                 {
-                    "official_config": re.search(r'href="([^"]*\.yaml)"', cells["Name"]).group(1),
+                    "official_config": re.findall(r'href="([^"]*\.yaml)"', cells["Name"])[0],
                     "metrics": {name: float(_text(cells[name])) for name in ("mIoU", "mIoU (ms+flip)", "PQ") if name in cells},
                     "model_id": _text(cells["model id"]),
-                    "url": re.search(r'href="([^"]*\.pkl)"', cells["download"]).group(1),
+                    "url": re.findall(r'href="([^"]*\.pkl)"', cells["download"])[0],
                 }
             )
     return rows
@@ -165,7 +165,9 @@ def main(argv: list[str] | None = None) -> int:
     code = official.load()
     how_made = f"python -m parity.record_zoo checkpoints, at facebookresearch/MaskFormer {code.commits['maskformer']}"
 
-    rows = [(row, ()) for row in zoo_rows((code.maskformer / "MODEL_ZOO.md").read_text(encoding="utf-8"))]
+    rows: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
+        (row, ()) for row in zoo_rows((code.maskformer / "MODEL_ZOO.md").read_text(encoding="utf-8"))
+    ]
     none = {"metrics": {}, "model_id": "", "url": ""}
     rows += [({"official_config": path, "name": name, **none}, tuple(options)) for name, (path, options) in TINY.items()]
     entries: dict[str, list[dict[str, Any]]] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfmaskformer.config import MaskFormerConfig
-from tfmaskformer.matcher import FOCAL_ALPHA, HungarianMatcher, Matching, compute_dtype, decoder_layers, real_objects
+from tfmaskformer.matcher import FOCAL_ALPHA, HungarianMatcher, Matching, compute_dtype, decoder_layers
 from tfmaskformer.resize import resize_bilinear, valid_pixels
 
 

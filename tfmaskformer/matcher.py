@@ -78,8 +78,8 @@ class HungarianMatcher:
         layers = tuple(tf.stack([layer[key] for layer in decoder_layers(outputs)]) for key in ("pred_logits", "pred_masks"))
         layers = tf.nest.map_structure(tf.stop_gradient, layers)
         # One layer at a time bounds the memory.
-        costs = tf.map_fn(costs, layers, fn_output_signature=(dtype, dtype, dtype), parallel_iterations=1)
-        cost_class, cost_mask, cost_dice = (tf.where(real[:, tf.newaxis, :], cost, 0) for cost in costs)
+        all_costs = tf.map_fn(costs, layers, fn_output_signature=(dtype, dtype, dtype), parallel_iterations=1)
+        cost_class, cost_mask, cost_dice = (tf.where(real[:, tf.newaxis, :], cost, 0) for cost in all_costs)
         total = self.config.mask_weight * cost_mask + self.config.class_weight * cost_class + self.config.dice_weight * cost_dice
         num_objects = tf.broadcast_to(targets["num_objects"], tf.shape(total)[:2])
         return Matching(cost_class, cost_mask, cost_dice, total, *linear_assignment(total, num_objects))

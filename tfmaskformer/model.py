@@ -116,7 +116,7 @@ class MaskFormer(keras.Model):
         """
         # As upstream, the constants are float32 numbers even where the model computes in float64.
         dtype = tf.float64 if self.compute_dtype == "float64" else tf.float32
-        mean, std = (tf.cast(np.float32(values), dtype) for values in (self.config.pixel_mean, self.config.pixel_std))
+        mean, std = (tf.cast(np.array(values, np.float32), dtype) for values in (self.config.pixel_mean, self.config.pixel_std))
         images = zero_outside((tf.cast(images, dtype) - mean) / std, image_sizes)
         _, height, width, _ = static_shape(images)
         bottom, right = self._round_up(height) - height, self._round_up(width) - width

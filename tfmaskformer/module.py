@@ -32,6 +32,8 @@ class Module(keras.layers.Layer):
     :func:`build_parameters` runs on the root, so the whole tree of names and shapes is there at no cost.
     """
 
+    built: bool
+
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self._declared: dict[str, ParameterSpec] = {}

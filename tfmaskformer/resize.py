@@ -14,10 +14,11 @@ them, by a pixel or two, where PyTorch's rounding falls below an integer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import tensorflow as tf
 
-Size = Sequence[int] | tf.Tensor
+Size: TypeAlias = "Sequence[int] | tf.Tensor"
 """Height and width in px: two ints, or an int32 tensor [2]."""
 
 
@@ -57,7 +58,7 @@ def resize_nearest(x_nhwc: tf.Tensor, size: Size, in_sizes: tf.Tensor | None = N
         x's dtype [batch, size[0], size[1], channels]; 0 outside ``out_sizes``.
     """
     _both_or_neither(in_sizes, out_sizes)
-    if in_sizes is None:
+    if in_sizes is None or out_sizes is None:
         shape = static_shape(x_nhwc)
         for axis in (0, 1):
             x_nhwc = tf.gather(x_nhwc, nearest_indices(shape[1 + axis], size[axis]), axis=1 + axis)
@@ -81,15 +82,13 @@ def resize_bilinear(x: tf.Tensor, size: Size, in_sizes: tf.Tensor | None = None,
     _both_or_neither(in_sizes, out_sizes)
     shape = static_shape(x)
     *batch, height, width = shape
-    if in_sizes is None:
+    if in_sizes is None or out_sizes is None:
         rows, columns = (_bilinear_weights(shape[axis - 2], size[axis], shape[axis - 2], size[axis], x.dtype) for axis in (0, 1))
         # Flat products only: a 4-D by 2-D tf.matmul is silently wrong under oneDNN.
         y = tf.reshape(tf.reshape(x, [-1, width]) @ tf.transpose(columns), [-1, height, size[1]])
         y = rows[tf.newaxis] @ y
     else:
-        rows, columns = (
-            _bilinear_weights(in_sizes[:, axis], out_sizes[:, axis], shape[axis - 2], size[axis], x.dtype) for axis in (0, 1)
-        )
+        rows, columns = (_bilinear_weights(in_sizes[:, axis], out_sizes[:, axis], shape[axis - 2], size[axis], x.dtype) for axis in (0, 1))
         y = tf.reshape(x, [batch[0], -1, width]) @ tf.transpose(columns, [0, 2, 1])
         y = rows[:, tf.newaxis] @ tf.reshape(y, [batch[0], -1, height, size[1]])
     return tf.reshape(y, [*batch, size[0], size[1]])
