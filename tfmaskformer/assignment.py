@@ -133,9 +133,7 @@ def _augment(cost, real, valid):
         growing &= valid
         owner = at(state.row_of_column, column)
         found = growing & (owner < 0)
-        potential = tf.where(
-            found[:, tf.newaxis] & state.scanned, state.potential + (distance - reached[:, tf.newaxis]), state.potential
-        )
+        potential = tf.where(found[:, tf.newaxis] & state.scanned, state.potential + (distance - reached[:, tf.newaxis]), state.potential)
         scanned = state.scanned | ((growing & ~found)[:, tf.newaxis] & (columns == column[:, tf.newaxis]))
         # Flip: one pair of the path found.
         sink = tf.where(found, column, state.sink)
