@@ -539,7 +539,7 @@ def _gradient_figures(model: Any, entry: registry.Entry, image: np.ndarray) -> d
     moving = {name: size for name, size in sizes.items() if name not in still}
     least, most = min(moving, key=lambda name: moving[name]), max(moving, key=lambda name: moving[name])
     return {
-        "losses": {name: round(float(losses[name]), 4) for name in ("loss_ce", "loss_mask", "loss_dice")},
+        "losses": {name: round(float(losses[name].detach()), 4) for name in ("loss_ce", "loss_mask", "loss_dice")},
         "gradient norm": math.sqrt(sum(norm**2 for norm in norms.values())),
         "gradient over parameter, least and most": {least: moving[least], most: moving[most]},
         "without a gradient": still,
