@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
+import mmap
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -64,7 +67,7 @@ def convert(
     size_bytes = _check_source(source)
     base = named_config(config) if config else None
     target = Destination(destination, force, (MANIFEST_FILE, CONFIG_FILE, *checkpoint.FILES))
-    with target.staging() as directory:
+    with target.staging() as directory, _no_garbage_collection():
         if (free_bytes := shutil.disk_usage(directory).free) < size_bytes:
             what = f"cannot write {quoted(target.path)}: {free_bytes} bytes are free, the checkpoint has about {size_bytes}"
             raise ConversionError(what, "free space on the disk, or choose another --dst")
@@ -75,9 +78,8 @@ def convert(
 
 def _convert(source: pathlib.Path, directory: pathlib.Path, base: MaskFormerConfig | None, progress: Progress) -> Conversion:
     """Fills the staging directory. What needs no interpreter lock (hashing, copying, TensorFlow's writing) goes on side by side."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool, _mapped(source) as data:
         progress("reading", 0)
-        data = _read(source)
         file_digest = pool.submit(_sha256, data)
         try:
             pickled = read_model(data)
@@ -147,7 +149,7 @@ def _not_finite(name: str, tensor: np.ndarray) -> str:
     return f"{quoted(name)} {tensor.shape}: {len(indices)} of {tensor.size} values, the first is {tensor[first]} at {first}"
 
 
-def _sha256(data: bytes | memoryview) -> str:
+def _sha256(data: bytes | mmap.mmap | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -188,10 +190,29 @@ def _check_source(source: pathlib.Path) -> int:
     return size_bytes
 
 
-def _read(source: pathlib.Path) -> bytes:
+@contextlib.contextmanager
+def _mapped(source: pathlib.Path) -> Iterator[mmap.mmap]:
+    """The file's bytes, without a copy. What is hashed and what is converted are the same pages."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(source.open("rb"))
+            before = os.fstat(file.fileno())
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise ConversionError(f"cannot read {quoted(source)}: {error}") from None
+        yield data
+        after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise ConversionError(f"{quoted(source)} changed while it was being read", "wait until it is complete")
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Naming the model's modules makes many small objects, at which Python would search all of TensorFlow's for cycles, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        return source.read_bytes()
-    except OSError as error:
-        raise ConversionError(f"cannot read {quoted(source)}: {error.strerror}") from None
-    except MemoryError:
-        raise ConversionError(f"{quoted(source)} does not fit into memory") from None
+        yield
+    finally:
+        if enabled:
+            gc.enable()

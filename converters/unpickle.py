@@ -15,6 +15,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import math
+import mmap
 import re
 import struct
 from collections.abc import Callable
@@ -40,7 +41,7 @@ class PickledModel:
     author: str
 
 
-def read_model(data: bytes) -> PickledModel:
+def read_model(data: bytes | mmap.mmap) -> PickledModel:
     """The tensors of a pickled checkpoint: ``{"model": {name: array}, …}`` as Detectron2 writes it, or the inner dict alone.
 
     The arrays are read-only views of ``data`` (for text-encoded arrays of protocols 0 to 2: of one decoded copy).
@@ -214,7 +215,7 @@ def _kind(value: Any) -> str:
 class _Machine:
     """Runs the opcodes of one pickle; see the module's docstring."""
 
-    def __init__(self, data: bytes):
+    def __init__(self, data: bytes | mmap.mmap):
         self._data = data
         self._view = memoryview(data)
         self._at = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import hashlib
 import io
@@ -91,19 +92,20 @@ def test_manifest(tensors, checkpoint_file, tmp_path, tiny):
     assert manifest["model"]["zoo_entry"] is None
     assert manifest["model"]["origins"]["predictor.nheads"] == f"config {CONFIG}"
     assert len(manifest["tensors"]) == len(tensors) - 1
+    channels = tiny.config["backbone"]["stem_out_channels"]
     assert manifest["tensors"][0] == {
         "source": "backbone.stem.conv1.weight",
         "target": "backbone.stem.conv1.weight",
         "transform": "CONV2D",
         "permutation": [2, 3, 1, 0],
-        "source_shape": [8, 3, 7, 7],
-        "target_shape": [7, 7, 3, 8],
+        "source_shape": [channels, 3, 7, 7],
+        "target_shape": [7, 7, 3, channels],
         "dtype": "float32",
         "sha256": hashlib.sha256(tensors["backbone.stem.conv1.weight"].tobytes()).hexdigest(),
     }
     assert "sem_seg_head.layer_1.weight" in {line["source"] for line in manifest["tensors"]}
     (dropped,) = manifest["dropped"]
-    assert (dropped["source"], dropped["shape"]) == ("criterion.empty_weight", [134])
+    assert (dropped["source"], dropped["shape"]) == ("criterion.empty_weight", [tiny.config["num_classes"] + 1])
     assert "derived from the config" in dropped["reason"]
     assert manifest["weights_license"].startswith("unknown")
     config = json.loads((tmp_path / "out" / CONFIG_FILE).read_text())
@@ -129,6 +131,11 @@ def test_fortran_order_and_text_protocol(tensors, checkpoint_file, tmp_path):
     second = convert(checkpoint_file(tensors, name="f.pkl", protocol=0), tmp_path / "f", CONFIG)
     assert first.manifest["tensors"] == second.manifest["tensors"]
     assert contents(tmp_path / "c")[FILES[2]] == contents(tmp_path / "f")[FILES[2]]
+
+
+def test_garbage_collection_is_on_afterwards(tensors, checkpoint_file, tmp_path):
+    convert(checkpoint_file(tensors), tmp_path / "out", CONFIG)
+    assert gc.isenabled()
 
 
 def test_config_file_has_the_name_that_load_reads():
@@ -195,8 +202,8 @@ BAD_TENSORS = {
     "missing": (lambda t: t.pop("backbone.res3.1.conv2.weight"), "missing: 'backbone.res3.1.conv2.weight', for the variable"),
     "extra": (lambda t: change(t, "backbone.fc.weight", np.zeros(3, np.float32)), "no rule for 'backbone.fc.weight' (3,)"),
     "misshapen": (lambda t: change(t, "backbone.res3.1.conv2.weight", np.zeros((4, 4, 3, 3), np.float32)), "(4, 4, 3, 3) becomes"),
-    "NaN": (lambda t: t[QUERIES].__setitem__((3, 4), np.nan), f"'{QUERIES}' (12, 64): 1 of 768 values, the first is nan at (3, 4)"),
-    "infinite": (lambda t: t[QUERIES].fill(-np.inf), "768 of 768 values, the first is -inf at (0, 0)"),
+    "NaN": (lambda t: t[QUERIES].__setitem__((3, 4), np.nan), "values, the first is nan at (3, 4)"),
+    "infinite": (lambda t: t[QUERIES].fill(-np.inf), "values, the first is -inf at (0, 0)"),
     "half": (lambda t: change(t, QUERIES, t[QUERIES].astype(np.float16)), "is <f2, expected <f4 (float32)"),
     "double": (lambda t: change(t, QUERIES, t[QUERIES].astype(np.float64)), "is <f8, expected <f4 (float32)"),
     "empty weight": (lambda t: t["criterion.empty_weight"].__setitem__(5, 2), "which it must be to be dropped"),
@@ -330,7 +337,8 @@ def test_summary_and_json(tensors, checkpoint_file, tmp_path, capsys):
     assert cli.main(["--src", str(source), "--dst", str(tmp_path / "a"), "--config", CONFIG, "--json", str(tmp_path / "m.json")]) == 0
     output = capsys.readouterr().out
     assert output.startswith(f"model_final.pkl → {tmp_path / 'a'}\n")
-    assert "379 variables, 0.80 M elements; re-read, every byte equal" in output
+    assert f"{len(tensors) - 1} variables, " in output
+    assert " M elements; re-read, every byte equal" in output
     assert cli.main(["--src", str(source), "--dst", str(tmp_path / "b"), "--config", CONFIG, "--json", "-"]) == 0
     manifest = json.loads(capsys.readouterr().out)
     assert manifest == json.loads((tmp_path / "m.json").read_text()) == json.loads((tmp_path / "b" / "manifest.json").read_text())
@@ -360,6 +368,22 @@ def test_conversion_needs_no_torch(tensors, checkpoint_file, tmp_path):
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_source_that_changes_meanwhile_is_refused(tensors, checkpoint_file, tmp_path, monkeypatch):
+    from converters import checkpoint
+
+    source = checkpoint_file(tensors)
+    write = checkpoint.write
+
+    def write_and_touch(directory, variables):
+        write(directory, variables)
+        os.utime(source, ns=(1, 1))
+
+    monkeypatch.setattr(checkpoint, "write", write_and_touch)
+    with pytest.raises(ConversionError, match="changed while it was being read"):
+        convert(source, tmp_path / "out", CONFIG)
+    assert os.listdir(tmp_path) == ["model_final.pkl"]
 
 
 def test_pickle_is_never_loaded(tensors, checkpoint_file, tmp_path, monkeypatch):
