@@ -201,6 +201,27 @@ def test_masked_padding_measures_each_image_as_alone(mode):
     assert np.isfinite(total)
 
 
+def test_compiles_for_any_device_with_static_shapes_and_no_call_to_the_host():
+    criterion = SetCriterion(MaskFormerConfig("any", 5), split_products=True)
+
+    @tf.function(jit_compile=True)
+    def step(logits, pred_masks, labels, masks, num_objects, sizes):
+        with tf.GradientTape() as tape:
+            tape.watch([logits, pred_masks])
+            targets = {"labels": labels, "masks": masks, "num_objects": num_objects}
+            losses, assignment = criterion(outputs_of(logits, pred_masks, valid_sizes=sizes), targets)
+            total = criterion.weighted_total(losses)
+        return assignment, tape.gradient(total, [logits, pred_masks])
+
+    shapes = [tf.zeros([2, 2, 7, 6]), tf.zeros([2, 2, 7, 8, 12]), tf.zeros([2, 9], tf.int32), tf.zeros([2, 9, 32, 48], tf.bool)]
+    hlo = step.experimental_get_compiler_ir(*shapes, tf.constant([3, 9]), tf.constant([[32, 48], [29, 31]]))(
+        stage="hlo", platform_name="CPU"
+    )
+    assert " while(" in hlo
+    for forbidden in ("<=", "custom-call", "infeed", "outfeed", " send(", " recv("):
+        assert forbidden not in hlo, forbidden
+
+
 def test_weights_are_the_official_ones():
     criterion = SetCriterion(MaskFormerConfig("coco", 133))
     assert len(criterion.weights) == 18
