@@ -369,12 +369,11 @@ def _judge_floats(case: Case, record: Record, actual: np.ndarray, config: MaskFo
     law = LAWS.get(group, compare.tolerance)
     floor, whole_floor, scale = _largest(file[group, name].sample_floor), _largest(file[group, name].floor), 0.0
     if group == "losses":
-        term = _term(name)
-        floor = max(_largest(other.floor) for other in file.group(group).values() if _term(other.name) == term)
+        floor = max(_largest(other.floor) for other in file.group(group).values() if name == "total" or _term(other.name) == _term(name))
     elif group == "matcher":
         # The matcher adds the costs, so what counts is their error on the scale of the sum.
+        floor = max(_largest(other.floor) for other in file.group(group).values() if other.name.endswith("/total"))
         place, what = name.rsplit("/", 1)
-        floor = _largest(file[group, f"{place}/total"].floor)
         scale = case.reference[group, f"{place}/total"].statistics.l2 / COST_WEIGHTS[what](config.criterion)
     tolerance = law(dtype, floor)
     if actual.shape != record.shape:

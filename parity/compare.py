@@ -218,8 +218,8 @@ def tolerance(dtype: str, floor: float) -> float:
         dtype: "float32" or "float64": what TensorFlow computed in.
         floor: the largest relative L2 error, against the official float64 run, of the other official runs in that dtype.
 
-    >>> tolerance("float32", 1e-6), tolerance("float64", 1e-16)
-    (1.8e-06, 1e-06)
+    >>> tolerance("float32", 1e-6) == 1.5e-6 + 3e-7, tolerance("float64", 1e-16)
+    (True, 1e-06)
     """
     if dtype == "float32":
         return FLOOR_FACTOR * floor + FLOAT32_RESOLUTION
@@ -238,7 +238,8 @@ def gradient_tolerance(dtype: str, floor: float) -> float:
 def loss_tolerance(dtype: str, floor: float) -> float:
     """Relative error that a loss may have; arguments as of :func:`tolerance`, with the floor of its term over all decoder layers.
 
-    A loss is one number, and four errors of one number can all be small by chance; those of six layers cannot.
+    A loss is one number, and four errors of one number can all be small by chance; those of six layers cannot. The total is a sum of
+    them all: its relative error is no larger than the largest of theirs.
     """
     return tolerance(dtype, floor) if dtype == "float64" else max(FLOOR_FACTOR * floor, LOSS_RESOLUTION)
 
