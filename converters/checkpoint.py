@@ -7,6 +7,8 @@ files are told without it.
 
 from __future__ import annotations
 
+import errno
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -61,7 +63,8 @@ def write(directory: pathlib.Path, variables: Mapping[str, np.ndarray]) -> None:
                 tensors=list(tensors.values()),
             )
     except tf.errors.OpError as error:
-        raise OSError(f"TensorFlow says: {error.message}") from None
+        code = next((code for code in errno.errorcode if os.strerror(code) in error.message), 0)
+        raise (OSError(code, os.strerror(code)) if code else OSError(f"TensorFlow says: {error.message}")) from None
     # As tf.train.update_checkpoint_state writes it, without the time.
     (directory / "checkpoint").write_text(f'model_checkpoint_path: "{PREFIX}"\nall_model_checkpoint_paths: "{PREFIX}"\n')
 

@@ -184,7 +184,7 @@ def _check_source(source: pathlib.Path) -> int:
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size_bytes:
         found.append("safetensors")
     if not found and head[:1] not in b"\x80(}c]":
-        found.append(f"unknown; it begins with {head[:8]!r}")
+        found.append(f"an unknown format that begins with {head[:8]!r}")
     if found:
         raise ConversionError(f"{name} is no pickle but {found[0]}", "expected a pickle such as model_final_6f60dc.pkl")
     return size_bytes

@@ -1,7 +1,7 @@
 """Reads the tensors of a pickled checkpoint without Python's ``pickle``: a pickle is a program, and here none is run.
 
 A pickle is a sequence of opcodes for a small stack machine. This module is such a machine with everything left out that could
-do harm: there is no import, no attribute lookup and no call. The nine names that files with NumPy arrays need (``ALLOWED``) are
+do harm: there is no import, no attribute lookup and no call. The few names that files with NumPy arrays need (``ALLOWED``) are
 looked up in a table and stand for functions of this module, which check their arguments and only describe an array. All others
 are refused by name. Dictionary keys are text, so that nothing is hashed that could be nested, and no memory is allocated from a
 number in the file: payloads are views of the file's own bytes.

@@ -1,7 +1,7 @@
 """Kills conversions at many moments; run by test_kill.py in a process that imports TensorFlow once and then only forks.
 
-``python conversion_killer.py SOURCE CONFIG DESTINATION KILLS [--force]`` prints a JSON list, an item for each kill: whether the
-conversion was still running, and the names that it left beside the destination.
+``python conversion_killer.py SOURCE CONFIG DESTINATION KILLS [--force]`` prints a JSON list, an item for each kill that met a
+running conversion, from its begin to its end: whether the destination is absent or whole, and what was left beside it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -18,14 +19,14 @@ def main(source: str, config: str, destination: str, kills: str, *flags: str) ->
     import tfmaskformer.model  # noqa: F401 - imported before the forks
     from converters.convert import convert
 
-    parent = pathlib.Path(destination).parent
+    parent, force = pathlib.Path(destination).parent, "--force" in flags
 
-    def start() -> int:
+    def start(directory: str) -> int:
         child = os.fork()
         if child:
             return child
         try:
-            convert(source, destination, config, force="--force" in flags)
+            convert(source, directory, config, force=force)
         finally:
             os._exit(0)
 
@@ -33,32 +34,25 @@ def main(source: str, config: str, destination: str, kills: str, *flags: str) ->
         return {file.name: file.read_bytes() for file in directory.iterdir()} if directory.exists() else {}
 
     start_s = time.monotonic()
-    child = os.fork()
-    if not child:
-        try:
-            convert(source, f"{destination}-reference", config)
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+    os.waitpid(start(f"{destination}-reference"), 0)
     duration_s = time.monotonic() - start_s
     complete = snapshot(pathlib.Path(f"{destination}-reference"))
     allowed = [complete, snapshot(pathlib.Path(destination))]
 
-    results = []
-    for number in range(int(kills)):
-        child = start()
-        time.sleep(duration_s * 1.05 * (number + 0.5) / int(kills))
-        running = os.waitpid(child, os.WNOHANG)[0] == 0
-        if running:
+    results: list[dict[str, object]] = []
+    while len(results) < int(kills):
+        child = start(destination)
+        time.sleep(duration_s * (len(results) + 0.5) / int(kills))
+        if os.waitpid(child, os.WNOHANG)[0] == 0:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        found = snapshot(pathlib.Path(destination))
-        left = [name for name in os.listdir(parent) if name.startswith(f".{pathlib.Path(destination).name}.")]
-        results.append({"running": running, "whole": found in allowed, "new": found == complete, "left": left})
-        if found == complete and "--force" not in flags:
-            for file in pathlib.Path(destination).iterdir():
-                file.unlink()
-            pathlib.Path(destination).rmdir()
+            left = [name for name in os.listdir(parent) if name.startswith(f".{pathlib.Path(destination).name}.")]
+            found = snapshot(pathlib.Path(destination))
+            results.append({"whole": found in allowed, "new": found == complete, "left": left})
+        else:
+            duration_s *= 0.95  # it was over before: this moment again, a little earlier
+        if not force:
+            shutil.rmtree(destination, ignore_errors=True)
     print(json.dumps(results))
 
 

@@ -31,8 +31,7 @@ def test_killed_conversions(force, tensors, checkpoint_file, tmp_path):
     results = run_killer(source, CONFIG, out, 50, *["--force"] * force)
     assert len(results) == 50
     assert all(result["whole"] for result in results)
-    assert sum(result["running"] for result in results) >= 25
-    assert sum(bool(result["left"]) for result in results) >= 5  # kills did hit while files were being written
+    assert sum(bool(result["left"]) for result in results) >= 25  # most kills did hit while files were being written
     assert max(len(result["left"]) for result in results) == 1  # each run cleans up after the one before
     convert(source, out, CONFIG, force=True)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
