@@ -57,12 +57,11 @@ class SetCriterion:
 
     def match(self, outputs: Mapping[str, Any], targets: Mapping[str, tf.Tensor]) -> Matching:
         """Costs and assignment of every decoder layer."""
-        _check(outputs, targets)
-        return self.matcher(outputs, targets)
+        return self.matcher(outputs, _checked(outputs, targets))
 
     def losses(self, outputs: Mapping[str, Any], targets: Mapping[str, tf.Tensor], assignment: tf.Tensor) -> dict[str, tf.Tensor]:
         """All losses, unweighted, under a given assignment (int32 [layers, batch, max_objects])."""
-        _check(outputs, targets)
+        targets = _checked(outputs, targets)
         dtype = compute_dtype(outputs)
         layers = decoder_layers(outputs)
         num_masks = tf.cast(_num_masks(targets["num_objects"]), dtype)
@@ -161,8 +160,10 @@ def _num_masks(num_objects):
     return tf.maximum(total, 1)
 
 
-def _check(outputs, targets):
-    """Raises ValueError with what, where, expected and got where shapes do not fit together."""
+def _checked(outputs, targets):
+    """The targets as tensors; ValueError with what, where, expected and got where shapes do not fit together."""
+    targets = {key: tf.convert_to_tensor(targets[key]) for key in ("labels", "masks", "num_objects")}
+    targets["num_objects"] = tf.cast(targets["num_objects"], tf.int32)
     logits, masks = outputs["pred_logits"].shape, outputs["pred_masks"].shape
     labels, target_masks = targets["labels"].shape, targets["masks"].shape
     for name, shape, rank in (
@@ -180,3 +181,4 @@ def _check(outputs, targets):
         raise ValueError(f"criterion: [batch, max_objects] of targets['labels'] {labels} and targets['masks'] {target_masks} differ")
     if not labels[:1].is_compatible_with(logits[:1]):
         raise ValueError(f"criterion: the batch of the targets {labels} is not that of the outputs {logits}")
+    return targets

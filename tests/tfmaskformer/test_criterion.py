@@ -134,6 +134,13 @@ def test_padding_of_targets_is_never_looked_at():
     tf.nest.map_structure(np.testing.assert_array_equal, actual, expected)
 
 
+def test_targets_may_be_arrays():
+    case = load("padded_batch")
+    outputs = outputs_of(tf.constant(case["logits"]), tf.constant(case["pred_masks"]))
+    losses, _ = criterion_for(case)(outputs, {key: case[key] for key in ("labels", "masks", "num_objects")})
+    np.testing.assert_allclose([float(loss) for loss in losses.values()], case["losses"].ravel(), rtol=1e-6)
+
+
 def test_masks_may_be_any_number_type():
     case = load("padded_batch")
     expected = run(case, "float64")
