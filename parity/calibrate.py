@@ -36,7 +36,8 @@ CONV_STD = 0.245
 LOGIT_STD = {"multihead_attn": 3.5, "self_attn": 3.0}
 """Standard deviation of attention logits over the keys: some ten keys matter to a query, far from uniform and far from one-hot."""
 
-_ENOUGH = (1, 4)
+SEGMENTS = 4
+"""Segments to look for on each of two photographs when the heads are tuned; in panoptic entries not only things, not only stuff."""
 
 ATTENTION_RMS = {"multihead_attn": 0.35, "decoder": 0.09, "encoder": 0.07}
 """Root mean square of what an attention adds to the residual stream, which has 0.2 (after a decoder's norm1) to 0.34. Cross-attention
@@ -259,7 +260,8 @@ class Calibration:
             offset = (mask_mean - masks[0].mean()) / heads[0][2].sum(0).mean()
             masks = [mask + offset * features.sum(0) for mask, (*_, features) in zip(masks, heads, strict=True)]
             settings.append((float(gain), float(offset), masks))
-        best: tuple[Any, ...] = ((-1,),)
+        enough = (bool(config["thing_classes"]), SEGMENTS)
+        best: tuple[Any, ...] = ((False, -1),)
         for class_gain, empty_share in itertools.product((4, 6, 8, 10), (0.7, 0.5, 0.3)):  # the smallest gain that will do
             logits = [(linear - common) * class_gain + class_bias for linear, *_ in heads]
             rise = torch.quantile(torch.cat([linear[:, :-1].max(-1).values - linear[:, -1] for linear in logits]), empty_share)
@@ -267,12 +269,12 @@ class Calibration:
                 linear[:, -1] += rise
             for gain, offset, masks in settings:
                 found = [self._segments(linear, mask) for linear, mask in zip(logits, masks, strict=True)]
-                score = (min(min(mixed, _ENOUGH[0]) for _, mixed in found), min(min(segments, _ENOUGH[1]) for segments, _ in found))
+                score = (all(mixed for _, mixed in found), min(SEGMENTS, *(segments for segments, _ in found)))
                 if score > best[0]:
                     best = (score, class_gain, float(rise), gain, offset)
-                if score == _ENOUGH:
+                if score == enough:
                     break
-            if best[0] == _ENOUGH:
+            if best[0] == enough:
                 break
         _, class_gain, rise, embed_gain, embed_offset = best
         print(f"{self.entry.name}: heads {best}", file=sys.stderr)
@@ -287,8 +289,8 @@ class Calibration:
         draw = self.recipe[f"{prefix}mask_embed.layers.2.bias"]
         self.recipe[f"{prefix}mask_embed.layers.2.bias"] = synthesize.Draw(draw.gain, embed_offset)
 
-    def _segments(self, logits: Any, masks: Any) -> tuple[int, int]:
-        """(segments, things or stuff, whichever are fewer) that the official panoptic inference finds."""
+    def _segments(self, logits: Any, masks: Any) -> tuple[int, bool]:
+        """How many segments the official panoptic inference finds, and whether both things and stuff are among them."""
         import torch
 
         things = self.entry.config["thing_classes"]
@@ -296,11 +298,10 @@ class Calibration:
         scores, labels = logits.softmax(-1).max(-1)
         kept = (labels != logits.shape[-1] - 1) & (scores > self.model.object_mask_threshold)
         if not kept.any():
-            return 0, 0
+            return 0, False
         large = torch.nn.functional.interpolate(masks[kept][None], scale_factor=4, mode="bilinear")[0]
         segments = self.model.panoptic_inference(logits[kept], large)[1]
-        found_things = sum(segment["isthing"] for segment in segments)
-        return len(segments), min(found_things, len(segments) - found_things) if things else 0
+        return len(segments), len({segment["isthing"] for segment in segments}) == 2
 
 
 def _deviation(tensor: Any) -> Any:
