@@ -91,11 +91,17 @@ class MaskFormer(keras.Model):
         Returns:
             "pred_logits" ``[batch, queries, classes + 1]``, no-object last; "pred_masks" ``[batch, queries, ceil(padded height
             / 4), ceil(padded width / 4)]``, logits; "aux_outputs", under deep supervision, the same two for each earlier decoder
-            layer. All in the compute dtype. With "masked" also "valid_sizes", int32 ``[batch, 2]``: the size in px that the
-            network saw of each image; masks are 0 outside ``ceil(valid_sizes / 4)``.
+            layer. All in the compute dtype. "padded_size" int32 ``[2]``: height and width in px of the padded canvas, on which
+            targets lie. With "masked" also "valid_sizes", int32 ``[batch, 2]``: the size in px that the network saw of each image;
+            masks are 0 outside ``ceil(valid_sizes / 4)``.
+
+        Raises:
+            ValueError: an unknown ``padding``, or ``image_sizes`` that do not fit the canvas (if their values are known).
         """
         if padding not in PADDINGS:
             raise ValueError(f"padding is {padding!r}, expected one of {PADDINGS}")
+        if image_sizes is not None:
+            image_sizes = _checked_sizes(image_sizes, images)
         images = self.preprocess(images, image_sizes)
         sizes = None
         if padding == "masked":
@@ -105,6 +111,7 @@ class MaskFormer(keras.Model):
         for name in ("res2", "res3", "res4", "res5"):
             level_sizes[name] = size = halved(size)
         outputs = self.sem_seg_head(features, level_sizes)
+        outputs["padded_size"] = tf.stack(static_shape(images)[1:3])
         if sizes is not None:
             outputs["valid_sizes"] = sizes
         return outputs
@@ -132,7 +139,16 @@ class MaskFormer(keras.Model):
         batch, height, width, _ = static_shape(images)
         if image_sizes is None:
             return tf.broadcast_to(tf.stack([height, width])[None], [batch, 2])
-        return self._round_up(tf.cast(image_sizes, tf.int32))
+        return self._round_up(image_sizes)
+
+
+def _checked_sizes(image_sizes: Any, images: tf.Tensor) -> tf.Tensor:
+    """``image_sizes`` as int32 ``[batch, 2]``; their values are checked where they are known."""
+    sizes = tf.ensure_shape(tf.cast(image_sizes, tf.int32), [images.shape[0], 2])
+    values, canvas = tf.get_static_value(sizes), images.shape[1:3]
+    if values is not None and canvas.is_fully_defined() and ((values < 1) | (values > canvas.as_list())).any():
+        raise ValueError(f"image_sizes are {values.tolist()}, expected heights and widths from 1 to the canvas {canvas.as_list()}")
+    return sizes
 
 
 @contextmanager

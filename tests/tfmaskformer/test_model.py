@@ -43,6 +43,7 @@ def test_shapes_of_outputs_at_any_size(small, height_px, width_px):
         assert layer["pred_logits"].shape == (1, config.predictor.num_queries, config.num_classes + 1)
         assert layer["pred_masks"].shape == (1, config.predictor.num_queries, *grid)
         assert layer["pred_masks"].dtype == tf.float64
+    assert outputs["padded_size"].numpy().tolist() == [_padded(size, config.size_divisibility) for size in (height_px, width_px)]
 
 
 @pytest.mark.parametrize("fill", [0, 255])
@@ -191,6 +192,9 @@ def test_wrong_arguments_are_named(small):
         MaskFormer(config, "float16")
     with pytest.raises(ValueError, match="padding is 'zero'"):
         model(_photo(33, 34)[None], padding="zero")
+    for sizes in ([[33, 35]], [[0, 34]]):
+        with pytest.raises(ValueError, match=r"image_sizes are .* to the canvas"):
+            model(_photo(33, 34)[None], image_sizes=np.array(sizes))
 
 
 def test_models_do_not_disturb_the_global_policy():
