@@ -247,8 +247,9 @@ def _draw_case(axis: Any, case: CaseCheck) -> None:
             clip_on=False,
         )
     drawn = [value for item in taps for value in (item.error, item.floor, item.tolerance) if value > SMALLEST and math.isfinite(value)]
+    low, high = min(drawn, default=1e-8) / 3, max(drawn, default=1.0)
     axis.set_yscale("log")
-    axis.set_ylim(min(drawn, default=1e-8) / 3, max(drawn, default=1.0) * 6)
+    axis.set_ylim(low, high * max((high / low) ** 0.15, 2))  # leaves room for the name of the first failure
     axis.set_xlim(-1, len(taps))
     starts = [place for place in places if place == 0 or _part(taps[place].name) != _part(taps[place - 1].name)]
     ends = [*starts[1:], len(taps)]

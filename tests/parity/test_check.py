@@ -1,0 +1,290 @@
+"""What is judged, how it is accounted for, and that nothing is skipped."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from parity import check, compare, tap_rules
+from parity.check import CheckError, Settings, _judge
+from parity.tap_rules import TAPS, Layout, TapRuleError, View, layout_of, official_layout
+from parity.tensorflow_run import CaseResults
+from parity.trace import Case, TraceFileWriter, write_manifest
+from tfmaskformer.config import MaskFormerConfig, TransformerPredictorConfig
+
+from .conftest import TRACE
+
+CONFIG = MaskFormerConfig(name="mini", num_classes=3, predictor=TransformerPredictorConfig(dec_layers=2))
+NORM = "sem_seg_head.predictor.transformer.decoder.norm"
+RUNS = ("contiguous+onednn", "contiguous", "channels_last+onednn", "channels_last")
+
+
+@pytest.fixture
+def tensors():
+    """A mini trace: a bit of every group, official layout."""
+    random = np.random.default_rng(0)
+    total = random.random((5, 2))
+    return {
+        ("taps", "images#0"): random.standard_normal((1, 3, 20, 30)),
+        ("taps", "backbone.stem.conv1#0"): random.standard_normal((1, 8, 10, 15)),
+        ("taps", "sem_seg_head.predictor.transformer.encoder#0"): random.standard_normal((1, 1, 6)),
+        **{("taps", f"{NORM}#{call}"): random.standard_normal((5, 1, 6)) for call in (0, 1)},
+        ("taps", "sem_seg_head.predictor.class_embed#0"): random.standard_normal((2, 1, 5, 4)),
+        ("outputs", "pred_logits"): random.standard_normal((1, 5, 4)),
+        **{("matcher", f"final/0/{name}"): total * share for name, share in (("cost_class", 0.2), ("cost_mask", 0.02), ("total", 1.0))},
+        ("matcher", "final/0/assignment"): np.array([3, 1]),
+        ("losses", "loss_ce"): np.array(0.7),
+        ("losses", "loss_ce_0"): np.array(0.9),
+        ("losses", "total"): np.array(1.6),
+        ("gradients", "sem_seg_head.predictor.class_embed.weight"): random.standard_normal((4, 6)),
+        ("inference", "0/sem_seg"): random.random((3, 20, 30)),
+        ("inference", "0/panoptic_seg"): random.integers(0, 4, (20, 30), np.int32),
+        ("inference", "0/segments"): np.array([[1, 2, 1], [2, 0, 0]]),
+    }
+
+
+@pytest.fixture
+def case(tmp_path, tensors):
+    """The mini trace on disk; official float32 runs are off by 1e-6 everywhere."""
+    last = {("taps", f"{NORM}#2"): tensors["taps", f"{NORM}#1"]}
+    for dtype in ("float64", "float32"):
+        with TraceFileWriter(tmp_path, "mini", dtype, runs=RUNS, samples=64, facts={"key": "k"}) as writer:
+            for (group, name), tensor in (tensors | last).items():
+                is_float = tensor.dtype.kind == "f"
+                writer.add(group, name, tensor.astype(dtype) if is_float else tensor)
+                if is_float:
+                    writer.set_floor(group, name, np.full((2, 4), 1e-6 if dtype == "float32" else 1e-15))
+            extra = ("gap", 0.1) if dtype == "float64" else ("cost_noise", 1e-3)
+            writer.add("matcher", f"final/0/{extra[0]}", np.array(extra[1]))
+    write_manifest(tmp_path, {}, {"mini": {}})
+    with Case(tmp_path, "mini") as opened:
+        yield opened
+
+
+def tensorflow(tensors, dtype="float64"):
+    """The same tensors as TensorFlow has them."""
+    groups = {group: {} for group in check.GROUPS}
+    for (group, name), tensor in tensors.items():
+        if group in ("taps", "outputs"):
+            layout = layout_of(group, name)
+            tensor = tensor.transpose([layout.expected.index(axis) for axis in layout.actual])
+        groups[group][name] = tensor.astype(dtype) if tensor.dtype.kind == "f" else tensor
+    return CaseResults(groups)
+
+
+def failed(case, results, dtype="float64"):
+    items, _ = _judge(case, results, CONFIG, dtype)
+    return {(item.group, item.name): item for item in items if not item.passed}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_equal_sides_match_and_everything_is_accounted_for(case, tensors, dtype):
+    items, exempted = _judge(case, tensorflow(tensors, dtype), CONFIG, dtype)
+    assert [(item.group, item.name) for item in items if not item.passed] == []
+    assert {(item.group, item.name) for item in items} == {*tensors, ("taps", f"{NORM}#2")}
+    assert [(exemption.group, exemption.name) for exemption in exempted] == [("taps", f"{NORM}#2")]
+    assert f"compared with '{NORM}#1'" in exempted[0].reason
+
+
+def test_every_tensor_that_is_off_fails_alone(case, tensors):
+    for key, tensor in tensors.items():
+        changed = tensor.copy()
+        changed.flat[-1] += 1 if changed.dtype.kind != "f" else 1e-3 * np.linalg.norm(changed)
+        names = set(failed(case, tensorflow({**tensors, key: changed})))
+        assert names == ({key, ("taps", f"{NORM}#2")} if key[1] == f"{NORM}#1" else {key})
+
+
+def test_what_has_no_partner_fails_in_both_directions(case, tensors):
+    for key in tensors:
+        without = {name: tensor for name, tensor in tensors.items() if name != key}
+        item = failed(case, tensorflow(without))[key]
+        assert item.note == "no partner in TensorFlow"
+    results = tensorflow(tensors)
+    for group, name in (("taps", "backbone.res9#0"), ("gradients", "backbone.new.weight"), ("losses", "loss_new")):
+        results.groups[group][name] = np.zeros(3)
+        assert failed(case, results)[group, name].note == "no partner in the trace"
+        del results.groups[group][name]
+    assert not failed(case, results)
+
+
+def test_only_an_exact_name_with_a_reason_exempts(case, tensors, monkeypatch):
+    results = tensorflow(tensors)
+    results.groups["taps"]["backbone.res9#0"] = np.zeros(3)
+    monkeypatch.setitem(tap_rules.EXEMPT, ("taps", "backbone.res9"), "a prefix is not enough")
+    assert failed(case, results)
+    monkeypatch.setitem(tap_rules.EXEMPT, ("taps", "backbone.res9#0"), "a test")
+    items, exempted = _judge(case, results, CONFIG, "float64")
+    assert all(item.passed for item in items)
+    assert [exemption.reason for exemption in exempted if exemption.name == "backbone.res9#0"] == ["a test"]
+
+
+def test_a_wrong_layout_is_a_mismatch_and_never_permuted_to_fit(case, tensors):
+    results = tensorflow(tensors)
+    results.groups["taps"]["images#0"] = results.groups["taps"]["images#0"].transpose(0, 2, 1, 3)
+    item = failed(case, results)["taps", "images#0"]
+    assert item.note == "shape (1, 3, 30, 20), expected (1, 3, 20, 30)"
+
+
+def test_a_fault_outside_the_samples_fails(case, tensors):
+    key = ("taps", "backbone.stem.conv1#0")
+    record = case.reference[key]
+    assert record.stored < record.size
+    sampled = record.select(np.arange(record.size).reshape(record.shape))
+    changed = tensors[key].copy()
+    outside = np.setdiff1d(np.arange(record.size), sampled)
+    changed.flat[outside] *= 1.01
+    item = failed(case, tensorflow({**tensors, key: changed}))[key]
+    assert item.error == 0
+    assert "by its statistics" in item.note
+
+
+def test_float32_is_judged_by_the_floor(case, tensors):
+    key = ("taps", "images#0")
+    random = np.random.default_rng(1)
+    for factor, passes in ((1.0, True), (1.7, True), (1.9, False)):
+        noise = random.standard_normal(tensors[key].shape)
+        sample = case.reference[key].select(noise)
+        noise *= factor * 1e-6 * np.linalg.norm(case.reference.read(*key)) / np.linalg.norm(sample)
+        items, _ = _judge(case, tensorflow({**tensors, key: tensors[key] + noise}, "float32"), CONFIG, "float32")
+        item = next(item for item in items if item.name == key[1])
+        assert item.tolerance == pytest.approx(1.8e-6)
+        assert item.error == pytest.approx(factor * 1e-6, rel=1e-2)
+        assert item.passed == passes
+
+
+def test_the_median_is_judged_in_float32_only(case, tensors):
+    items, exempted = _judge(case, tensorflow(tensors), CONFIG, "float64")
+    off = [check.dataclasses.replace(item, error=1.2 * item.floor) for item in items]
+    for dtype, passes in (("float32", False), ("float64", True)):
+        result = check.CaseCheck("mini", dtype, ((20, 30),), None, tuple(off), tuple(exempted))
+        assert result.median_ratio == pytest.approx(1.2)
+        assert result.passed == passes
+
+
+def test_failures_come_in_the_order_of_computation_and_gradients_backwards():
+    def item(group, name, passed=False):
+        return check.Item(group, name, passed)
+
+    items = (item("taps", "a#0", True), item("taps", "b#0"), item("losses", "x"), item("gradients", "first"), item("gradients", "last"))
+    result = check.CaseCheck("c", "float64", ((1, 1),), None, items, ())
+    assert [failure.name for failure in result.failures] == ["b#0", "x", "last", "first"]
+    only_gradients = check.CaseCheck("c", "float64", ((1, 1),), None, items[3:], ())
+    assert only_gradients.failures[0].name == "last"
+    environment = check.probes.Environment({}, "", "", {}, ())
+    both = check.Check(Settings("", ""), environment, {}, {}, (only_gradients, result), ())
+    assert both.first_failure == (result, items[1])
+
+
+def test_a_check_of_nothing_does_not_pass():
+    environment = check.probes.Environment({}, "", "", {}, ())
+    assert not check.Check(Settings("", ""), environment, {}, {}, (), ()).passed
+
+
+def test_a_near_tie_is_labelled_and_a_bug_fails(case, tensors):
+    key = ("matcher", "final/0/assignment")
+    other = {**tensors, key: np.array([1, 3])}
+    item = failed(case, tensorflow(other, "float32"), "float32")[key]
+    assert item.comparison.label == "different"
+    assert math.isfinite(item.comparison.regret)
+
+
+# --- tables
+
+
+def test_every_tap_of_the_trace_has_exactly_one_line_and_every_line_is_needed():
+    used = set()
+    with Case(TRACE, "even") as case:
+        for name in case.reference.group("taps"):
+            assert len(case.reference["taps", name].shape) == len(layout_of("taps", name).expected)
+            used |= {pattern for pattern, _ in TAPS if tap_rules._matcher(pattern)(name) is not None}
+    # This model has no transformer encoder in its predictor (the lines serve both encoders), and all other lines are used.
+    assert [pattern for pattern, _ in TAPS if pattern not in used] == []
+
+
+def test_unknown_names_are_errors():
+    for name in ("backbone.res6#0", "backbone.stem.conv1", "criterion#0", "backbone.res2.0.conv1.norm#x", "images#0[0]"):
+        with pytest.raises(TapRuleError, match="no lines"):
+            layout_of("taps", name)
+
+
+def test_layouts_name_the_same_axes_on_both_sides():
+    for _, layout in (*TAPS, *tap_rules.OUTPUTS):
+        assert sorted(layout.actual) == sorted(layout.expected)
+        assert len(set(layout.actual)) == len(layout.actual)
+
+
+def test_masked_views_take_the_true_part_of_one_image():
+    view = View(1, (128, 160), (101, 75))
+    stride_4 = np.arange(2 * 32 * 40 * 3).reshape(2, 32, 40, 3)
+    np.testing.assert_array_equal(official_layout(stride_4, Layout("BHWC", "BCHW"), view), stride_4[1:, :26, :19].transpose(0, 3, 1, 2))
+    sequence = np.arange(2 * 20 * 3).reshape(2, 4 * 5, 3)
+    true = sequence.reshape(2, 4, 5, 3)[1:, :4, :3].reshape(1, 12, 3)
+    np.testing.assert_array_equal(official_layout(sequence, Layout("BSC", "SBC"), view), true.transpose(1, 0, 2))
+    weights = np.arange(2 * 7 * 20).reshape(2, 7, 20)
+    np.testing.assert_array_equal(
+        official_layout(weights, Layout("BQS", "BQS"), view), weights.reshape(2, 7, 4, 5)[1:, :, :4, :3].reshape(1, 7, 12)
+    )
+    with pytest.raises(TapRuleError, match="33 positions for 128 px"):
+        official_layout(np.zeros((2, 33, 40, 3)), Layout("BHWC", "BCHW"), view)
+
+
+def test_gradients_go_back_through_the_weights_own_rules():
+    gradient = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    names = {"backbone.stem.conv1.weight": gradient, "sem_seg_head.predictor.class_embed.weight": gradient[0, 0], "backbone.x": gradient}
+    found = tap_rules.official_gradients(dict(list(names.items())[:2]), CONFIG)
+    np.testing.assert_array_equal(found["backbone.stem.conv1.weight"], gradient.transpose(3, 2, 0, 1))
+    np.testing.assert_array_equal(found["sem_seg_head.predictor.class_embed.weight"], gradient[0, 0].T)
+    with pytest.raises(TapRuleError):
+        tap_rules.official_gradients(names, CONFIG)
+
+
+# --- bad input
+
+
+@pytest.fixture
+def converted(tmp_path):
+    """A checkpoint directory as far as it is looked at before TensorFlow is imported."""
+    sha256 = json.loads((TRACE / "manifest.json").read_text())["provenance"]["checkpoint"]["sha256"]
+    (tmp_path / "manifest.json").write_text(json.dumps({"source": {"file": "x.pkl", "sha256": sha256}}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"cases": ("night",)}, "no case night; it has even, odd"),
+        ({"pad_to": (128, 128)}, "official padding has no canvas"),
+        ({"padding": "masked", "cases": ("batch",)}, "case batch has 2 images"),
+        ({"padding": "masked", "pad_to": (96, 127)}, "case even is 96×128 px, which is larger than --pad-to 96×127"),
+    ],
+)
+def test_settings_that_do_not_fit_the_trace(converted, settings, told):
+    with pytest.raises(CheckError, match=told):
+        check.check(Settings(str(converted), str(TRACE), **settings))
+
+
+def test_other_weights_and_missing_manifests(converted, tmp_path):
+    (converted / "manifest.json").write_text(json.dumps({"source": {"file": "other.pkl", "sha256": "0" * 64}}))
+    with pytest.raises(CheckError, match=r"other weights: .* converted from other\.pkl"):
+        check.check(Settings(str(converted), str(TRACE)))
+    (converted / "manifest.json").write_text("[]")
+    with pytest.raises(CheckError, match="cannot be read"):
+        check.check(Settings(str(converted), str(TRACE)))
+    with pytest.raises(CheckError, match=r"no manifest\.json"):
+        check.check(Settings(str(tmp_path / "nothing"), str(TRACE)))
+
+
+def test_variables_without_a_witness_fail():
+    from tfmaskformer.model import MaskFormer
+    from tfmaskformer.module import parameter_specs
+
+    model = MaskFormer(CONFIG)
+    witness = check.Item("taps", "backbone.stem.conv1.norm#0", True, comparison=compare.incomparable("x"))
+    found = {item.name: item.passed for item in check._judge_variables(model, [witness])}
+    assert found.keys() == parameter_specs(model).keys()
+    assert sorted(name for name, passed in found.items() if passed) == [
+        f"backbone.stem.conv1.norm.{stat}" for stat in ("bias", "running_mean", "running_var", "weight")
+    ]

@@ -1,0 +1,123 @@
+"""The command: exit codes, output, reports; and that the port matches."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import checkpoints
+from parity import check, cli, probes
+
+from .conftest import TRACE
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_an_unbroken_port_matches_in_graph_mode(checkpoint, tmp_path, capsys):
+    report = tmp_path / "new" / "report"
+    arguments = ("--ckpt", checkpoint, "--reference", TRACE, "--case", "even", "--report", report, "--json", tmp_path / "check.json")
+    code, out, err = run(capsys, *arguments)
+    assert code == cli.MATCH, out
+    assert "match: all " in out
+    assert "graph mode" in out
+    assert "even: float64 …" in err
+    assert sorted(path.name for path in report.iterdir()) == ["error_along_depth.png", "report.json", "report.txt"]
+    assert (report / "error_along_depth.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((report / "report.json").read_text())
+    assert found == json.loads((tmp_path / "check.json").read_text())
+    assert found["passed"]
+    assert found["first_failure"] is None
+    assert [(case["case"], case["dtype"]) for case in found["cases"]] == [("even", "float32"), ("even", "float64")]
+    for case in found["cases"]:
+        ledger = case["ledger"]
+        assert ledger["taps"] == {"compared": 337, "passed": 337, "failed": 0, "no partner": 0, "exempted": 1}
+        assert ledger["gradients"]["passed"] == ledger["gradients"]["compared"] > 200
+        assert ledger["variables"]["passed"] == 481
+        assert ledger["losses"]["passed"] == 3 * 6 + 1
+
+
+@pytest.mark.parametrize("padding", ["official", "masked"])
+def test_every_case_matches_in_both_paddings(padding, checkpoint, capsys):
+    code, out, _ = run(capsys, "--ckpt", checkpoint, "--reference", TRACE, "--mode", "eager", "--padding", padding, "--json", "-")
+    found = json.loads(out)
+    assert code == cli.MATCH, found["verdict"]
+    expected = {"official": {"even", "odd", "batch"}, "masked": {"even", "odd"}}[padding]
+    assert {case["case"] for case in found["cases"]} == expected
+    assert [left["name"] for left in found["left_out"]] == [name for name in ("batch",) if name not in expected]
+    for case in found["cases"]:
+        assignments = [item["comparison"] for item in case["items"] if item["name"].endswith("/assignment")]
+        assert {comparison["label"] for comparison in assignments} == {"same"}
+
+
+def test_a_check_against_a_trace_needs_no_torch(checkpoint):
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'detectron2', 'mask_former')));"
+        "from parity.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["--ckpt", checkpoint, "--reference", TRACE, "--case", "odd", "--dtype", "float64", "--mode", "eager"]
+    ran = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert ran.returncode == cli.MATCH, ran.stdout + ran.stderr
+
+
+def test_help_answers_without_frameworks():
+    code = "import sys; sys.modules.update(dict.fromkeys(('torch', 'tensorflow', 'keras')));from parity.cli import main; main(sys.argv[1:])"
+    for arguments, told in ((["--help"], "--reference DIR"), (["record", "--help"], "--samples N")):
+        ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert told in ran.stdout
+
+
+def test_bad_input_is_told_and_exits_2(tmp_path, capsys):
+    reference = ("--reference", TRACE)
+    for arguments, told in (
+        (("--ckpt", tmp_path, *reference), "has no manifest.json"),
+        (("--ckpt", tmp_path, "--reference", tmp_path, "--report", __file__ + "/x"), "is no directory"),
+        (("--ckpt", tmp_path, "--reference", "official", "--src", "x.pkl"), "give --config"),
+    ):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (cli.BAD_INPUT, "")
+        assert err.startswith("error: ")
+        assert told in err
+    for arguments, told in (
+        (("--ckpt", tmp_path), "--reference"),
+        (("--ckpt", tmp_path, *reference, "--dtype", "float16"), "invalid choice"),
+        (("--ckpt", tmp_path, *reference, "--src", "x.pkl"), "are for --reference official"),
+        (("--ckpt", tmp_path, "--reference", "official"), "needs --src"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main([str(argument) for argument in arguments])
+        assert exit_info.value.code == cli.BAD_INPUT
+        assert told in capsys.readouterr().err
+
+
+def test_other_weights_exit_2(checkpoint, tmp_path, capsys):
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["source"]["sha256"] = "0" * 64
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    code, out, err = run(capsys, "--ckpt", tmp_path, "--reference", TRACE)
+    assert (code, out) == (cli.BAD_INPUT, "")
+    assert "error: other weights" in err
+
+
+def test_an_environment_that_computes_garbage_exits_3(checkpoint, monkeypatch, capsys):
+    broken = probes.Environment({}, "", "", {}, (probes.Probe("tf.nn.conv2d 3×3", True, 0.8),))
+    monkeypatch.setattr(check.probes, "examine", lambda: broken)
+    code, out, err = run(capsys, "--ckpt", checkpoint, "--reference", TRACE)
+    assert (code, out) == (cli.COULD_NOT_RUN, "")
+    assert "tf.nn.conv2d 3×3 (error 8.0e-01)" in err
+    assert "TF_ENABLE_ONEDNN_OPTS=0" in err
+
+
+def test_the_official_reference_takes_the_config_of_the_zoo_entry(checkpoint):
+    assert cli._zoo_config(str(checkpoint)) == "coco-panoptic/maskformer_panoptic_R50_bs64_554k.yaml"
+    assert cli._zoo_config("nowhere") is None
+    assert cli.PHOTOS.parent == Path(checkpoints.__file__).parent
+    assert all((cli.PHOTOS / name.split("@")[0]).is_file() for name in cli.DEFAULT_IMAGES)
