@@ -20,7 +20,7 @@ FIXED = {
     "backbone.res4.5.conv3.weight": "cfdc7224b39e1a1c00461fc3186e38bed9035592091b18ec4412ce97c0a36d61",
     "backbone.res5.2.conv3.norm.running_var": "3c305f0930a7b6b03033ceed268e10d93337399b35060450de5ecc88074ecfdf",
     "sem_seg_head.pixel_decoder.layer_2.norm.bias": "7701fb9c40eec947868c195dfacbd7b4a578d517a4e5231e8b413048bd010ad2",
-    "sem_seg_head.predictor.transformer.decoder.layers.1.multihead_attn.in_proj_weight": "992804c741f6d465f4b91b3bdf91469b97fbebd705043765152aba45057c04a6",
+    "sem_seg_head.predictor.transformer.decoder.layers.1.linear1.bias": "e4d49a22fb89bc15a35137b9d4517d3c92b3b9813855cbb075076ac2961d2330",
     "sem_seg_head.predictor.class_embed.bias": "2557a7fa6d2554b7fc0d6b7a825ac9ab4ee119e491ad60174dc3f82dee5a4ee8",
     "criterion.empty_weight": "0b98854f7c1d7535b644623868db52e8cdd596bbf8668c9c293bf4bc84501cc9",
 }
