@@ -141,11 +141,11 @@ def test_recipe_fits_its_layout_and_is_not_trivial(name):
             assert 0.02 <= draw.offset - draw.gain < draw.offset + draw.gain <= 0.3, "an eps of 1e-5 must show"
         if key.startswith("backbone") and key.endswith("norm.weight"):
             assert draw.offset > 2 * draw.gain, "no channel is switched off"
-    # Every channel has its own number, in norms and biases too.
+    # Every channel has its own number, in norms and biases too (2048 numbers of 23 bits may well meet once).
     small = {key: spec for key, spec in layout.items() if len(spec.shape) == 1 and key != "criterion.empty_weight"}
     for key, spec in list(small.items())[:: len(small) // 20]:
         values = synthesize.draw(key, spec, recipe[key], 0)
-        assert len(np.unique(values)) == spec.size, key
+        assert len(np.unique(values)) > 0.99 * spec.size, key
         assert np.all(values != 0), key
 
 
