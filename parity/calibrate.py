@@ -477,7 +477,7 @@ def _targets(entry: registry.Entry, size: tuple[int, int], canvas: tuple[int, in
 
     from parity.inputs import make_targets
 
-    labels, masks = make_targets(*size, objects, entry.config["num_classes"], "calibrate")
+    labels, masks = make_targets(*size, objects, entry.config["num_classes"], "seed 0 image 0")
     padded = np.zeros((objects, *canvas), bool)
     padded[:, : size[0], : size[1]] = masks
     return [{"labels": torch.from_numpy(labels), "masks": torch.from_numpy(padded)}]
