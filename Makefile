@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check bench
+.PHONY: help demo test check zoo bench
 
 help:
 	@echo "make demo    convert a checkpoint, check its parity, draw what both frameworks see; in demo/"
 	@echo "make test    everything that CI runs: make check, then the tests"
 	@echo "make check   ruff, mypy, import contracts"
+	@echo "make zoo     prove every covered checkpoint: synthesize, convert, check against the official code's trace"
 	@echo "make bench   measure speed and memory; writes docs/benchmarks.md"
 
 demo: $(VENV)/demo.stamp
@@ -22,6 +23,9 @@ check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+zoo: $(VENV)/demo.stamp
+	$(BIN)/python -m parity.prove
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m bench

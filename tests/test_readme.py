@@ -1,0 +1,47 @@
+"""The README's example is run as it is written; its other commands are verbs of make, which CI and people run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+VERBS = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_example_runs(tmp_path):
+    for folder in ("parity/traces", "checkpoints/photos"):
+        (tmp_path / folder).parent.mkdir(parents=True)
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    [commands] = [block for block in blocks("bash") if "convert --src" in block]
+    [code] = blocks("python")
+    for command in (["bash", "-ec", commands], [sys.executable, "-c", code + "\nassert len(segments_info) >= 3"]):
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert {path.name for path in tmp_path.iterdir()} >= {"model_final.pkl", "tf_ckpt", "report"}
+
+
+def test_other_commands_are_make_verbs_or_the_install():
+    commands = [line for block in blocks("bash") if "convert --src" not in block for line in block.splitlines()]
+    assert commands
+    for command in commands:
+        assert command.split() in [["make", verb] for verb in VERBS] or command == 'pip install -e ".[cpu]"'
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1] == "make test"
+    assert "```bash\nmake test\n```" in README
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
