@@ -81,8 +81,6 @@ def _solve(cost, num_objects):
     real = tf.range(num_rows) < num_objects[:, tf.newaxis]
     bad = tf.math.is_nan(cost) | (cost == -float("inf"))
     valid = ~tf.reduce_any(bad & real[:, :, tf.newaxis], [1, 2])
-    real &= valid[:, tf.newaxis]
-    cost = tf.where(real[:, :, tf.newaxis], cost, tf.zeros([], cost.dtype))
     if num_rows > num_columns:
         # Where objects outnumber queries, the surplus goes to as many extra columns, all at the same cost: then every object
         # finds a column, and the real columns are shared out at the least cost.
