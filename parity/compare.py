@@ -52,10 +52,10 @@ class Comparison:
         expected_dtype, actual_dtype: NumPy names.
         elements: of the whole tensor.
         compared: elements that were compared one by one: all, or those that a sampled trace stores.
-        error: relative L2 error over the compared elements; nan where it cannot be taken.
+        error: relative L2 error of the whole tensor, by its sketch for a sampled one; nan where it cannot be taken.
         error_bound: what the relative L2 error of a sampled tensor, whole, is at least by its exact statistics: the differences of l2,
             min and max, and that of the sum over √elements, are none of them larger than ``‖actual − expected‖``.
-        expected_l2: ``‖expected‖`` over the compared elements.
+        expected_l2: ``‖expected‖`` of the whole tensor.
         max_difference: largest ``|actual − expected|`` of the finite elements.
         max_index: where it is, in the official layout (flat position among the samples for a sampled tensor).
         actual_at_max, expected_at_max: the two values there.
@@ -97,13 +97,13 @@ class Whole:
     Attributes:
         actual, expected: exact statistics.
         shape: official layout.
-        tolerance: relative L2 error that is allowed on all elements.
+        difference: ``‖actual − expected‖`` of all elements, estimated from their sketches (:func:`parity.sampling.sketch`).
     """
 
     actual: Statistics
     expected: Statistics
     shape: tuple[int, ...]
-    tolerance: float
+    difference: float
 
 
 def compare(
@@ -144,12 +144,14 @@ def compare(
         bound = _error_bound(whole)
         if fault is None and whole.actual.nonfinite != whole.expected.nonfinite:
             fault = f"{whole.actual.nonfinite} elements of the whole tensor are not finite, expected {whole.expected.nonfinite}"
-        if fault is None and bound > whole.tolerance:
-            fault = f"by its statistics the whole tensor has an error of at least {bound:.1e}, tolerance {whole.tolerance:.1e}"
+        if fault is None and bound > tolerance:
+            fault = f"by its statistics the whole tensor has an error of at least {bound:.1e}, tolerance {tolerance:.1e}"
     figures = _figures(actual, expected, tolerance)
+    if whole is not None:
+        figures |= {"expected_l2": whole.expected.l2, "error": _over(whole.difference, whole.expected.l2)}
     if scale or (zero_scale and not figures["expected_l2"]):
-        difference = np.where(np.isfinite(expected), actual - expected.astype(np.float64), 0)
-        figures["error"] = float(np.linalg.norm(difference)) / (scale or zero_scale)
+        difference = np.linalg.norm(np.where(np.isfinite(expected), actual - expected.astype(np.float64), 0))
+        figures["error"] = float(difference if whole is None else whole.difference) / (scale or zero_scale)
     return Comparison(**known, compared=expected.size, error_bound=bound, fault=fault, **figures)
 
 
@@ -208,7 +210,11 @@ def _error_bound(whole: Whole) -> float:
     # Statistics are sums of rounded numbers themselves: what they cannot resolve is no difference.
     if difference <= 1e-14 * expected.l2:
         return 0.0
-    return difference / expected.l2 if expected.l2 else math.inf
+    return _over(difference, expected.l2)
+
+
+def _over(difference: float, norm: float) -> float:
+    return difference / norm if norm else math.copysign(math.inf, difference) if difference else 0.0
 
 
 def tolerance(dtype: str, floor: float) -> float:

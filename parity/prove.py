@@ -31,7 +31,7 @@ CASES = (
 )
 """As ``parity-check record --case`` takes them, below :data:`PHOTOS`."""
 
-SAMPLES = 128
+SAMPLES = 32
 """Elements stored of each large tensor."""
 
 ENTRIES = (

@@ -174,7 +174,7 @@ def _record_case(model: Any, case: LoadedCase, directory: Path, samples: int | N
 
 def _measure(model: Any, runs: Sequence[Run], case: LoadedCase, writer: TraceFileWriter, spool: _Spool, *, baseline: bool = False) -> None:
     """Runs each of ``runs`` and stores its errors against the spooled reference; with ``baseline``, the values of the first run too."""
-    errors: dict[tuple[str, str], list[tuple[float, float]]] = collections.defaultdict(list)
+    errors: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
     noise: dict[str, float] = collections.defaultdict(float)
     for run in runs:
         seen: set[tuple[str, str]] = set()
@@ -190,7 +190,7 @@ def _measure(model: Any, runs: Sequence[Run], case: LoadedCase, writer: TraceFil
                 raise RecordError(
                     f"{case.name}: {group} '{name}' is {array.shape} in {run.dtype} {run.name}, {expected.shape} in the reference"
                 )
-            errors[group, name].append(writer.errors(group, name, array, expected))
+            errors[group, name].append(trace.relative_error(array, expected))
             if group == "matcher" and name.endswith("/total"):
                 noise[name] = max(noise[name], float(np.abs(array - expected).max(initial=0)))
 
@@ -199,8 +199,8 @@ def _measure(model: Any, runs: Sequence[Run], case: LoadedCase, writer: TraceFil
             raise RecordError(
                 f"{case.name}: {run.dtype} {run.name} and the reference do not have the same tensors: {sorted(seen ^ spool.keys())[:3]}"
             )
-    for (group, name), pairs in errors.items():
-        writer.set_floor(group, name, np.transpose(pairs))
+    for (group, name), of_runs in errors.items():
+        writer.set_floor(group, name, of_runs)
     if baseline:
         for name, value in noise.items():
             writer.add("matcher", name.replace("total", "cost_noise"), np.array(value))

@@ -6,8 +6,9 @@ imported when a run starts, not before.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,12 +33,17 @@ class CaseInputs:
         forced: (layer, image) → int [K], layer 0 being the final one: assignments to take losses under, where the reference's own is
             no better than another (a tie or near-tie); elsewhere losses are taken under the model's own.
         resized: (height, width) in px of each image's second inference.
+        position_embeddings: module → float32 [images, channels, height, width]: what later layers get in place of the module's own
+            output, which is tapped all the same. Upstream computes position embeddings in float32 even in float64, with the sines of
+            its platform's library, so their last bit differs (1e-8); in float64 that alone would flip ReLUs whose input is zero but
+            for rounding, and gradients would jump by 1e-4.
     """
 
     images: Sequence[np.ndarray]
     targets: Sequence[Mapping[str, np.ndarray]]
     forced: Mapping[tuple[int, int], np.ndarray]
     resized: Sequence[tuple[int, int]]
+    position_embeddings: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +91,15 @@ def run(
     step: Any = _step(model, padding)
     if mode != "eager":
         step = tf.function(step, jit_compile=mode == "xla")
-    taps, outputs, matchings, losses, gradients = step(*arguments)
+    with _given_position_embeddings(cases):
+        taps, outputs, matchings, losses, gradients = step(*arguments)
 
     whole = {"taps": _numpy(taps), "outputs": _numpy(dict(_flat_outputs(outputs)))}
     results = []
     for index, case in enumerate(cases):
         view, own_outputs = None, outputs
         if padding == "masked":
-            own_outputs = tf.nest.map_structure(lambda tensor, index=index: tensor[index : index + 1], outputs)
+            own_outputs = _of_image(outputs, index)
             valid_height, valid_width = own_outputs["valid_sizes"][0].numpy().tolist()
             view = View(index, (height, width), (valid_height, valid_width))
         own = {
@@ -123,7 +130,7 @@ def _step(model: MaskFormer, padding: str) -> Callable[..., tuple[Any, ...]]:
             for index, (case_targets, (assignment, is_forced)) in enumerate(zip(targets, forced, strict=True)):
                 own = outputs
                 if padding == "masked":
-                    own = tf.nest.map_structure(lambda tensor, index=index: tensor[index : index + 1], outputs)
+                    own = _of_image(outputs, index)
                 matching = criterion.match(own, case_targets)
                 assignment = tf.where(is_forced[..., tf.newaxis], assignment, matching.assignment)
                 case_losses = criterion.losses(own, case_targets, assignment)
@@ -134,6 +141,40 @@ def _step(model: MaskFormer, padding: str) -> Callable[..., tuple[Any, ...]]:
         return dict(taps), outputs, matchings, losses, gradients
 
     return step
+
+
+@contextlib.contextmanager
+def _given_position_embeddings(cases: Sequence[CaseInputs]) -> Iterator[None]:
+    """Inside, position embeddings are those that the cases give, each in the top left corner of the grid that it is asked for."""
+    import tensorflow as tf
+
+    from tfmaskformer.transformer import PositionEmbeddingSine
+
+    original = PositionEmbeddingSine.__call__
+
+    def call(module: Any, *arguments: Any) -> Any:
+        own = original(module, *arguments)
+        given = [image for case in cases for image in case.position_embeddings.get(module.official_name, ())]
+        if not given:
+            return own
+        grid = np.zeros(own.shape, np.float32)
+        for index, image in enumerate(given):
+            grid[index, : image.shape[1], : image.shape[2]] = image.transpose(1, 2, 0)
+        return tf.constant(grid)
+
+    PositionEmbeddingSine.__call__ = call
+    try:
+        yield
+    finally:
+        del PositionEmbeddingSine.__call__
+
+
+def _of_image(outputs: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The model's outputs for one image of the batch."""
+    import tensorflow as tf
+
+    own = tf.nest.map_structure(lambda tensor: tensor[index : index + 1], dict(outputs))
+    return own | {"padded_size": outputs["padded_size"]}
 
 
 def _padded_images(images: Sequence[np.ndarray], canvas: Sequence[int]) -> np.ndarray:

@@ -16,8 +16,9 @@ Each HDF5 file is complete or absent: it is written as ``<name>.partial``, synce
 
 ``index``           JSON as uint8: one row ``[group, name, shape, dtype, samples, offset]`` for each record
 ``statistics``      float64 [records, 5]: l2, sum, min and max of the finite elements, and the number of non-finite ones
-``floor``           float64 [records, 2, runs]: relative L2 error of each run against the float64 reference,
-                    on the whole tensor and on the stored sample; NaN where it was not measured
+``floor``           float64 [records, runs]: relative L2 error of each run against the float64 reference, NaN where it was not
+                    measured
+``sketches``        float64 file only: float64 [sampled records, :data:`SKETCH`]: what stands for the whole of each sampled tensor
 ``values/<dtype>``  all stored elements of that dtype, record after record, with checksums
 
 Records are grouped:
@@ -34,12 +35,15 @@ Records are grouped:
                (id, category_id, isthing); the same below ``{i}/resized/`` at another output size
 
 A sampled trace stores, of each large floating-point tensor in ``taps``, ``outputs``, ``gradients`` and ``inference``, only the
-elements of :func:`parity.sampling.sample_indices`; its statistics and its floor are still those of the whole tensor.
+elements of :func:`parity.sampling.sample_indices`, and of all of them the sums of :func:`parity.sampling.sketch`, by which the error of
+a whole tensor is known to 1 / √(2 · 256) = 4 %. Statistics and floor are those of the whole tensor too. Position embeddings are never
+sampled: a float64 check needs them whole (:mod:`parity.tensorflow_run`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -50,13 +54,17 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from parity.sampling import sample_indices
+from parity.sampling import sample_indices, sketch
 
 FORMAT = "tfmaskformer-trace"
-VERSION = 1
+VERSION = 2
 GROUPS = ("inputs", "taps", "outputs", "matcher", "losses", "gradients", "inference")
 SAMPLED_GROUPS = ("taps", "outputs", "gradients", "inference")
 DTYPES = ("float64", "float32", "int64", "int32", "uint8", "bool")
+SKETCH = 256
+"""Sums that stand for a sampled tensor."""
+POSITION_EMBEDDING = "pe_layer"
+"""Last part of the name of the modules whose output is stored whole."""
 _CHUNK = 1 << 14  # elements of an HDF5 chunk: the smallest amount that is read at once
 
 
@@ -116,8 +124,7 @@ class Record:
         dtype: one of :data:`DTYPES`.
         samples: how many elements were asked for; None if the whole tensor is stored.
         statistics: of the whole tensor.
-        floor: relative L2 error against the float64 reference of each of the file's runs, on the whole tensor; NaN: not measured.
-        sample_floor: the same on the stored elements.
+        floor: relative L2 error against the float64 reference of each of the file's runs; NaN: not measured.
     """
 
     group: str
@@ -127,8 +134,8 @@ class Record:
     samples: int | None
     statistics: Statistics
     floor: tuple[float, ...]
-    sample_floor: tuple[float, ...]
     offset: int = dataclasses.field(repr=False)
+    sketch_row: int | None = dataclasses.field(repr=False)
 
     @property
     def size(self) -> int:
@@ -152,6 +159,10 @@ class Record:
             return tensor
         return np.ascontiguousarray(tensor).ravel()[sample_indices(self.name, self.shape, self.samples)]
 
+    def sketch(self, tensor: np.ndarray) -> np.ndarray:
+        """What corresponds to :meth:`TraceFile.read_sketch` for ``tensor`` (whole, official layout)."""
+        return sketch(self.name, tensor, SKETCH)
+
 
 class TraceFileWriter:
     """Writes one file of a trace; a context manager. The file appears under its name when the block ends without an exception.
@@ -167,11 +178,13 @@ class TraceFileWriter:
 
     def __init__(self, directory: str | Path, case: str, dtype: str, *, runs: Sequence[str], samples: int | None, facts: Mapping[str, Any]):
         self.path = file_path(directory, case, dtype)
+        self.dtype = dtype
         self.samples = samples
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._runs = tuple(runs)
         self._rows: dict[tuple[str, str], list[Any]] = {}
         self._statistics: list[Statistics] = []
+        self._sketches: list[np.ndarray] | None = [] if dtype == "float64" else None
         self._floor: dict[tuple[str, str], np.ndarray] = {}
         try:
             self._file = h5py.File(self._partial, "w")
@@ -185,7 +198,9 @@ class TraceFileWriter:
         array = np.asarray(array)
         if group not in GROUPS or array.dtype.name not in DTYPES or (group, name) in self._rows:
             raise TraceError(f"record {group} '{name}' ({array.dtype}): unknown group or dtype, or there already")
-        samples = self._samples_of(group, array)
+        samples = self._samples_of(group, name, array)
+        if samples is not None and self._sketches is not None:
+            self._sketches.append(sketch(name, array, SKETCH))
         flat = array.ravel()
         values = flat if samples is None else flat[sample_indices(name, array.shape, samples)]
         pool = self._pool(array.dtype)
@@ -195,29 +210,22 @@ class TraceFileWriter:
         pool.resize((offset + values.size,))
         pool[offset:] = values
 
-    def _samples_of(self, group: str, array: np.ndarray) -> int | None:
-        sampled = self.samples is not None and group in SAMPLED_GROUPS and array.dtype.kind == "f" and array.size > self.samples
-        return self.samples if sampled else None
+    def _samples_of(self, group: str, name: str, array: np.ndarray) -> int | None:
+        if self.samples is None or group not in SAMPLED_GROUPS or array.dtype.kind != "f" or array.size <= self.samples:
+            return None
+        return None if name.partition("#")[0].endswith(POSITION_EMBEDDING) else self.samples
 
-    def errors(self, group: str, name: str, actual: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-        """Relative L2 error of a record on the whole tensor and on the elements that :meth:`add` stores of it."""
-        error = relative_error(actual, expected)
-        samples = self._samples_of(group, actual)
-        if samples is None:
-            return error, error
-        indices = sample_indices(name, actual.shape, samples)
-        return error, relative_error(actual.ravel()[indices], expected.ravel()[indices])
-
-    def set_floor(self, group: str, name: str, errors: np.ndarray) -> None:
-        """Stores the errors of a record: float64 [2, runs], on the whole tensor and on the stored elements."""
+    def set_floor(self, group: str, name: str, errors: Sequence[float]) -> None:
+        """Stores the relative L2 error of each run for a record."""
         if (group, name) not in self._rows:
             raise TraceError(f"no record {group} '{name}' to set a floor for")
-        self._floor[group, name] = np.asarray(errors, np.float64).reshape(2, len(self._runs))
+        self._floor[group, name] = np.asarray(errors, np.float64).reshape(len(self._runs))
 
     def _pool(self, dtype: np.dtype) -> h5py.Dataset:
         name = f"values/{dtype.name}"
         if name not in self._file:
-            compression = None if dtype.kind == "f" else "gzip"  # masks and ids shrink, activations do not
+            # Masks, ids and position embeddings (float32 in the float64 file) shrink, activations do not.
+            compression = None if dtype.name == self.dtype else "gzip"
             self._file.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(_CHUNK,), compression=compression, fletcher32=True)
         return self._file[name]
 
@@ -230,11 +238,14 @@ class TraceFileWriter:
             self._partial.unlink()
             return
         index = np.frombuffer(json.dumps(list(self._rows.values())).encode(), np.uint8)
-        missing = np.full((2, len(self._runs)), np.nan)
-        floor = np.array([self._floor.get(key, missing) for key in self._rows]).reshape(-1, 2, len(self._runs))
+        missing = np.full(len(self._runs), np.nan)
+        floor = np.array([self._floor.get(key, missing) for key in self._rows]).reshape(-1, len(self._runs))
         self._file.create_dataset("index", data=index, compression="gzip", fletcher32=True)
         self._file["statistics"] = np.array(self._statistics, np.float64).reshape(-1, len(Statistics._fields))
         self._file["floor"] = floor
+        if self._sketches is not None:
+            sketches = np.array(self._sketches).reshape(-1, SKETCH)
+            self._file.create_dataset("sketches", data=sketches, chunks=(max(1, min(64, len(sketches))), SKETCH), fletcher32=True)
         self._file.close()
         _move_into_place(self._partial, self.path)
 
@@ -276,6 +287,7 @@ class TraceFile:
             self.facts: dict[str, Any] = json.loads(attributes["facts"])
             rows = json.loads(self._file["index"][()].tobytes())
             tables = zip(rows, self._file["statistics"][()].tolist(), self._file["floor"][()].tolist(), strict=True)
+            sketched = itertools.count() if "sketches" in self._file else itertools.repeat(None)
             self.records: dict[tuple[str, str], Record] = {
                 (group, name): Record(
                     group,
@@ -285,10 +297,10 @@ class TraceFile:
                     samples,
                     Statistics(l2, total, smallest, largest, int(nonfinite)),
                     tuple(floor),
-                    tuple(sample_floor),
                     offset,
+                    None if samples is None else next(sketched),
                 )
-                for (group, name, shape, dtype, samples, offset), (l2, total, smallest, largest, nonfinite), (floor, sample_floor) in tables
+                for (group, name, shape, dtype, samples, offset), (l2, total, smallest, largest, nonfinite), floor in tables
             }
             for record in self.records.values():
                 if self._file[f"values/{record.dtype}"].shape[0] < record.offset + record.stored:
@@ -318,6 +330,16 @@ class TraceFile:
         except OSError as error:
             raise TraceError(f"'{self.path}' is damaged at {group} '{name}' ({error}); record it again") from error
         return values.reshape(record.shape) if record.samples is None else values
+
+    def read_sketch(self, group: str, name: str) -> np.ndarray:
+        """float64 [SKETCH] of a sampled record of a float64 file: see :func:`parity.sampling.sketch`."""
+        record = self[group, name]
+        if record.sketch_row is None:
+            raise TraceError(f"'{self.path}' has no sketch of {group} '{name}'")
+        try:
+            return self._file["sketches"][record.sketch_row]
+        except (OSError, IndexError, ValueError) as error:
+            raise TraceError(f"'{self.path}' is damaged at the sketch of {group} '{name}' ({error}); record it again") from error
 
     def close(self) -> None:
         self._file.close()

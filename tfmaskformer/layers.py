@@ -258,7 +258,7 @@ class MultiheadAttention(Module):
             for inputs, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
         head_channels = query.shape[-1]
-        scores = tf.matmul(query * tf.cast(math.sqrt(1 / head_channels), query.dtype), key, transpose_b=True)
+        scores = tf.matmul(query * tf.constant(math.sqrt(1 / head_channels), query.dtype), key, transpose_b=True)
         if valid_keys is not None:
             scores = tf.where(valid_keys[:, None, None, :], scores, tf.constant(-math.inf, scores.dtype))
         attention = tf.nn.softmax(scores)

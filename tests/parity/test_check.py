@@ -56,7 +56,7 @@ def case(tmp_path, tensors):
                 is_float = tensor.dtype.kind == "f"
                 writer.add(group, name, tensor.astype(dtype) if is_float else tensor)
                 if is_float:
-                    writer.set_floor(group, name, np.full((2, 4), 1e-6 if dtype == "float32" else 1e-15))
+                    writer.set_floor(group, name, [1e-6 if dtype == "float32" else 1e-15] * 4)
             extra = ("gap", 0.1) if dtype == "float64" else ("cost_noise", 1e-3)
             writer.add("matcher", f"final/0/{extra[0]}", np.array(extra[1]))
     write_manifest(tmp_path, {}, {"mini": {}})
@@ -137,21 +137,20 @@ def test_a_fault_outside_the_samples_fails(case, tensors):
     outside = np.setdiff1d(np.arange(record.size), sampled)
     changed.flat[outside] *= 1.01
     item = failed(case, tensorflow({**tensors, key: changed}))[key]
-    assert item.error == 0
-    assert "by its statistics" in item.note
+    assert item.comparison.max_difference == 0  # of the samples
+    assert item.error == pytest.approx(0.01, rel=0.3)  # of the whole, by its sketch
 
 
 def test_float32_is_judged_by_the_floor(case, tensors):
     key = ("taps", "images#0")
     random = np.random.default_rng(1)
-    for factor, passes in ((1.0, True), (1.7, True), (1.9, False)):
+    for factor, passes in ((1.0, True), (1.5, True), (2.1, False)):
         noise = random.standard_normal(tensors[key].shape)
-        sample = case.reference[key].select(noise)
-        noise *= factor * 1e-6 * np.linalg.norm(case.reference.read(*key)) / np.linalg.norm(sample)
+        noise *= factor * 1e-6 * np.linalg.norm(tensors[key]) / np.linalg.norm(noise)
         items, _ = _judge(case, tensorflow({**tensors, key: tensors[key] + noise}, "float32"), CONFIG, "float32")
         item = next(item for item in items if item.name == key[1])
         assert item.tolerance == pytest.approx(1.8e-6)
-        assert item.error == pytest.approx(factor * 1e-6, rel=1e-2)
+        assert item.error == pytest.approx(factor * 1e-6, rel=0.15)
         assert item.passed == passes
 
 

@@ -97,8 +97,19 @@ def test_empty_tensors_are_compared_by_shape():
     assert not compare.compare(np.zeros((0, 4)), np.zeros((0, 3)), math.inf).passed
 
 
-def whole_of(actual, expected, tolerance):
-    return Whole(statistics(actual), statistics(expected), expected.shape, tolerance)
+def whole_of(actual, expected, difference=0.0):
+    return Whole(statistics(actual), statistics(expected), expected.shape, difference)
+
+
+def test_a_sampled_tensor_is_judged_by_its_sketch(expected):
+    sample = np.array([0, 50, 209])
+    part = expected.flat[sample]
+    whole = whole_of(expected, expected, 1e-4 * np.linalg.norm(expected))
+    result = compare.compare(part, part, 2e-4, whole=whole)
+    assert result.error == pytest.approx(1e-4)
+    assert result.passed
+    assert not compare.compare(part, part, 0.5e-4, whole=whole).passed
+    assert compare.compare(part, part, 1.0, whole=whole_of(expected, expected, 3.0), scale=2.0).error == pytest.approx(1.5)
 
 
 def test_a_fault_between_the_samples_shows_in_the_statistics(expected):
@@ -106,14 +117,14 @@ def test_a_fault_between_the_samples_shows_in_the_statistics(expected):
     for change in (lambda x: x * (1 + 1e-3), lambda x: x + 1e-2):
         actual = change(expected)
         actual.flat[sample] = expected.flat[sample]
-        whole = whole_of(actual, expected, 1e-5)
+        whole = whole_of(actual, expected)
         result = compare.compare(actual.flat[sample], expected.flat[sample], 1e-5, whole=whole)
         assert result.error == 0
         assert not result.passed
         assert "by its statistics" in result.fault
         true_error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
         assert 0 < result.error_bound <= true_error * (1 + 1e-9)  # a bound, so it never raises a false alarm
-        assert compare.compare(actual.flat[sample], expected.flat[sample], 1e-5, whole=whole_of(actual, expected, true_error)).passed
+        assert compare.compare(actual.flat[sample], expected.flat[sample], true_error, whole=whole).passed
 
 
 def test_the_bound_never_exceeds_the_error():
@@ -122,7 +133,7 @@ def test_the_bound_never_exceeds_the_error():
         for shift in (0.0, 1.0, 100.0):
             expected = random.standard_normal(1000) + shift
             actual = expected + scale * random.standard_normal(1000)
-            result = compare.compare(actual[:2], expected[:2], 1.0, whole=whole_of(actual, expected, math.inf))
+            result = compare.compare(actual[:2], expected[:2], math.inf, whole=whole_of(actual, expected))
             assert result.error_bound <= np.linalg.norm(actual - expected) / np.linalg.norm(expected) * (1 + 1e-3)
 
 

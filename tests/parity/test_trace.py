@@ -40,7 +40,7 @@ def write(directory, tensors, samples=None, case="photo", dtype="float64", facts
     with TraceFileWriter(directory, case, dtype, runs=RUNS, samples=samples, facts=facts or {"key": "k"}) as writer:
         for (group, name), tensor in tensors.items():
             writer.add(group, name, tensor)
-        writer.set_floor("taps", "backbone.stem.conv1#0", np.array([[1e-7, 2e-7], [3e-7, 4e-7]]))
+        writer.set_floor("taps", "backbone.stem.conv1#0", (1e-7, 2e-7))
     return writer.path
 
 
@@ -54,7 +54,7 @@ def test_full_round_trip_keeps_everything(tmp_path, tensors):
             np.testing.assert_array_equal(read, tensor)
             np.testing.assert_array_equal(file[group, name].select(tensor), tensor)
         conv = file["taps", "backbone.stem.conv1#0"]
-        assert (conv.floor, conv.sample_floor) == ((1e-7, 2e-7), (3e-7, 4e-7))
+        assert conv.floor == (1e-7, 2e-7)
         assert all(math.isnan(error) for error in file["taps", "sem_seg_head.predictor.class_embed#0"].floor)
         assert list(file.group("inference")) == ["0/segments", "0/panoptic_seg"]
 
@@ -71,6 +71,7 @@ def test_sampled_round_trip_keeps_samples_and_exact_statistics(tmp_path, tensors
         transposed_view = np.ascontiguousarray(full.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)  # as a channels_last tensor arrives
         np.testing.assert_array_equal(record.select(transposed_view), expected)
         assert record.statistics == statistics(full)
+        np.testing.assert_array_equal(file.read_sketch("taps", record.name), record.sketch(full))
         for key, tensor in tensors.items():  # small tensors, integers and the matcher are whole
             if key != ("taps", record.name):
                 np.testing.assert_array_equal(file.read(*key), tensor)
