@@ -378,7 +378,8 @@ def _judge_floats(case: Case, record: Record, actual: np.ndarray, config: MaskFo
         floor = max(_largest(other.floor) for other in file.group(group).values() if other.name.endswith("/total"))
         place, what = name.rsplit("/", 1)
         scale = case.reference[group, f"{place}/total"].statistics.l2 / COST_WEIGHTS[what](config.criterion)
-    tolerance = law(dtype, floor)
+    precision = "float32" if name.partition("#")[0].endswith(POSITION_EMBEDDING) else dtype
+    tolerance = law(precision, floor)
     if actual.shape != record.shape:
         fault = f"shape {actual.shape}, expected {record.shape}"
         comparison = compare.incomparable(fault, expected_shape=record.shape, actual_shape=actual.shape, tolerance=tolerance)
@@ -394,7 +395,7 @@ def _judge_floats(case: Case, record: Record, actual: np.ndarray, config: MaskFo
             whole=whole,
             scale=scale,
             zero_scale=baseline.statistics.l2,
-            dtype="float32" if name.partition("#")[0].endswith(POSITION_EMBEDDING) else dtype,
+            dtype=precision,
         )
     return Item(group, name, comparison.passed, comparison.error, floor, tolerance, comparison, comparison.fault or "")
 

@@ -40,7 +40,8 @@ class SetCriterion:
         """All losses, unweighted, and the assignment they were measured under.
 
         Args:
-            outputs, targets: see :class:`~tfmaskformer.matcher.HungarianMatcher`; ``targets["masks"]`` has the canvas of the images.
+            outputs, targets: see :class:`~tfmaskformer.matcher.HungarianMatcher`; ``targets["masks"]`` has the padded canvas,
+                ``outputs["padded_size"]`` px.
 
         Returns:
             losses: scalars, float32 (float64 for float64 outputs), by their official keys: ``loss_ce``, ``loss_mask``,
@@ -181,4 +182,10 @@ def _checked(outputs, targets):
         raise ValueError(f"criterion: [batch, max_objects] of targets['labels'] {labels} and targets['masks'] {target_masks} differ")
     if not labels[:1].is_compatible_with(logits[:1]):
         raise ValueError(f"criterion: the batch of the targets {labels} is not that of the outputs {logits}")
+    padded = None if outputs.get("padded_size") is None else tf.get_static_value(outputs["padded_size"])
+    if padded is not None and not target_masks[2:].is_compatible_with(padded.tolist()):
+        raise ValueError(
+            f"criterion: targets['masks'] lie on {target_masks[2:].as_list()} px, expected {padded.tolist()} px, the padded canvas of the "
+            "images (outputs['padded_size']); fill them up with zeros"
+        )
     return targets

@@ -44,8 +44,9 @@ def semantic_inference(
         config: of the model.
         image_sizes: int [batch, 2], (height, width) of each image as given to the model, without padding, px.
         output_sizes: int [batch, 2], (height, width) to return, px; default ``image_sizes``. Upstream: the original image's.
-        padded_size: (height, width) of the images as given to the model, px, if they were padded beyond the batch maximum; rounded up
-            to ``config.size_divisibility`` as the model does, it is the canvas that the network saw. Not for masked padding.
+        padded_size: (height, width) of the images as given to the model, px; rounded up to ``config.size_divisibility`` as the model does,
+            it is the canvas that the network saw. Default: ``outputs["padded_size"]``, or the batch maximum where outputs lack it. Not
+            for masked padding.
         postprocess_before_inference: whether logits are resized to the output, or probabilities; default as in the config.
 
     Returns:
@@ -183,6 +184,8 @@ def _per_image(
     if masked:
         canvases = _checked_sizes("valid_sizes", outputs["valid_sizes"], batch)
     else:
+        if padded_size is None and "padded_size" in outputs:
+            padded_size = np.asarray(outputs["padded_size"]).tolist()
         height, width = np.max(images if padded_size is None else _checked_sizes("padded_size", [padded_size], 1), axis=0).tolist()
         divisor = max(config.size_divisibility, 1)
         canvases = [(-(-height // divisor) * divisor, -(-width // divisor) * divisor)] * batch

@@ -211,3 +211,21 @@ def test_values_of_the_wrong_shape_do_not_slip_in():
     values["sem_seg_head.predictor.class_embed.weight"] = values["sem_seg_head.predictor.class_embed.weight"].T
     with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
         MaskFormer(config).build_parameters(values.__getitem__)
+
+
+def test_criterion_wants_targets_on_the_padded_canvas(small):
+    """75×91 px and 96×96 px give masks of other sizes, 797…800 px the same: only the padded size tells a forgotten padding."""
+    from tfmaskformer.criterion import SetCriterion
+
+    config, model = small
+    outputs = model(_photo(33, 34)[None])
+    height, width = outputs["padded_size"].numpy().tolist()
+    criterion = SetCriterion(config)
+
+    def targets(height, width):
+        return {"labels": np.array([[1, 2]]), "masks": np.ones((1, 2, height, width), bool), "num_objects": np.array([2])}
+
+    losses, _ = criterion(outputs, targets(height, width))
+    assert all(np.isfinite(loss.numpy()) for loss in losses.values())
+    with pytest.raises(ValueError, match=r"expected .* the padded canvas"):
+        criterion(outputs, targets(height - 1, width))
