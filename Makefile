@@ -10,7 +10,6 @@ help:
 	@echo "make test    everything that CI runs: make check, then the tests"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make zoo     prove every covered checkpoint: synthesize, convert, check against the official code's trace"
-	@echo "make zoo     prove every covered checkpoint against the traces of the official code; prints a table"
 	@echo "make bench   measure speed and memory; writes docs/benchmarks.md"
 
 demo: $(VENV)/demo.stamp
@@ -26,9 +25,6 @@ check: $(VENV)/test.stamp
 	$(BIN)/lint-imports --no-logo
 
 zoo: $(VENV)/demo.stamp
-	$(BIN)/python -m parity.prove
-
-zoo: $(VENV)/test.stamp
 	$(BIN)/python -m parity.prove
 
 bench: $(VENV)/test.stamp
