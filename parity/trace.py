@@ -243,9 +243,10 @@ class TraceFileWriter:
         self._file.create_dataset("index", data=index, compression="gzip", fletcher32=True)
         self._file["statistics"] = np.array(self._statistics, np.float64).reshape(-1, len(Statistics._fields))
         self._file["floor"] = floor
-        if self._sketches is not None:
-            sketches = np.array(self._sketches).reshape(-1, SKETCH)
-            self._file.create_dataset("sketches", data=sketches, chunks=(max(1, min(64, len(sketches))), SKETCH), fletcher32=True)
+        if self._sketches:
+            self._file.create_dataset(
+                "sketches", data=np.array(self._sketches), chunks=(min(64, len(self._sketches)), SKETCH), fletcher32=True
+            )
         self._file.close()
         _move_into_place(self._partial, self.path)
 
