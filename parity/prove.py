@@ -25,7 +25,7 @@ TRACES = Path(__file__).parent / "traces"
 PHOTOS = Path(registry.__file__).parent / "photos"
 
 CASES = (
-    "photo=coffee.png@256x384:6",
+    "photo=coffee.png@320x448:6",
     "odd=chelsea.png@237x331:5",
     "batch=astronaut.png@288x224:4,coffee.png@256x320:7",
 )
@@ -34,13 +34,15 @@ CASES = (
 SAMPLES = 32
 """Elements stored of each large tensor."""
 
-ENTRIES = (
-    "maskformer_panoptic_R50_bs64_554k",
-    "maskformer_panoptic_R101_bs64_554k",
-    "maskformer_R50_bs16_160k",
-    "maskformer_R101_bs16_90k",
-)
-"""Both pixel decoders, both depths, divisor 0 and 32, panoptic and semantic inference."""
+ENTRIES = {
+    "maskformer_panoptic_R50_bs64_554k": 3,
+    "maskformer_panoptic_R101_bs64_554k": 14,
+    "maskformer_R50_bs16_160k": 24,
+    "maskformer_R101_bs16_90k": 8,
+}
+"""Covered entries (both pixel decoders, both depths, divisor 0 and 32, panoptic and semantic inference), and the seed of the made-up
+targets: of the first 40 the one whose assignments are clearest. In every case and decoder layer the best other assignment costs at least
+10 times more than the costs' float32 noise, so that float32 can be held to the same assignment."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,8 @@ def record(entry: registry.Entry, directory: Path) -> None:
         cases = [parse_case(f"{name}=" + ",".join(f"{PHOTOS}/{image}" for image in images.split(","))) for name, images in _cases()]
         command = ["python", "-m", "parity.prove", "--record", entry.name]
         config = entry.official_config.removeprefix("configs/")
-        record.record(official.load(), config, source, cases, directory, samples=SAMPLES, command=command)
+        seed = ENTRIES.get(entry.name, 0)
+        record.record(official.load(), config, source, cases, directory, samples=SAMPLES, seed=seed, command=command)
 
 
 def _cases() -> list[tuple[str, str]]:
