@@ -46,7 +46,9 @@ def test_an_unbroken_port_matches_in_graph_mode(checkpoint, tmp_path, capsys):
 
 @pytest.mark.parametrize("padding", ["official", "masked"])
 def test_every_case_matches_in_both_paddings(padding, checkpoint, capsys):
-    code, out, _ = run(capsys, "--ckpt", checkpoint, "--reference", TRACE, "--mode", "eager", "--padding", padding, "--json", "-")
+    # In float64: on images this small (12 positions in res5) four float32 runs measure some floors 8 % too low.
+    options = ("--mode", "eager", "--dtype", "float64", "--padding", padding, "--json", "-")
+    code, out, _ = run(capsys, "--ckpt", checkpoint, "--reference", TRACE, *options)
     found = json.loads(out)
     assert code == cli.MATCH, found["verdict"]
     expected = {"official": {"even", "odd", "batch"}, "masked": {"even", "odd"}}[padding]
