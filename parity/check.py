@@ -6,10 +6,11 @@ the check, unless :data:`parity.tap_rules.EXEMPT` has its exact name and a reaso
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,13 +210,14 @@ def check(settings: Settings, progress: Callable[[str], None] = lambda text: Non
 
     from tfmaskformer.checkpoint import load
 
+    loss_floors = _loss_floors(trace)
     batches = [names] if settings.padding == "masked" else [(name,) for name in names]
     checked: list[CaseCheck] = []
     for dtype in settings.dtypes:
         model = load(settings.checkpoint, dtype)
         for batch in batches:
             progress(f"{', '.join(batch)}: {dtype}")
-            checked += _check_batch(settings, trace, batch, model, dtype)
+            checked += _check_batch(settings, trace, batch, model, dtype, loss_floors)
     return Check(settings, environment, source, trace.provenance, tuple(checked), left_out)
 
 
@@ -269,7 +271,27 @@ def _px(size: Sequence[int]) -> str:
     return f"{size[0]}×{size[1]}"
 
 
-def _check_batch(settings: Settings, trace: Trace, names: Sequence[str], model: Any, dtype: str) -> Iterator[CaseCheck]:
+LossFloors = Mapping[tuple[str, str], float]
+"""(dtype, term of a loss) → floor."""
+
+
+def _loss_floors(trace: Iterable[Case]) -> LossFloors:
+    """The floor of each term, over all decoder layers and cases of the trace, and of the total, over all terms.
+
+    A loss is one number, and four errors of one number can all be small by chance; those of six layers and all cases cannot.
+    """
+    floors: dict[tuple[str, str], float] = collections.defaultdict(float)
+    for case in trace:
+        for file in (case.reference, case.baseline):
+            for name, record in file.group("losses").items():
+                for term in {_term(name), "total"}:
+                    floors[file.dtype, term] = max(floors[file.dtype, term], _largest(record.floor))
+    return floors
+
+
+def _check_batch(
+    settings: Settings, trace: Trace, names: Sequence[str], model: Any, dtype: str, loss_floors: LossFloors
+) -> Iterator[CaseCheck]:
     cases = [trace.case(name) for name in names]
     try:
         inputs = [_inputs(case, dtype) for case in cases]
@@ -280,7 +302,7 @@ def _check_batch(settings: Settings, trace: Trace, names: Sequence[str], model: 
         for case, case_inputs, results in zip(
             cases, inputs, run(model, inputs, mode=settings.mode, padding=settings.padding, pad_to=pad_to), strict=True
         ):
-            items, exempted = _judge(case, results, model.config, dtype)
+            items, exempted = _judge(case, results, model.config, dtype, loss_floors)
             items += _judge_variables(model, items)
             samples = next((record.samples for record in case.reference.records.values() if record.samples is not None), None)
             sizes = tuple((image.shape[0], image.shape[1]) for image in case_inputs.images)
@@ -317,7 +339,9 @@ def _gap_and_noise(case: Case, place: str) -> tuple[float, float]:
     return float(case.reference.read("matcher", f"{place}/gap")), float(case.baseline.read("matcher", f"{place}/cost_noise"))
 
 
-def _judge(case: Case, results: CaseResults, config: MaskFormerConfig, dtype: str) -> tuple[list[Item], list[Exemption]]:
+def _judge(
+    case: Case, results: CaseResults, config: MaskFormerConfig, dtype: str, loss_floors: LossFloors
+) -> tuple[list[Item], list[Exemption]]:
     """Every name of both sides, in the order of the reference."""
     items: list[Item] = []
     exempted: list[Exemption] = []
@@ -332,7 +356,7 @@ def _judge(case: Case, results: CaseResults, config: MaskFormerConfig, dtype: st
                 exempted.append(Exemption(group, name, f"compared with '{partner}': {reason}"))
             left.pop(partner, None)
             if partner in results.groups[group]:
-                items.append(_judge_one(case, results, group, name, partner, config, dtype))
+                items.append(_judge_one(case, results, group, name, partner, config, dtype, loss_floors))
             else:
                 _alone(group, name, "no partner in TensorFlow", items, exempted)
         for name in left:
@@ -348,7 +372,9 @@ def _alone(group: str, name: str, note: str, items: list[Item], exempted: list[E
         exempted.append(Exemption(group, name, reason))
 
 
-def _judge_one(case: Case, results: CaseResults, group: str, name: str, partner: str, config: MaskFormerConfig, dtype: str) -> Item:
+def _judge_one(
+    case: Case, results: CaseResults, group: str, name: str, partner: str, config: MaskFormerConfig, dtype: str, loss_floors: LossFloors
+) -> Item:
     record = case.reference[group, name]
     try:
         actual = results.official(group, partner)
@@ -358,21 +384,21 @@ def _judge_one(case: Case, results: CaseResults, group: str, name: str, partner:
         return _judge_assignment(case, name, actual, dtype)
     if record.dtype.startswith("int"):
         return _judge_ids(case, group, name, actual, dtype)
-    return _judge_floats(case, record, actual, config, dtype)
+    return _judge_floats(case, record, actual, config, dtype, loss_floors)
 
 
 LAWS = {"losses": compare.loss_tolerance, "gradients": compare.gradient_tolerance}
 """How a floor becomes a tolerance, by group; :func:`parity.compare.tolerance` for the others."""
 
 
-def _judge_floats(case: Case, record: Record, actual: np.ndarray, config: MaskFormerConfig, dtype: str) -> Item:
+def _judge_floats(case: Case, record: Record, actual: np.ndarray, config: MaskFormerConfig, dtype: str, loss_floors: LossFloors) -> Item:
     group, name = record.group, record.name
     baseline = case.baseline[group, name]
     file = case.baseline if dtype == "float32" else case.reference
     law = LAWS.get(group, compare.tolerance)
     floor, scale = _largest(file[group, name].floor), 0.0
     if group == "losses":
-        floor = max(_largest(other.floor) for other in file.group(group).values() if name == "total" or _term(other.name) == _term(name))
+        floor = loss_floors[dtype, _term(name)]
     elif group == "matcher":
         # The matcher adds the costs, so what counts is their error on the scale of the sum.
         floor = max(_largest(other.floor) for other in file.group(group).values() if other.name.endswith("/total"))

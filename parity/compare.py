@@ -243,10 +243,8 @@ def gradient_tolerance(dtype: str, floor: float) -> float:
 
 
 def loss_tolerance(dtype: str, floor: float) -> float:
-    """Relative error that a loss may have; arguments as of :func:`tolerance`, with the floor of its term over all decoder layers.
-
-    A loss is one number, and four errors of one number can all be small by chance; those of six layers cannot. The total is a sum of
-    them all: its relative error is no larger than the largest of theirs.
+    """Relative error that a loss may have; arguments as of :func:`tolerance`, with the floor of its term over all decoder layers
+    and cases. The total is a sum of them all: its relative error is no larger than the largest of theirs.
     """
     return tolerance(dtype, floor) if dtype == "float64" else max(FLOOR_FACTOR * floor, LOSS_RESOLUTION)
 

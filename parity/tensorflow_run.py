@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 
@@ -162,11 +163,8 @@ def _given_position_embeddings(cases: Sequence[CaseInputs]) -> Iterator[None]:
             grid[index, : image.shape[1], : image.shape[2]] = image.transpose(1, 2, 0)
         return tf.constant(grid)
 
-    PositionEmbeddingSine.__call__ = call
-    try:
+    with mock.patch.object(PositionEmbeddingSine, "__call__", call):
         yield
-    finally:
-        del PositionEmbeddingSine.__call__
 
 
 def _of_image(outputs: Mapping[str, Any], index: int) -> dict[str, Any]:

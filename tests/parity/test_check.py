@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from parity import check, compare, tap_rules
-from parity.check import CheckError, Settings, _judge
+from parity.check import CheckError, Settings, _judge, _loss_floors
 from parity.tap_rules import TAPS, Layout, TapRuleError, View, layout_of, official_layout
 from parity.tensorflow_run import CaseResults
 from parity.trace import Case, TraceFileWriter, write_manifest
@@ -76,13 +76,13 @@ def tensorflow(tensors, dtype="float64"):
 
 
 def failed(case, results, dtype="float64"):
-    items, _ = _judge(case, results, CONFIG, dtype)
+    items, _ = _judge(case, results, CONFIG, dtype, _loss_floors([case]))
     return {(item.group, item.name): item for item in items if not item.passed}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_equal_sides_match_and_everything_is_accounted_for(case, tensors, dtype):
-    items, exempted = _judge(case, tensorflow(tensors, dtype), CONFIG, dtype)
+    items, exempted = _judge(case, tensorflow(tensors, dtype), CONFIG, dtype, _loss_floors([case]))
     assert [(item.group, item.name) for item in items if not item.passed] == []
     assert {(item.group, item.name) for item in items} == {*tensors, ("taps", f"{NORM}#2")}
     assert [(exemption.group, exemption.name) for exemption in exempted] == [("taps", f"{NORM}#2")]
@@ -116,7 +116,7 @@ def test_only_an_exact_name_with_a_reason_exempts(case, tensors, monkeypatch):
     monkeypatch.setitem(tap_rules.EXEMPT, ("taps", "backbone.res9"), "a prefix is not enough")
     assert failed(case, results)
     monkeypatch.setitem(tap_rules.EXEMPT, ("taps", "backbone.res9#0"), "a test")
-    items, exempted = _judge(case, results, CONFIG, "float64")
+    items, exempted = _judge(case, results, CONFIG, "float64", _loss_floors([case]))
     assert all(item.passed for item in items)
     assert [exemption.reason for exemption in exempted if exemption.name == "backbone.res9#0"] == ["a test"]
 
@@ -147,7 +147,7 @@ def test_float32_is_judged_by_the_floor(case, tensors):
     for factor, passes in ((1.0, True), (1.5, True), (2.1, False)):
         noise = random.standard_normal(tensors[key].shape)
         noise *= factor * 1e-6 * np.linalg.norm(tensors[key]) / np.linalg.norm(noise)
-        items, _ = _judge(case, tensorflow({**tensors, key: tensors[key] + noise}, "float32"), CONFIG, "float32")
+        items, _ = _judge(case, tensorflow({**tensors, key: tensors[key] + noise}, "float32"), CONFIG, "float32", _loss_floors([case]))
         item = next(item for item in items if item.name == key[1])
         assert item.tolerance == pytest.approx(1.8e-6)
         assert item.error == pytest.approx(factor * 1e-6, rel=0.15)
@@ -155,7 +155,7 @@ def test_float32_is_judged_by_the_floor(case, tensors):
 
 
 def test_the_median_is_judged_in_float32_only(case, tensors):
-    items, exempted = _judge(case, tensorflow(tensors), CONFIG, "float64")
+    items, exempted = _judge(case, tensorflow(tensors), CONFIG, "float64", _loss_floors([case]))
     off = [check.dataclasses.replace(item, error=1.2 * item.floor) for item in items]
     for dtype, passes in (("float32", False), ("float64", True)):
         result = check.CaseCheck("mini", dtype, ((20, 30),), None, tuple(off), tuple(exempted))

@@ -24,4 +24,3 @@ def test_checkpoint_matches_the_official_code(name):
             judged = [item for item in case.items if item.group in ("taps", "outputs", "losses")]
             assert len(judged) > 300
             assert all(math.isfinite(item.tolerance) and item.tolerance < 1e-3 for item in judged)
-
