@@ -19,7 +19,7 @@ import numpy as np
 from parity import compare, probes, tap_rules
 from parity.compare import AssignmentComparison, Comparison
 from parity.tensorflow_run import CaseInputs, CaseResults, run
-from parity.trace import POSITION_EMBEDDING, Case, Record, Trace, statistics
+from parity.trace import POSITION_EMBEDDING, Case, Record, Trace, relative_error, statistics
 from tfmaskformer.config import CriterionConfig, MaskFormerConfig
 
 GROUPS = ("taps", "outputs", "matcher", "losses", "gradients", "inference")
@@ -69,6 +69,7 @@ class Item:
         group, name: as in the trace.
         passed: the verdict.
         error, floor, tolerance: relative L2 errors (of ids: the share of mismatched elements); nan where there is none.
+        local: the part of the error that arises here and is not inherited from what this was computed of; nan where it is not taken.
         comparison: every statistic; None where there was nothing to compare.
         note: what else is to be said, for example why there is no partner.
     """
@@ -81,6 +82,7 @@ class Item:
     tolerance: float = math.nan
     comparison: Comparison | AssignmentComparison | None = None
     note: str = ""
+    local: float = math.nan
 
     @property
     def ratio(self) -> float:
@@ -384,7 +386,19 @@ def _judge_one(
         return _judge_assignment(case, name, actual, dtype)
     if record.dtype.startswith("int"):
         return _judge_ids(case, group, name, actual, dtype)
-    return _judge_floats(case, record, actual, config, dtype, loss_floors)
+    item = _judge_floats(case, record, actual, config, dtype, loss_floors)
+    if group == "losses" and dtype == "float32":
+        item = _judge_own_rounding(item, actual, results.exact_losses[name])
+    return item
+
+
+def _judge_own_rounding(item: Item, actual: np.ndarray, exact: np.ndarray) -> Item:
+    """A float32 loss against the float64 loss of the same outputs: what it adds to their error is held to its own tolerance."""
+    local = relative_error(actual, exact)
+    if local <= compare.LOSS_RESOLUTION:
+        return dataclasses.replace(item, local=local)
+    note = f"it adds {local:.1e} to the error of the outputs it is taken of, allowed {compare.LOSS_RESOLUTION:.1e}"
+    return dataclasses.replace(item, local=local, passed=False, note=item.note or note)
 
 
 LAWS = {"losses": compare.loss_tolerance, "gradients": compare.gradient_tolerance}

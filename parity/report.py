@@ -64,6 +64,8 @@ def told(item: Item) -> Iterator[str]:
         yield f"gap {found.gap:.1e}, cost noise {found.cost_noise:.1e}; the actual assignment costs {found.regret:.1e} more"
     if isinstance(found, Comparison) and not math.isnan(item.error):
         yield f"error {item.error:.2e}, tolerance {item.tolerance:.2e} ({_times(item.error / item.tolerance)}), floor {item.floor:.2e}"
+        if not math.isnan(item.local):
+            yield f"of it {item.local:.2e} arises here, the rest is inherited"
         place = "sample" if found.compared < found.elements else "index"
         yield (
             f"largest difference {found.max_difference:.3e} at {place} {found.max_index}: "

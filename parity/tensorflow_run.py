@@ -54,10 +54,12 @@ class CaseResults:
     Attributes:
         groups: group (as in :mod:`parity.trace`) → name → array; of taps and outputs the whole batch in TensorFlow's layout.
         view: of masked padding, which image of the batch this is.
+        exact_losses: of a float32 run, the losses of its own outputs in float64: the difference is what the losses themselves round.
     """
 
     groups: dict[str, dict[str, np.ndarray]]
     view: View | None = None
+    exact_losses: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def official(self, group: str, name: str) -> np.ndarray:
         """One tensor in the official layout."""
@@ -93,7 +95,7 @@ def run(
     if mode != "eager":
         step = tf.function(step, jit_compile=mode == "xla")
     with _given_position_embeddings(cases):
-        taps, outputs, matchings, losses, gradients = step(*arguments)
+        taps, outputs, matchings, losses, exact_losses, gradients = step(*arguments)
 
     whole = {"taps": _numpy(taps), "outputs": _numpy(dict(_flat_outputs(outputs)))}
     results = []
@@ -109,7 +111,7 @@ def run(
             "gradients": official_gradients(_numpy(gradients[index]), model.config),
             "inference": dict(_inference(own_outputs, model.config, case)),
         }
-        results.append(CaseResults({**whole, **own}, view))
+        results.append(CaseResults({**whole, **own}, view, _numpy(exact_losses[index])))
     return results
 
 
@@ -124,7 +126,7 @@ def _step(model: MaskFormer, padding: str) -> Callable[..., tuple[Any, ...]]:
     variables = {name: variable.value for name, variable in named_variables(model).items() if variable.trainable}
 
     def step(batch: Any, sizes: Any, targets: Sequence[Any], forced: Sequence[Any]) -> tuple[Any, ...]:
-        matchings, losses, totals = [], [], []
+        matchings, losses, exact_losses, totals = [], [], [], []
         with tf.GradientTape(persistent=len(targets) > 1) as tape:
             with record_taps() as taps:
                 outputs = model(batch, sizes, padding=padding)
@@ -137,9 +139,12 @@ def _step(model: MaskFormer, padding: str) -> Callable[..., tuple[Any, ...]]:
                 case_losses = criterion.losses(own, case_targets, assignment)
                 totals.append(criterion.weighted_total(case_losses))
                 losses.append(case_losses | {"total": totals[-1]})
+                with tape.stop_recording():
+                    exact = criterion.losses(_in_float64(own), case_targets, assignment)
+                    exact_losses.append(exact | {"total": criterion.weighted_total(exact)})
                 matchings.append(matching)
         gradients = [tape.gradient(total, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO) for total in totals]
-        return dict(taps), outputs, matchings, losses, gradients
+        return dict(taps), outputs, matchings, losses, exact_losses, gradients
 
     return step
 
@@ -173,6 +178,13 @@ def _of_image(outputs: Mapping[str, Any], index: int) -> dict[str, Any]:
 
     own = tf.nest.map_structure(lambda tensor: tensor[index : index + 1], dict(outputs))
     return own | {"padded_size": outputs["padded_size"]}
+
+
+def _in_float64(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same numbers, for a criterion that computes in float64."""
+    import tensorflow as tf
+
+    return tf.nest.map_structure(lambda tensor: tf.cast(tensor, tf.float64) if tensor.dtype.is_floating else tensor, dict(outputs))
 
 
 def _padded_images(images: Sequence[np.ndarray], canvas: Sequence[int]) -> np.ndarray:

@@ -72,7 +72,7 @@ def tensorflow(tensors, dtype="float64"):
             layout = layout_of(group, name)
             tensor = tensor.transpose([layout.expected.index(axis) for axis in layout.actual])
         groups[group][name] = tensor.astype(dtype) if tensor.dtype.kind == "f" else tensor
-    return CaseResults(groups)
+    return CaseResults(groups, exact_losses={name: loss.astype(np.float64) for name, loss in groups["losses"].items()})
 
 
 def failed(case, results, dtype="float64"):
@@ -152,6 +152,20 @@ def test_float32_is_judged_by_the_floor(case, tensors):
         assert item.tolerance == pytest.approx(1.8e-6)
         assert item.error == pytest.approx(factor * 1e-6, rel=0.15)
         assert item.passed == passes
+
+
+def test_a_float32_loss_is_held_to_what_it_adds_and_to_the_floor_of_its_term(case, tensors):
+    key = ("losses", "loss_ce_0")
+    for inherited, added, passes in ((1.5e-6, 1e-6, True), (3.5e-6, 0, False), (-4e-6, 4e-6, False)):
+        exact = tensors[key] * (1 + inherited)
+        results = tensorflow({**tensors, key: exact * (1 + added)}, "float32")
+        results.exact_losses["loss_ce_0"] = exact
+        floors = {("float32", "loss_ce"): 1e-6, ("float32", "total"): 1e-6}
+        items, _ = _judge(case, results, CONFIG, "float32", floors)
+        item = next(item for item in items if item.name == "loss_ce_0")
+        assert item.passed == passes, (inherited, added, item)
+        assert item.local == pytest.approx(added, abs=1e-7)
+    assert item.note.startswith("it adds 4.") and item.note.endswith("allowed 2.0e-06")
 
 
 def test_the_median_is_judged_in_float32_only(case, tensors):
