@@ -127,7 +127,7 @@ def layout(of: Entry) -> dict[str, TensorSpec]:
     >>> layout(entry("maskformer_R50_bs16_160k"))["sem_seg_head.predictor.class_embed.weight"]
     TensorSpec(shape=(151, 256), dtype='float32', kind='parameter')
     """
-    symbols = {"classes+1": of.config["num_classes"] + 1}
+    symbols = {"classes": of.config["num_classes"], "classes+1": of.config["num_classes"] + 1}
     return {
         key: TensorSpec(tuple(symbols.get(dimension, dimension) for dimension in shape), dtype, kind)
         for key, shape, dtype, kind in _read("layouts", of.layout)["tensors"]

@@ -1,7 +1,8 @@
 """The official code as an oracle: facebookresearch/MaskFormer on facebookresearch/detectron2, imported from two source folders.
 
 Nothing of it is copied or changed, and Detectron2's compiled extension is not needed. What the two import but these models never
-use, and what is missing here, is replaced by a stand-in (:data:`STAND_INS`) that raises when it is used after all.
+use, and what is missing here, is replaced by a stand-in (:data:`STAND_INS`) that raises when it is used after all, or, for a few small
+functions, works (:data:`WORKING`).
 
 PyTorch is imported when a function here needs it, not before.
 """
@@ -30,7 +31,7 @@ STAND_INS = {
     "torchvision": "RoI pooling, NMS, deformable convolution: no MaskFormer has them; the loss calls its _is_tracing, which answers False",
     "torchvision.ops": "see torchvision",
     "torchvision.ops.boxes": "see torchvision",
-    "timm": "Swin backbones only: DropPath, to_2tuple, trunc_normal_",
+    "timm": "Swin backbones only: DropPath, to_2tuple, trunc_normal_, which have working stand-ins",
     "timm.models": "see timm",
     "timm.models.layers": "see timm",
     "cv2": "colour augmentation of training images (PointRend's ColorAugSSDTransform)",
@@ -87,7 +88,7 @@ class Official:
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
             known = sorted(
-                str(file.relative_to(self.maskformer / "configs")) for file in self.maskformer.glob("configs/*/maskformer*.yaml")
+                str(file.relative_to(self.maskformer / "configs")) for file in self.maskformer.glob("configs/*/**/*_bs*.yaml")
             )
             raise OfficialError(f"no official config '{name}'; known: {', '.join(known)}")
         config = get_cfg()
@@ -233,9 +234,42 @@ class _StandIn(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if (self.__name__, name) == ("torchvision", "_is_tracing"):
-            return lambda: False
+        if make := WORKING.get((self.__name__, name)):
+            return make()
         return _StandInAttribute(f"{self.__name__}.{name}")
+
+
+def _drop_path() -> type:
+    """Stochastic depth: in training, each sample of the batch is dropped as a whole, and what remains scaled up."""
+    import torch
+
+    class DropPath(torch.nn.Module):
+        def __init__(self, drop_prob: float = 0.0):
+            super().__init__()
+            self.drop_prob = drop_prob
+
+        def forward(self, inputs: Any) -> Any:
+            if not self.training or self.drop_prob == 0:
+                return inputs
+            kept = inputs.new_empty(inputs.shape[:1] + (1,) * (inputs.ndim - 1)).bernoulli_(1 - self.drop_prob)
+            return inputs * kept / (1 - self.drop_prob)
+
+    return DropPath
+
+
+def _trunc_normal() -> Any:
+    import torch
+
+    return torch.nn.init.trunc_normal_
+
+
+WORKING = {
+    ("torchvision", "_is_tracing"): lambda: lambda: False,
+    ("timm.models.layers", "DropPath"): _drop_path,
+    ("timm.models.layers", "to_2tuple"): lambda: lambda value: value if isinstance(value, tuple) else (value, value),
+    ("timm.models.layers", "trunc_normal_"): _trunc_normal,
+}
+"""(module, attribute) → what makes a stand-in that works, for the few that the official code does call."""
 
 
 class _StandInAttribute:

@@ -28,19 +28,37 @@ DATASETS = {
 }
 """Official name of the training data set → the name in the registry."""
 
-_TINY = [
-    *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32),
-    *("MODEL.SEM_SEG_HEAD.MASK_DIM", 48, "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 20, "MODEL.MASK_FORMER.DIM_FEEDFORWARD", 80),
+_RESNET = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32]
+_SWIN = ["MODEL.SWIN.EMBED_DIM", 24, "MODEL.SWIN.DEPTHS", [2, 2, 2, 2], "MODEL.SWIN.NUM_HEADS", [2, 3, 4, 6], "MODEL.SWIN.WINDOW_SIZE", 5]
+_HEAD = [
+    *("MODEL.SEM_SEG_HEAD.MASK_DIM", 48, "MODEL.MASK_FORMER.DIM_FEEDFORWARD", 80),
     *("MODEL.MASK_FORMER.HIDDEN_DIM", 64, "MODEL.MASK_FORMER.DEC_LAYERS", 3),
 ]
+_QUERIES = ["MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 20]
 TINY = {
     "tiny_panoptic": (
         "configs/coco-panoptic/maskformer_panoptic_R50_bs64_554k.yaml",
-        [*_TINY, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 64, "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 2],
+        [*_RESNET, *_HEAD, *_QUERIES, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 64, "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 2],
     ),
     "tiny_semantic": (
         "configs/cityscapes-19/maskformer_R101_bs16_90k.yaml",
-        [*_TINY, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 96, "MODEL.RESNETS.DEPTH", 50],
+        [*_RESNET, *_HEAD, *_QUERIES, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 96, "MODEL.RESNETS.DEPTH", 50],
+    ),
+    "tiny_deeplab": (
+        "configs/cityscapes-19/maskformer_R101c_bs16_90k.yaml",
+        [*_RESNET, *_HEAD, *_QUERIES, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 96, "MODEL.RESNETS.DEPTH", 50],
+    ),
+    "tiny_swin": (
+        "configs/coco-panoptic/swin/maskformer_panoptic_swin_tiny_bs64_554k.yaml",
+        [*_SWIN, *_HEAD, *_QUERIES, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 64],
+    ),
+    "tiny_per_pixel": (
+        "configs/ade20k-150/per_pixel_baseline_R50_bs16_160k.yaml",
+        [*_RESNET, "MODEL.SEM_SEG_HEAD.MASK_DIM", 48, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 64],
+    ),
+    "tiny_per_pixel_plus": (
+        "configs/ade20k-150/per_pixel_baseline_plus_R50_bs16_160k.yaml",
+        [*_RESNET, *_HEAD, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 64],
     ),
 }
 """Test models: official architectures at small widths, dimensions distinct wherever the architecture allows."""
@@ -71,19 +89,16 @@ def _text(cell: str) -> str:
 def config_fields(cfg: Any) -> dict[str, Any]:
     """The fields of ``MaskFormerConfig`` that an official config node determines; names and classes come from the registry."""
     model, mask_former, head = cfg.MODEL, cfg.MODEL.MASK_FORMER, cfg.MODEL.SEM_SEG_HEAD
+    per_pixel = model.META_ARCHITECTURE == "SemanticSegmentor"
     return {
         "num_classes": head.NUM_CLASSES,
-        "backbone": {
-            "depth": model.RESNETS.DEPTH,
-            "stem_out_channels": model.RESNETS.STEM_OUT_CHANNELS,
-            "width_per_group": model.RESNETS.WIDTH_PER_GROUP,
-            "res2_out_channels": model.RESNETS.RES2_OUT_CHANNELS,
-        },
+        "backbone": _backbone_fields(model),
+        "head": head.NAME,
         "pixel_decoder": {
             "name": head.PIXEL_DECODER_NAME,
             "conv_dim": head.CONVS_DIM,
             "mask_dim": head.MASK_DIM,
-            "transformer_enc_layers": head.TRANSFORMER_ENC_LAYERS,
+            "transformer_enc_layers": encoder_layers(cfg),
         },
         "predictor": {
             "transformer_in_feature": mask_former.TRANSFORMER_IN_FEATURE,
@@ -102,6 +117,8 @@ def config_fields(cfg: Any) -> dict[str, Any]:
             "class_weight": 1.0,
             "dice_weight": mask_former.DICE_WEIGHT,
             "mask_weight": mask_former.MASK_WEIGHT,
+            "loss_weight": head.LOSS_WEIGHT,
+            "ignore_value": head.IGNORE_VALUE,
         },
         "test": {
             "panoptic_on": mask_former.TEST.PANOPTIC_ON,
@@ -111,9 +128,42 @@ def config_fields(cfg: Any) -> dict[str, Any]:
             "min_size": cfg.INPUT.MIN_SIZE_TEST,
             "max_size": cfg.INPUT.MAX_SIZE_TEST,
         },
-        "size_divisibility": mask_former.SIZE_DIVISIBILITY,
+        # Detectron2's SemanticSegmentor asks the backbone; its ResNet has none.
+        "size_divisibility": mask_former.SIZE_DIVISIBILITY if not per_pixel else 32 if "Swin" in model.BACKBONE.NAME else 0,
         "pixel_mean": list(model.PIXEL_MEAN),
         "pixel_std": list(model.PIXEL_STD),
+    }
+
+
+def encoder_layers(cfg: Any) -> int:
+    """Encoder layers of the pixel decoder; the panoptic Swin configs inherit a number that their BasePixelDecoder does not read."""
+    head = cfg.MODEL.SEM_SEG_HEAD
+    return head.TRANSFORMER_ENC_LAYERS if head.PIXEL_DECODER_NAME == "TransformerEncoderPixelDecoder" else 0
+
+
+def _backbone_fields(model: Any) -> dict[str, Any]:
+    resnet, swin = model.RESNETS, model.SWIN
+    if model.BACKBONE.NAME == "D2SwinTransformer":
+        return {
+            "name": "D2SwinTransformer",
+            "embed_dim": swin.EMBED_DIM,
+            "depths": list(swin.DEPTHS),
+            "num_heads": list(swin.NUM_HEADS),
+            "window_size": swin.WINDOW_SIZE,
+            "mlp_ratio": swin.MLP_RATIO,
+            "drop_rate": swin.DROP_RATE,
+            "attn_drop_rate": swin.ATTN_DROP_RATE,
+            "drop_path_rate": swin.DROP_PATH_RATE,
+        }
+    deeplab = model.BACKBONE.NAME == "build_resnet_deeplab_backbone"  # the plain builder reads neither stem type nor grid
+    return {
+        "name": "ResNet",
+        "depth": resnet.DEPTH,
+        "stem_type": resnet.STEM_TYPE if deeplab else "basic",
+        "stem_out_channels": resnet.STEM_OUT_CHANNELS,
+        "width_per_group": resnet.WIDTH_PER_GROUP,
+        "res2_out_channels": resnet.RES2_OUT_CHANNELS,
+        "res5_multi_grid": list(resnet.RES5_MULTI_GRID) if deeplab else [1, 1, 1],
     }
 
 
@@ -138,23 +188,51 @@ def dataset_fields(official_name: str) -> dict[str, Any]:
     }
 
 
-def layout_rows(model: Any, num_classes: int) -> list[list[Any]]:
-    """(key, shape, dtype, kind) of every tensor in ``state_dict``; the one dimension that counts classes reads "classes+1"."""
+CLASSES = {
+    "sem_seg_head.predictor.class_embed.": "classes+1",
+    "criterion.empty_weight": "classes+1",
+    "sem_seg_head.predictor.weight": "classes",
+    "sem_seg_head.predictor.bias": "classes",
+}
+"""Beginning of a key whose first dimension counts classes → the symbol that stands for it in a layout."""
+
+
+def layout_rows(model: Any, config: dict[str, Any]) -> list[list[Any]]:
+    """(key, shape, dtype, kind) of every tensor in ``state_dict``; a dimension that counts classes is a symbol (:data:`CLASSES`)."""
+    counts = {"classes": config["num_classes"], "classes+1": config["num_classes"] + 1}
+    symbols = dict(CLASSES)
+    if config["head"] == "PerPixelBaselinePlusHead":
+        symbols["sem_seg_head.predictor.query_embed."] = "classes"
     parameters = {name for name, _ in model.named_parameters()}
     rows = []
     for key, tensor in model.state_dict().items():
         shape: list[Any] = list(tensor.shape)
-        if key.startswith(("sem_seg_head.predictor.class_embed.", "criterion.empty_weight")):
-            assert shape[0] == num_classes + 1
-            shape[0] = "classes+1"
+        symbol = next((symbol for beginning, symbol in symbols.items() if key.startswith(beginning)), None)
+        if symbol is not None:
+            assert shape[0] == counts[symbol]
+            shape[0] = symbol
         rows.append([key, shape, str(tensor.dtype).removeprefix("torch."), "parameter" if key in parameters else "buffer"])
     return rows
 
 
+SWINS = {(96, 6): "T", (96, 18): "S", (128, 18): "B", (192, 18): "L"}
+"""(embed_dim, blocks of the third stage) → the letter of its name."""
+
+SUFFIXES = {"MaskFormerHead": "", "PerPixelBaselineHead": "_per_pixel", "PerPixelBaselinePlusHead": "_per_pixel_plus"}
+
+
+def backbone_name(cfg: Any) -> str:
+    """The model zoo's name of the backbone: R50, R101, R101c, Swin-T …"""
+    if cfg.MODEL.BACKBONE.NAME == "D2SwinTransformer":
+        return f"Swin-{SWINS.get((cfg.MODEL.SWIN.EMBED_DIM, cfg.MODEL.SWIN.DEPTHS[2]), 'tiny')}"
+    return f"R{cfg.MODEL.RESNETS.DEPTH}" + "c" * (cfg.MODEL.BACKBONE.NAME == "build_resnet_deeplab_backbone")
+
+
 def layout_name(cfg: Any) -> str:
     """Name of the architecture, which entries that differ only in their number of classes share."""
-    encoder = cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS
-    return f"resnet{cfg.MODEL.RESNETS.DEPTH}" + (f"_encoder{encoder}" if encoder else "")
+    encoder = encoder_layers(cfg)
+    name = backbone_name(cfg).lower().replace("-", "_") + (f"_encoder{encoder}" if encoder else "")
+    return name.replace("r1", "resnet1").replace("r5", "resnet5") + SUFFIXES[cfg.MODEL.SEM_SEG_HEAD.NAME]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,9 +253,6 @@ def main(argv: list[str] | None = None) -> int:
     for order, (row, options) in enumerate(rows):
         cfg = code.config(code.maskformer / row["official_config"])
         cfg.merge_from_list(list(options))
-        if cfg.MODEL.META_ARCHITECTURE != "MaskFormer" or cfg.MODEL.BACKBONE.NAME != "build_resnet_backbone":
-            print(f"not covered yet: {row['official_config']}", file=sys.stderr)
-            continue
         dataset = DATASETS[cfg.DATASETS.TRAIN[0]]
         name = row.get("name", pathlib.PurePosixPath(row["official_config"]).stem)
         item = {
@@ -185,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
             "name": name,
             "task": "panoptic" if cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON else "semantic",
             "dataset": dataset,
-            "backbone": f"R{cfg.MODEL.RESNETS.DEPTH}",
+            "backbone": backbone_name(cfg),
             "official_config": row["official_config"],
             "official_options": list(options),
             "model_id": row["model_id"],
@@ -198,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         entries.setdefault(dataset if row["url"] else "tiny", []).append(item)
         if item["layout"] not in layouts:
-            layouts[item["layout"]] = layout_rows(code.model(cfg), item["config"]["num_classes"])
+            layouts[item["layout"]] = layout_rows(code.model(cfg), item["config"])
 
     for name, items in entries.items():
         _write(destination / "entries" / f"{name}.json", {"how_made": how_made, "entries": items}, 2)

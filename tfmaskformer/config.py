@@ -15,6 +15,8 @@ RESNET_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 """Bottleneck blocks in res2…res5 for each depth (Detectron2 ``modeling/backbone/resnet.py``)."""
 
 PIXEL_DECODERS = ("BasePixelDecoder", "TransformerEncoderPixelDecoder")
+STEMS = ("basic", "deeplab")
+HEADS = ("MaskFormerHead", "PerPixelBaselineHead", "PerPixelBaselinePlusHead")
 
 
 class ConfigError(ValueError):
@@ -33,17 +35,24 @@ def _require_positive(part, config, field):
 
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
-    """A Detectron2 ResNet with the basic stem and frozen batch norm."""
+    """A Detectron2 ResNet with frozen batch norm: R50, R101, and, with the DeepLab stem, R101c."""
 
+    name: str = "ResNet"
     depth: int = 50  # MODEL.RESNETS.DEPTH
+    stem_type: str = "basic"  # MODEL.RESNETS.STEM_TYPE: "basic" (one 7×7 convolution) or "deeplab" (three 3×3)
     stem_out_channels: int = 64  # MODEL.RESNETS.STEM_OUT_CHANNELS
     width_per_group: int = 64  # MODEL.RESNETS.WIDTH_PER_GROUP: bottleneck channels of res2
     res2_out_channels: int = 256  # MODEL.RESNETS.RES2_OUT_CHANNELS
+    res5_multi_grid: tuple[int, ...] = (1, 1, 1)  # MODEL.RESNETS.RES5_MULTI_GRID: dilation of the 3×3 in each block of res5
 
     def __post_init__(self):
+        _require("backbone.name", self.name, self.name == "ResNet", "'ResNet'")
         _require("backbone.depth", self.depth, self.depth in RESNET_BLOCKS, f"one of {sorted(RESNET_BLOCKS)}")
+        _require("backbone.stem_type", self.stem_type, self.stem_type in STEMS, f"one of {STEMS}")
         for field in ("stem_out_channels", "width_per_group", "res2_out_channels"):
             _require_positive("backbone", self, field)
+        grid = self.res5_multi_grid
+        _require("backbone.res5_multi_grid", grid, len(grid) == self.blocks[-1] and min(grid) > 0, "a positive dilation for each block")
 
     @property
     def blocks(self) -> tuple[int, int, int, int]:
@@ -54,6 +63,41 @@ class ResNetConfig:
     def out_channels(self) -> dict[str, int]:
         """Channels of ``res2``…``res5``; their strides are 4, 8, 16, 32."""
         return {f"res{level}": self.res2_out_channels * 2 ** (level - 2) for level in (2, 3, 4, 5)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SwinConfig:
+    """MaskFormer's Swin Transformer (``D2SwinTransformer``): patches of 4 px, no absolute position embedding."""
+
+    name: str = "D2SwinTransformer"
+    embed_dim: int = 96  # MODEL.SWIN.EMBED_DIM: channels of the first stage, doubled by each further one
+    depths: tuple[int, ...] = (2, 2, 6, 2)  # MODEL.SWIN.DEPTHS: blocks of each stage
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)  # MODEL.SWIN.NUM_HEADS
+    window_size: int = 7  # MODEL.SWIN.WINDOW_SIZE, in patches
+    mlp_ratio: float = 4.0  # MODEL.SWIN.MLP_RATIO
+    drop_rate: float = 0.0  # MODEL.SWIN.DROP_RATE
+    attn_drop_rate: float = 0.0  # MODEL.SWIN.ATTN_DROP_RATE
+    drop_path_rate: float = 0.3  # MODEL.SWIN.DROP_PATH_RATE: stochastic depth of the last block, rising linearly from 0
+
+    def __post_init__(self):
+        _require("backbone.name", self.name, self.name == "D2SwinTransformer", "'D2SwinTransformer'")
+        for field in ("embed_dim", "window_size", "mlp_ratio"):
+            _require_positive("backbone", self, field)
+        _require("backbone.depths", self.depths, len(self.depths) == 4 and min(self.depths) > 0, "four positive numbers")
+        fits = len(self.num_heads) == 4 and all(heads > 0 and self.embed_dim * 2**i % heads == 0 for i, heads in enumerate(self.num_heads))
+        _require("backbone.num_heads", self.num_heads, fits, "four numbers that divide the channels of their stage")
+        for field in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
+            value = getattr(self, field)
+            _require(f"backbone.{field}", value, 0 <= value < 1, "in [0, 1)")
+
+    @property
+    def out_channels(self) -> dict[str, int]:
+        """Channels of ``res2``…``res5``; their strides are 4, 8, 16, 32."""
+        return {f"res{stage + 2}": self.embed_dim * 2**stage for stage in range(4)}
+
+
+BACKBONES: dict[str, type[ResNetConfig] | type[SwinConfig]] = {cls.name: cls for cls in (ResNetConfig, SwinConfig)}
+"""Config class of each backbone, by its ``name``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +151,14 @@ class TransformerPredictorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CriterionConfig:
-    """Weights of the losses, which are also those of the matcher's costs."""
+    """Weights of the losses, of which the first four are also those of the matcher's costs; the last two are the per-pixel heads'."""
 
     no_object_weight: float = 0.1  # MODEL.MASK_FORMER.NO_OBJECT_WEIGHT
     class_weight: float = 1.0  # fixed at 1 upstream
     dice_weight: float = 1.0  # MODEL.MASK_FORMER.DICE_WEIGHT
     mask_weight: float = 20.0  # MODEL.MASK_FORMER.MASK_WEIGHT
+    loss_weight: float = 1.0  # MODEL.SEM_SEG_HEAD.LOSS_WEIGHT
+    ignore_value: int = 255  # MODEL.SEM_SEG_HEAD.IGNORE_VALUE: pixels of this label have no loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,17 +181,18 @@ class MaskFormerConfig:
 
     ``thing_classes`` are contiguous class indices (0 … num_classes − 1); every other class is stuff. ``class_names`` is empty
     or has ``num_classes`` names. ``size_divisibility``: images are padded to a multiple of it; 0 means no padding
-    (Detectron2 ``ImageList.from_tensors``). ``pixel_mean`` and ``pixel_std`` are in RGB order, 0…255.
+    (Detectron2 ``ImageList.from_tensors``). ``PerPixelBaselineHead`` has no use for ``predictor``. ``pixel_mean`` and ``pixel_std`` are in RGB order, 0…255.
     """
 
     name: str
     num_classes: int  # MODEL.SEM_SEG_HEAD.NUM_CLASSES, without "no object", which is the last logit
-    backbone: ResNetConfig = ResNetConfig()
+    backbone: ResNetConfig | SwinConfig = ResNetConfig()
+    head: str = "MaskFormerHead"  # MODEL.SEM_SEG_HEAD.NAME
     pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
     predictor: TransformerPredictorConfig = TransformerPredictorConfig()
     criterion: CriterionConfig = CriterionConfig()
     test: TestConfig = TestConfig()
-    size_divisibility: int = 32  # MODEL.MASK_FORMER.SIZE_DIVISIBILITY
+    size_divisibility: int = 32  # MODEL.MASK_FORMER.SIZE_DIVISIBILITY; of the per-pixel baselines, the backbone's
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # MODEL.PIXEL_MEAN
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)  # MODEL.PIXEL_STD
     dataset: str = ""  # the registry's name of the data set, e.g. "coco_panoptic"
@@ -166,6 +213,13 @@ class MaskFormerConfig:
             self.thing_classes,
             all(0 <= index < self.num_classes for index in self.thing_classes),
             f"indices below {self.num_classes}",
+        )
+        _require("head", self.head, self.head in HEADS, f"one of {HEADS}")
+        _require(
+            "predictor.num_queries",
+            self.predictor.num_queries,
+            self.head != "PerPixelBaselinePlusHead" or self.predictor.num_queries == self.num_classes,
+            f"{self.num_classes}, one for each class, as PerPixelBaselinePlusHead has it",
         )
         encoder_memory = self.predictor.transformer_in_feature == "transformer_encoder"
         _require(
@@ -216,7 +270,6 @@ class MaskFormerConfig:
 
 
 _PARTS = {
-    "backbone": ResNetConfig,
     "pixel_decoder": PixelDecoderConfig,
     "predictor": TransformerPredictorConfig,
     "criterion": CriterionConfig,
@@ -236,11 +289,19 @@ def _from_dict(cls, values, where):
         raise ConfigError(f"config: missing field {', '.join(repr(where + name) for name in missing)}")
     arguments = {}
     for name, value in values.items():
-        if name in _PARTS and cls is MaskFormerConfig:
+        if name == "backbone":
+            arguments[name] = _from_dict(_backbone(value), value, "backbone.")
+        elif name in _PARTS and cls is MaskFormerConfig:
             arguments[name] = _from_dict(_PARTS[name], value, f"{name}.")
         else:
             arguments[name] = _checked(where + name, value, fields[name].type)
     return cls(**arguments)
+
+
+def _backbone(values):
+    name = values.get("name", ResNetConfig.name) if isinstance(values, Mapping) else ResNetConfig.name
+    _require("backbone.name", name, isinstance(name, str) and name in BACKBONES, f"one of {tuple(BACKBONES)}")
+    return BACKBONES[name]
 
 
 _SCALARS = {"int": int, "float": (int, float), "bool": bool, "str": str}

@@ -11,7 +11,7 @@ import pytest
 
 from checkpoints import registry
 
-TINY = ("tiny_panoptic", "tiny_semantic")
+TINY = ("tiny_panoptic", "tiny_semantic", "tiny_deeplab", "tiny_swin", "tiny_per_pixel", "tiny_per_pixel_plus")
 NAMES = [entry.name for entry in registry.entries()]
 
 # Millions of parameters in the paper (arXiv 2107.06278, tables 1, 2, 3 and appendix), to the digit printed.
@@ -21,25 +21,35 @@ PAPER_PARAMETERS_M = {
     "maskformer_R101_bs16_90k": 60,
     "maskformer_panoptic_R50_bs64_554k": 45,
     "maskformer_panoptic_R101_bs64_554k": 64,
+    "maskformer_R101c_bs16_160k": 60,
+    "maskformer_swin_tiny_bs16_160k": 42,
+    "maskformer_swin_small_bs16_160k": 63,
+    "maskformer_swin_base_IN21k_384_bs16_160k_res640": 102,
+    "maskformer_swin_large_IN21k_384_bs16_160k_res640": 212,
+    "maskformer_panoptic_swin_tiny_bs64_554k": 42,
+    "maskformer_panoptic_swin_small_bs64_554k": 63,
+    "maskformer_panoptic_swin_base_IN21k_384_bs64_554k": 102,
+    "maskformer_panoptic_swin_large_IN21k_384_bs64_554k": 212,
 }
 
 
-def test_covers_every_maskformer_with_a_basic_stem_resnet():
-    counts = collections.Counter((entry.dataset, entry.backbone) for entry in registry.entries())
+def test_covers_all_thirty():
+    per_pixel = {"R50": 1, "R50 per pixel": 1, "R50 per pixel plus": 1}
+    swin = {"Swin-T": 1, "Swin-S": 1, "Swin-B": 1, "Swin-L": 1}
+    heads = {"MaskFormerHead": "", "PerPixelBaselineHead": " per pixel", "PerPixelBaselinePlusHead": " per pixel plus"}
+    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for entry in registry.entries():
+        counts[entry.dataset][entry.backbone + heads[entry.config["head"]]] += 1
     assert counts == {
-        ("ade20k", "R50"): 1,
-        ("ade20k", "R101"): 1,
-        ("ade20k_full", "R50"): 1,
-        ("ade20k_full", "R101"): 1,
-        ("ade20k_panoptic", "R50"): 1,
-        ("ade20k_panoptic", "R101"): 1,
-        ("cityscapes", "R101"): 1,
-        ("coco_panoptic", "R50"): 1,
-        ("coco_panoptic", "R101"): 1,
-        ("coco_stuff_10k", "R50"): 1,
-        ("coco_stuff_10k", "R101"): 1,
-        ("mapillary_vistas", "R50"): 1,
+        "ade20k": {**per_pixel, "R101": 1, "R101c": 1, **swin},
+        "ade20k_full": {**per_pixel, "R101": 1, "R101c": 1},
+        "ade20k_panoptic": {"R50": 1, "R101": 1},
+        "cityscapes": {"R101": 1, "R101c": 1},
+        "coco_panoptic": {"R50": 1, "R101": 1, **swin},
+        "coco_stuff_10k": {**per_pixel, "R101": 1, "R101c": 1},
+        "mapillary_vistas": {"R50": 1},
     }
+    assert sum(counter.total() for counter in counts.values()) == 30
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -106,26 +116,49 @@ def test_layout_is_what_the_architecture_adds_up_to(name):
     entry = registry.entry(name)
     layout = registry.layout(entry)
     config = entry.config
-    blocks = {50: 16, 101: 33}[config["backbone"]["depth"]]
-    backbone_convolutions = 1 + 3 * blocks + 4
+    backbone, buffers = count_resnet(config["backbone"]) if config["backbone"]["name"] == "ResNet" else count_swin(config["backbone"])
     encoder = config["pixel_decoder"]["transformer_enc_layers"]
-    decoder = config["predictor"]["dec_layers"]
     # 3 adapters and 4 layers with a norm, mask_features; with an encoder also input_proj, without one the predictor's.
-    pixel_decoder = 3 * 7 + 2 + 2
-    heads = 1 + 2 + 6
-    expected = 5 * backbone_convolutions + pixel_decoder + 12 * encoder + 18 * decoder + 2 + heads + 1
+    expected = backbone + 3 * 7 + 2 + 12 * encoder
+    if config["head"] == "PerPixelBaselineHead":
+        expected += 2
+    else:
+        expected += 2 + 18 * config["predictor"]["dec_layers"] + 2 + 1 + 6
+    if config["head"] == "MaskFormerHead":
+        expected += 2 + 1  # class_embed, empty_weight
+        buffers |= {"criterion.empty_weight"}
     assert len(layout) == expected
-    assert {spec.dtype for spec in layout.values()} == {"float32"}
-    buffers = {key for key, spec in layout.items() if spec.kind == "buffer"}
-    assert buffers == {key for key in layout if key.startswith("backbone.") and ".norm." in key} | {"criterion.empty_weight"}
+    assert {key for key, spec in layout.items() if spec.kind == "buffer"} == buffers
+    assert {spec.dtype for key, spec in layout.items() if not key.endswith("relative_position_index")} == {"float32"}
+    if config["head"] == "PerPixelBaselineHead":
+        assert layout["sem_seg_head.predictor.weight"].shape == (config["num_classes"], config["pixel_decoder"]["mask_dim"], 1, 1)
+        return
     hidden = config["predictor"]["hidden_dim"]
     assert layout["sem_seg_head.predictor.query_embed.weight"].shape == (config["predictor"]["num_queries"], hidden)
-    assert layout["sem_seg_head.predictor.class_embed.weight"].shape == (config["num_classes"] + 1, hidden)
+    if config["head"] == "MaskFormerHead":
+        assert layout["sem_seg_head.predictor.class_embed.weight"].shape == (config["num_classes"] + 1, hidden)
+
+
+def count_resnet(backbone):
+    """Number of tensors, and the names of the buffers: the norm behind each convolution has four, all of them frozen."""
+    blocks = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[backbone["depth"]]
+    stem = {"basic": ["stem.conv1"], "deeplab": ["stem.conv1", "stem.conv2", "stem.conv3"]}[backbone["stem_type"]]
+    stages = [f"res{stage}.{block}" for stage, number in enumerate(blocks, start=2) for block in range(number)]
+    convolutions = stem + [f"{block}.{conv}" for block in stages for conv in ("conv1", "conv2", "conv3")]
+    convolutions += [f"res{stage}.0.shortcut" for stage in (2, 3, 4, 5)]
+    statistics = ("weight", "bias", "running_mean", "running_var")
+    return 5 * len(convolutions), {f"backbone.{conv}.norm.{name}" for conv in convolutions for name in statistics}
+
+
+def count_swin(backbone):
+    """Patch embedding 2 + 2; a block 13 and an index, which is no parameter; three mergings of 3; four norms of 2."""
+    blocks = [f"backbone.layers.{stage}.blocks.{block}" for stage, depth in enumerate(backbone["depths"]) for block in range(depth)]
+    return 4 + 14 * len(blocks) + 3 * 3 + 4 * 2, {f"{block}.attn.relative_position_index" for block in blocks}
 
 
 @pytest.mark.parametrize("name", [*NAMES, *TINY])
 def test_layout_is_the_models_own_tree(name):
-    """The same names as the TensorFlow model declares, but for the criterion's buffer; the same number of elements and kind."""
+    """The same names as the TensorFlow model declares, but for what follows from the config; the same number of elements and kind."""
     from tfmaskformer.config import MaskFormerConfig
     from tfmaskformer.model import MaskFormer
     from tfmaskformer.module import parameter_specs
@@ -133,8 +166,9 @@ def test_layout_is_the_models_own_tree(name):
     entry = registry.entry(name)
     specs = parameter_specs(MaskFormer(MaskFormerConfig.from_dict(entry.config)))
     layout = registry.layout(entry)
-    empty_weight = layout.pop("criterion.empty_weight")
-    assert empty_weight.shape == (entry.config["num_classes"] + 1,)
+    if entry.config["head"] == "MaskFormerHead":
+        assert layout.pop("criterion.empty_weight").shape == (entry.config["num_classes"] + 1,)
+    layout = {key: spec for key, spec in layout.items() if not key.endswith("relative_position_index")}
     assert specs.keys() == layout.keys()
     for key, spec in layout.items():
         assert sorted(specs[key].shape) == sorted(spec.shape), key
