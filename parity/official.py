@@ -87,9 +87,7 @@ class Official:
         candidates = [base / f"{name}{suffix}" for base in (self.maskformer / "configs", Path()) for suffix in ("", ".yaml")]
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
-            known = sorted(
-                str(file.relative_to(self.maskformer / "configs")) for file in self.maskformer.glob("configs/*/**/*_bs*.yaml")
-            )
+            known = sorted(str(file.relative_to(self.maskformer / "configs")) for file in self.maskformer.glob("configs/*/**/*_bs*.yaml"))
             raise OfficialError(f"no official config '{name}'; known: {', '.join(known)}")
         config = get_cfg()
         add_deeplab_config(config)

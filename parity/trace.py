@@ -18,7 +18,7 @@ Each HDF5 file is complete or absent: it is written as ``<name>.partial``, synce
 ``statistics``      float64 [records, 5]: l2, sum, min and max of the finite elements, and the number of non-finite ones
 ``floor``           float64 [records, runs]: relative L2 error of each run against the float64 reference, NaN where it was not
                     measured
-``sketches``        float64 file only: float64 [sampled records, :data:`SKETCH`]: what stands for the whole of each sampled tensor
+``sketches``        float64 file only: float64, for one sampled record after the other :data:`SKETCH` sums that stand for the whole of it
 ``values/<dtype>``  all stored elements of that dtype, record after record, with checksums
 
 Records are grouped:
@@ -36,8 +36,9 @@ Records are grouped:
 
 A sampled trace stores, of each large floating-point tensor in ``taps``, ``outputs``, ``gradients`` and ``inference``, only the
 elements of :func:`parity.sampling.sample_indices`, and of all of them the sums of :func:`parity.sampling.sketch`, by which the error of
-a whole tensor is known to 1 / √(2 · 256) = 4 %. Statistics and floor are those of the whole tensor too. Position embeddings are never
-sampled: a float64 check needs them whole (:mod:`parity.tensorflow_run`).
+a whole tensor is known to 1 / √(2 · 128) = 6 %, that of a gradient, which is only judged in float64 and far from its tolerance, to 25 %.
+Statistics and floor are those of the whole tensor too. The float64 file has position embeddings whole: a float64 check needs them
+(:mod:`parity.tensorflow_run`).
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ import numpy as np
 from parity.sampling import sample_indices, sketch
 
 FORMAT = "tfmaskformer-trace"
-VERSION = 2
+VERSION = 3
 GROUPS = ("inputs", "taps", "outputs", "matcher", "losses", "gradients", "inference")
 SAMPLED_GROUPS = ("taps", "outputs", "gradients", "inference")
 DTYPES = ("float64", "float32", "int64", "int32", "uint8", "bool")
-SKETCH = 256
-"""Sums that stand for a sampled tensor."""
+SKETCH = {"taps": 128, "outputs": 128, "inference": 128, "gradients": 8}
+"""Group → sums that stand for a sampled tensor of it."""
 POSITION_EMBEDDING = "pe_layer"
 """Last part of the name of the modules whose output is stored whole."""
 _CHUNK = 1 << 14  # elements of an HDF5 chunk: the smallest amount that is read at once
@@ -135,7 +136,7 @@ class Record:
     statistics: Statistics
     floor: tuple[float, ...]
     offset: int = dataclasses.field(repr=False)
-    sketch_row: int | None = dataclasses.field(repr=False)
+    sketch_offset: int | None = dataclasses.field(repr=False)
 
     @property
     def size(self) -> int:
@@ -161,7 +162,7 @@ class Record:
 
     def sketch(self, tensor: np.ndarray) -> np.ndarray:
         """What corresponds to :meth:`TraceFile.read_sketch` for ``tensor`` (whole, official layout)."""
-        return sketch(self.name, tensor, SKETCH)
+        return sketch(self.name, tensor, SKETCH[self.group])
 
 
 class TraceFileWriter:
@@ -200,7 +201,7 @@ class TraceFileWriter:
             raise TraceError(f"record {group} '{name}' ({array.dtype}): unknown group or dtype, or there already")
         samples = self._samples_of(group, name, array)
         if samples is not None and self._sketches is not None:
-            self._sketches.append(sketch(name, array, SKETCH))
+            self._sketches.append(sketch(name, array, SKETCH[group]))
         flat = array.ravel()
         values = flat if samples is None else flat[sample_indices(name, array.shape, samples)]
         pool = self._pool(array.dtype)
@@ -213,7 +214,8 @@ class TraceFileWriter:
     def _samples_of(self, group: str, name: str, array: np.ndarray) -> int | None:
         if self.samples is None or group not in SAMPLED_GROUPS or array.dtype.kind != "f" or array.size <= self.samples:
             return None
-        return None if name.partition("#")[0].endswith(POSITION_EMBEDDING) else self.samples
+        whole = self.dtype == "float64" and name.partition("#")[0].endswith(POSITION_EMBEDDING)
+        return None if whole else self.samples
 
     def set_floor(self, group: str, name: str, errors: Sequence[float]) -> None:
         """Stores the relative L2 error of each run for a record."""
@@ -244,9 +246,8 @@ class TraceFileWriter:
         self._file["statistics"] = np.array(self._statistics, np.float64).reshape(-1, len(Statistics._fields))
         self._file["floor"] = floor
         if self._sketches:
-            self._file.create_dataset(
-                "sketches", data=np.array(self._sketches), chunks=(min(64, len(self._sketches)), SKETCH), fletcher32=True
-            )
+            sums = np.concatenate(self._sketches)
+            self._file.create_dataset("sketches", data=sums, chunks=(min(_CHUNK, sums.size),), fletcher32=True)
         self._file.close()
         _move_into_place(self._partial, self.path)
 
@@ -288,7 +289,8 @@ class TraceFile:
             self.facts: dict[str, Any] = json.loads(attributes["facts"])
             rows = json.loads(self._file["index"][()].tobytes())
             tables = zip(rows, self._file["statistics"][()].tolist(), self._file["floor"][()].tolist(), strict=True)
-            sketched = itertools.count() if "sketches" in self._file else itertools.repeat(None)
+            sketched = "sketches" in self._file
+            offsets = itertools.accumulate((SKETCH[row[0]] if sketched and row[4] is not None else 0 for row in rows), initial=0)
             self.records: dict[tuple[str, str], Record] = {
                 (group, name): Record(
                     group,
@@ -299,9 +301,11 @@ class TraceFile:
                     Statistics(l2, total, smallest, largest, int(nonfinite)),
                     tuple(floor),
                     offset,
-                    None if samples is None else next(sketched),
+                    sketch_offset if sketched and samples is not None else None,
                 )
-                for (group, name, shape, dtype, samples, offset), (l2, total, smallest, largest, nonfinite), floor in tables
+                for ((group, name, shape, dtype, samples, offset), (l2, total, smallest, largest, nonfinite), floor), sketch_offset in zip(
+                    tables, offsets, strict=False
+                )
             }
             for record in self.records.values():
                 if self._file[f"values/{record.dtype}"].shape[0] < record.offset + record.stored:
@@ -333,12 +337,15 @@ class TraceFile:
         return values.reshape(record.shape) if record.samples is None else values
 
     def read_sketch(self, group: str, name: str) -> np.ndarray:
-        """float64 [SKETCH] of a sampled record of a float64 file: see :func:`parity.sampling.sketch`."""
+        """float64 [SKETCH[group]] of a sampled record of a float64 file: see :func:`parity.sampling.sketch`."""
         record = self[group, name]
-        if record.sketch_row is None:
+        if record.sketch_offset is None:
             raise TraceError(f"'{self.path}' has no sketch of {group} '{name}'")
         try:
-            return self._file["sketches"][record.sketch_row]
+            sums = self._file["sketches"][record.sketch_offset : record.sketch_offset + SKETCH[group]]
+            if sums.size < SKETCH[group]:
+                raise ValueError("too short")
+            return sums
         except (OSError, IndexError, ValueError) as error:
             raise TraceError(f"'{self.path}' is damaged at the sketch of {group} '{name}' ({error}); record it again") from error
 

@@ -146,7 +146,7 @@ def test_foreign_and_other_version_files_are_refused(tmp_path, tensors):
     path = write(tmp_path, tensors)
     with h5py.File(path, "r+") as file:
         file.attrs["version"] = 1
-    with pytest.raises(TraceError, match="version 1, expected 2; record it again"):
+    with pytest.raises(TraceError, match="version 1, expected 3; record it again"):
         TraceFile(path)
     with h5py.File(path, "r+") as file:
         file.attrs["version"] = trace.VERSION
@@ -198,7 +198,7 @@ def test_files_of_two_recordings_do_not_mix(tmp_path, tensors):
         ("{", "cannot read"),
         ("[]", "no trace's manifest"),
         (json.dumps({"format": "other"}), "no trace's manifest"),
-        (json.dumps({"format": trace.FORMAT, "version": 99}), "version 99, expected 2"),
+        (json.dumps({"format": trace.FORMAT, "version": 99}), "version 99, expected 3"),
     ],
 )
 def test_bad_manifests_are_refused(tmp_path, content, message):
