@@ -4,6 +4,8 @@ Each tensor is drawn on its own from NumPy's raw Philox stream, keyed by the ten
 integer of 24 bits, exact in float32; a correctly rounded multiplication and addition turn it into ``offset + gain · u``, u uniform in
 (−1, 1). No other floating-point operation is used, so no library version, thread count or instruction set can change a bit.
 
+Swin's ``relative_position_index`` is no weight: it follows from the size of the window, and is computed.
+
 ``gain`` and ``offset`` come from a recipe (``recipes/<entry>.json``), which ``parity.calibrate`` made with the official model on the
 photographs in ``photos/``; what it aims at is written in ``docs/decisions/0005-synthetic-checkpoints.md``.
 """
@@ -16,6 +18,7 @@ import hashlib
 import importlib.resources
 import io
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -79,7 +82,9 @@ def bits(name: str, seed: int, size: int) -> np.ndarray:
 
 
 def draw(name: str, spec: registry.TensorSpec, how: Draw, seed: int) -> np.ndarray:
-    """The tensor ``name`` of ``spec``'s shape, float32, which is all that the official layouts have."""
+    """The tensor ``name`` of ``spec``'s shape and dtype: float32, or int64 for ``relative_position_index``."""
+    if name.endswith(".relative_position_index"):
+        return relative_position_index(math.isqrt(spec.shape[0]))
     integers = bits(name, seed, spec.size).reshape(spec.shape)
     if how.centred:
         integers -= (integers.sum(axis=1, keepdims=True, dtype=np.int64) // spec.shape[1]).astype(np.int32)
@@ -90,6 +95,20 @@ def draw(name: str, spec: registry.TensorSpec, how: Draw, seed: int) -> np.ndarr
     for index, value in how.replace.items():
         values.flat[index] = np.float32(value)
     return values
+
+
+def relative_position_index(window_size: int) -> np.ndarray:
+    """int64 [window_size², window_size²]: for a query and a key of one window, the row of Swin's table that has their bias.
+
+    Rows count the offset from key to query, first down, then right, each from 1 − window_size.
+
+    >>> relative_position_index(2).tolist()
+    [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
+    """
+    row, column = np.divmod(np.arange(window_size**2), window_size)
+    down = row[:, None] - row + window_size - 1
+    right = column[:, None] - column + window_size - 1
+    return (down * (2 * window_size - 1) + right).astype(np.int64)
 
 
 def synthesize(of: registry.Entry, seed: int = 0, with_recipe: Recipe | None = None) -> dict[str, np.ndarray]:
@@ -148,12 +167,12 @@ def _umask() -> int:
 
 
 # Memo slots of what every array needs again.
-_RECONSTRUCT, _NDARRAY, _DTYPE, _FLOAT32 = (bytes([slot]) for slot in range(4))
+_RECONSTRUCT, _NDARRAY, _DTYPE, _FLOAT32, _INT64 = (bytes([slot]) for slot in range(5))
 
 
 def _write(tensors: Mapping[str, np.ndarray], file: io.BufferedIOBase | io.BufferedWriter) -> None:
     put, get = pickle.BINPUT, pickle.BINGET
-    # The four shared objects, memoised and popped again.
+    # The shared objects, memoised and popped again.
     head = pickle.PROTO + b"\x03"
     for module, name, slot in (
         (b"numpy.core.multiarray", b"_reconstruct", _RECONSTRUCT),
@@ -161,9 +180,13 @@ def _write(tensors: Mapping[str, np.ndarray], file: io.BufferedIOBase | io.Buffe
         (b"numpy", b"dtype", _DTYPE),
     ):
         head += pickle.GLOBAL + module + b"\n" + name + b"\n" + put + slot + pickle.POP
-    head += get + _DTYPE + _text("f4") + pickle.NEWFALSE + pickle.NEWTRUE + pickle.TUPLE3 + pickle.REDUCE + put + _FLOAT32
     state = _integer(3) + _text("<") + 3 * pickle.NONE + 2 * _integer(-1) + _integer(0)
-    head += pickle.MARK + state + pickle.TUPLE + pickle.BUILD + pickle.POP
+    dtypes = {"f4": _FLOAT32}
+    if any(array.dtype.kind == "i" for array in tensors.values()):
+        dtypes["i8"] = _INT64
+    for code, slot in dtypes.items():
+        head += get + _DTYPE + _text(code) + pickle.NEWFALSE + pickle.NEWTRUE + pickle.TUPLE3 + pickle.REDUCE + put + slot
+        head += pickle.MARK + state + pickle.TUPLE + pickle.BUILD + pickle.POP
     file.write(head + pickle.EMPTY_DICT + pickle.MARK + _text("model") + pickle.EMPTY_DICT + pickle.MARK)
     for key, array in tensors.items():
         empty = (
@@ -179,9 +202,10 @@ def _write(tensors: Mapping[str, np.ndarray], file: io.BufferedIOBase | io.Buffe
             + pickle.REDUCE
         )
         shape = pickle.MARK + b"".join(_integer(dimension) for dimension in array.shape) + pickle.TUPLE
-        file.write(_text(registry.v1_key(key)) + empty + pickle.MARK + _integer(1) + shape + get + _FLOAT32 + pickle.NEWFALSE)
+        code = "i8" if array.dtype.kind == "i" else "f4"
+        file.write(_text(registry.v1_key(key)) + empty + pickle.MARK + _integer(1) + shape + get + dtypes[code] + pickle.NEWFALSE)
         file.write(pickle.BINBYTES + struct.pack("<I", array.nbytes))
-        file.write(np.ascontiguousarray(array, "<f4").data)
+        file.write(np.ascontiguousarray(array, f"<{code}").data)
         file.write(pickle.TUPLE + pickle.BUILD)
     file.write(pickle.SETITEMS + _text("__author__") + _text(AUTHOR) + pickle.SETITEMS + pickle.STOP)
 

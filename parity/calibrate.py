@@ -33,8 +33,15 @@ SEED = 0
 CONV_STD = 0.245
 """Standard deviation of what goes into FrozenBatchNorm and GroupNorm: a variance of 0.06, in which an eps of 1e-5 shows."""
 
-LOGIT_STD = {"multihead_attn": 3.5, "self_attn": 3.0}
-"""Standard deviation of attention logits over the keys: some ten keys matter to a query, far from uniform and far from one-hot."""
+LOGIT_STD = {"multihead_attn": 3.5, "self_attn": 3.0, "attn": 1.5}
+"""Standard deviation of attention logits over the keys: some ten keys matter to a query, far from uniform and far from one-hot. Swin's
+windows (``attn``) have 49 or 144 keys, the others hundreds."""
+
+STREAM_STD = 0.32
+"""Deviation of Swin's residual stream where a stage starts: its LayerNorms see a variance near 0.1."""
+
+CLASS_LOGIT_STD = 2.0
+"""Root mean square of the per-pixel baselines' logits."""
 
 SEGMENTS = 4
 """Segments to look for on each of two photographs when the heads are tuned; in panoptic entries not only things, not only stuff."""
@@ -44,11 +51,21 @@ ATTENTION_RMS = {"multihead_attn": 0.35, "decoder": 0.09, "encoder": 0.07}
 is what tells queries apart; self-attention averages, and more of it would make them alike."""
 
 # What reads the output of a ReLU does not pass its mean on. The others read the image, a LayerNorm or an attention.
-_UNCENTRED = re.compile(r"stem|in_proj_weight|out_proj|linear1|class_embed|mask_embed\.layers\.0|query_embed|norm|bias|empty_weight")
+_UNCENTRED = re.compile(r"stem\.conv1|patch_embed|qkv|attn\.proj|relative_position|mlp\.fc1|reduction|in_proj_weight|out_proj|linear1|class_embed|mask_embed\.layers\.0|query_embed|norm|bias|empty_weight")
 
 # First pattern that fits: gain and offset before calibration. Norms of FPN laterals weigh 0.4 against 0.8 from above, so that masks
 # are coherent; LayerNorms weigh 0.32, so that the next LayerNorm sees a variance near 0.1.
 _INITIAL = [
+    (r"^backbone\.patch_embed\.norm\.weight$", 0.12, STREAM_STD),
+    (r"^backbone\.patch_embed\.norm\.bias$", 0.05, 0.0),
+    (r"^backbone.*\.norm\d\.weight$", 0.3, 1.0),
+    (r"^backbone.*\.norm\d\.bias$", 0.15, 0.0),
+    (r"relative_position_bias_table$", 1.5, 0.0),
+    (r"relative_position_index$", 0.0, 0.0),
+    (r"qkv\.bias$", 0.1, 0.0),
+    (r"attn\.proj\.bias$", 0.03, 0.0),
+    (r"mlp\.fc1\.bias$", 0.4, 0.0),
+    (r"mlp\.fc2\.bias$", 0.1, 0.0),
     (r"^backbone.*running_mean$", 0.06, 0.0),
     (r"^backbone.*running_var$", 0.03, 0.06),
     (r"^backbone.*norm\.weight$", 0.3, 1.0),
@@ -120,8 +137,14 @@ def network(model: Any, images: list[np.ndarray]) -> dict[str, Any]:
     from detectron2.structures import ImageList
 
     tensors = [torch.from_numpy(image.transpose(2, 0, 1).copy()).to(model.pixel_mean.dtype) for image in images]
-    batch = ImageList.from_tensors([(tensor - model.pixel_mean) / model.pixel_std for tensor in tensors], model.size_divisibility)
-    return model.sem_seg_head(model.backbone(batch.tensor))
+    per_pixel = not hasattr(model, "criterion")
+    divisor = model.backbone.size_divisibility if per_pixel else model.size_divisibility
+    batch = ImageList.from_tensors([(tensor - model.pixel_mean) / model.pixel_std for tensor in tensors], divisor)
+    features = model.backbone(batch.tensor)
+    if not per_pixel:
+        return model.sem_seg_head(features)
+    logits = model.sem_seg_head.layers(features)
+    return {"sem_seg": logits[0] if isinstance(logits, tuple) else logits}
 
 
 class Calibration:
@@ -145,7 +168,12 @@ class Calibration:
             network(self.model, [photos["coffee"][:288, :416], photos["chelsea"][:288, :416]])
             for handle in self._handles:
                 handle.remove()
-            self._tune_heads(photos)
+            if self.entry.config["head"] == "MaskFormerHead":
+                self._tune_heads(photos)
+            elif self.entry.config["head"] == "PerPixelBaselinePlusHead":
+                factor = CLASS_LOGIT_STD / network(self.model, [photos["coffee"]])["sem_seg"].pow(2).mean().sqrt()
+                for leaf in ("weight", "bias"):
+                    self._scale(f"sem_seg_head.predictor.mask_embed.layers.2.{leaf}", factor)
         return {key: _rounded(draw) for key, draw in self.recipe.items()}
 
     def _scale(self, key: str, factor: Any) -> None:
@@ -157,15 +185,23 @@ class Calibration:
     def _attach(self) -> None:
         from detectron2 import layers
         from detectron2.modeling.backbone.resnet import BottleneckBlock
+        from mask_former.modeling.backbone.swin import SwinTransformerBlock
         from torch import nn
 
+        targets = {"mask_features": 1.0, "sem_seg_head.predictor": CLASS_LOGIT_STD}
         for name, module in self.model.named_modules():
             if isinstance(module, BottleneckBlock):
                 self._hook(module.register_forward_pre_hook, functools.partial(self._block, name), module)
+            elif isinstance(module, SwinTransformerBlock):
+                self._swin_block(name, module)
+            elif name.startswith("backbone.layers.") and isinstance(module, nn.Linear):
+                if name.endswith((".fc1", ".reduction")):
+                    std = 1.0 if name.endswith(".fc1") else STREAM_STD
+                    self._hook(module.register_forward_hook, functools.partial(self._affine, name, std), module)
             elif isinstance(module, layers.FrozenBatchNorm2d | nn.GroupNorm):
                 self._hook(module.register_forward_pre_hook, functools.partial(self._normalised, name), module)
-            elif isinstance(module, layers.Conv2d) and module.norm is None:
-                std = 1.0 if name.endswith("mask_features") else 0.35
+            elif isinstance(module, nn.Conv2d) and getattr(module, "norm", None) is None:
+                std = next((target for end, target in targets.items() if name.endswith(end)), 0.35)
                 self._hook(module.register_forward_hook, functools.partial(self._affine, name, std), module)
             elif isinstance(module, nn.MultiheadAttention):
                 self._handles.append(module.register_forward_pre_hook(functools.partial(self._logits, name), with_kwargs=True))
@@ -190,14 +226,45 @@ class Calibration:
         for leaf in ("weight", "bias"):
             self._scale(f"{name}.conv3.norm.{leaf}", math.sqrt(1 / len(stage)) * shortcut)
 
+    def _swin_block(self, name: str, block: Any) -> None:
+        """Attention logits as told above; both branches together add √(1 / blocks) of the stream's deviation, as in a ResNet."""
+        import torch
+
+        stage = self.model.get_submodule(name.rpartition(".")[0])
+        stream: list[float] = []
+
+        def seen(_module, inputs):
+            stream.append(float(inputs[0].var(dim=(0, 1)).mean().sqrt()))
+
+        def logits(_module, _inputs, output):
+            windows, keys, _ = output.shape
+            query, key, _ = output.view(windows, keys, 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+            spread = (query * block.attn.scale @ key.transpose(-2, -1)).var(-1).mean().sqrt()
+            factor = torch.sqrt(LOGIT_STD["attn"] / spread)  # once for queries, once for keys
+            self._scale(f"{name}.attn.qkv.weight", factor)
+            self._scale(f"{name}.attn.qkv.bias", factor)
+            return output * factor
+
+        def branch(path, module, _inputs, output):
+            linear = output - module.bias
+            factor = stream[0] * math.sqrt(1 / (2 * len(stage))) / linear.var(dim=(0, 1)).mean().sqrt()
+            self._scale(f"{name}.{path}.weight", factor)
+            return linear * factor + module.bias
+
+        self._hook(block.register_forward_pre_hook, seen, block)
+        self._hook(block.attn.qkv.register_forward_hook, logits, block.attn.qkv)
+        for path in ("attn.proj", "mlp.fc2"):
+            module = block.get_submodule(path)
+            self._hook(module.register_forward_hook, functools.partial(branch, path), module)
+
     def _normalised(self, name, module, inputs):
         factor = CONV_STD / _deviation(inputs[0])
         self._scale(name.removesuffix(".norm") + ".weight", factor)
         return (inputs[0] * factor,)
 
     def _affine(self, name, target, module, inputs, output):
-        """Convolutions and linear layers with a bias: the part without the bias gets a root mean square of ``target``."""
-        bias = module.bias[:, None, None] if module.weight.ndim == 4 else module.bias
+        """Convolutions and linear layers: the part without the bias gets a root mean square of ``target``."""
+        bias = 0.0 if module.bias is None else module.bias[:, None, None] if module.weight.ndim == 4 else module.bias
         linear = output - bias
         factor = target / linear.pow(2).mean().sqrt()
         self._scale(f"{name}.weight", factor)

@@ -37,7 +37,7 @@ SAMPLES = 32
 ENTRIES = {
     "maskformer_panoptic_R50_bs64_554k": 3,
     "maskformer_panoptic_R101_bs64_554k": 14,
-    "maskformer_R50_bs16_160k": 24,
+    "maskformer_R50_bs16_160k": 194,
     "maskformer_R101_bs16_90k": 92,
 }
 """Covered entries (both pixel decoders, both depths, divisor 0 and 32, panoptic and semantic inference), and the seed of the made-up
