@@ -106,6 +106,11 @@ def entry(name: str) -> Entry:
     return known[name]
 
 
+def datasets() -> tuple[DatasetInfo, ...]:
+    """All data sets of official models."""
+    return tuple(_datasets().values())
+
+
 def dataset(name: str) -> DatasetInfo:
     """The data set called ``name`` in ``Entry.dataset``.
 

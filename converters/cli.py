@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--src", required=True, metavar="FILE", help="the checkpoint, e.g. model_final_6f60dc.pkl")
     parser.add_argument("--dst", required=True, metavar="DIR", help="directory to make; tfmaskformer.load reads it")
     parser.add_argument(
-        "--config", metavar="NAME", help="zoo entry (or config.json) for what tensors cannot tell; default: the one that fits"
+        "--config",
+        metavar="NAME",
+        help="zoo entry, official YAML file or config.json, for what tensors cannot tell; default: the entry that fits",
     )
     parser.add_argument("--force", action="store_true", help="replace what an earlier conversion wrote to DIR")
     parser.add_argument("--json", metavar="FILE", help="also write the manifest as JSON to FILE, or to stdout only (-)")

@@ -20,8 +20,9 @@ import numpy as np
 from converters import checkpoint
 from converters.destination import Destination
 from converters.errors import ConversionError, quoted
-from converters.infer import Inference, infer, named_config
+from converters.infer import Inference, infer
 from converters.manifest import CONFIG_FILE, MANIFEST_FILE, encoded, manifest
+from converters.named_config import named_config
 from converters.rules import Move, plan
 from converters.tables import maskformer as table
 from converters.transforms import Shape
@@ -56,7 +57,8 @@ def convert(
     Args:
         source: a pickle as Detectron2 writes it, ``{"model": {name: float32 array}}``, in either key layout.
         destination: appears whole, after it was re-read and found equal, or not at all.
-        config: name of the zoo entry, or a JSON file, to take the settings from that tensors cannot tell. None: the entry that fits.
+        config: name of the zoo entry, official YAML file or JSON file to take the settings from that tensors cannot tell. None: the
+            entry that fits.
         force: whether to replace what an earlier conversion wrote there.
         progress: told what is being done.
 

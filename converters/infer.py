@@ -8,8 +8,6 @@ with the same architecture: then they are assumed, and listed.
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints import registry
-from converters.errors import ConversionError, quoted
+from converters.errors import ConversionError
 from tfmaskformer.config import RESNET_BLOCKS, ConfigError, MaskFormerConfig
 
 OWN = ("num_classes", "predictor.num_queries", "criterion.no_object_weight")
@@ -89,25 +87,6 @@ def infer(tensors: Mapping[str, np.ndarray], file_name: str, base: MaskFormerCon
     related.sort(key=lambda name: entries[name][1]["num_classes"] != observed["num_classes"])
     name, others = related[0], tuple(related[1:])
     return _merge(entries[name][1], observed, None, f"assumed from {name}", f"{name}-finetuned", others)
-
-
-def named_config(name: str) -> MaskFormerConfig:
-    """The config that ``--config`` names: of a zoo entry, or in a JSON file.
-
-    Raises:
-        ConversionError: no such entry, or a file that is no config.
-    """
-    if not name.endswith(".json"):
-        try:
-            return MaskFormerConfig.from_dict(registry.entry(name).config)
-        except registry.ZooError as error:
-            raise ConversionError(str(error)) from None
-    try:
-        return MaskFormerConfig.from_dict(json.loads(pathlib.Path(name).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConversionError(f"cannot read the config {quoted(name)}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, ConfigError) as error:
-        raise ConversionError(f"{quoted(name)} is no config: {error}", "expected what MaskFormerConfig.to_dict() gives") from None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,8 @@ import pytest
 from checkpoints import registry
 from converters import infer as module
 from converters.errors import ConversionError
-from converters.infer import flatten, infer, named_config, unflatten
+from converters.infer import flatten, infer, unflatten
+from converters.named_config import named_config
 from tfmaskformer.config import MaskFormerConfig
 
 OFFICIAL = [entry.name for entry in registry.entries()]
@@ -163,3 +164,12 @@ def test_config_files(tmp_path, tiny):
 
 def test_flatten_leads_back(tiny):
     assert unflatten(flatten(tiny.config)) == tiny.config
+
+
+def test_official_yaml_files(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("MODEL: {META_ARCHITECTURE: MaskFormer, SEM_SEG_HEAD: {NAME: Other}}\nINPUT: {FORMAT: RGB}")
+    with pytest.raises(ConversionError, match=r"config '.*mine\.yaml': 'MODEL.BACKBONE.FREEZE_AT' is 2, supported: 0"):
+        named_config(str(path))
+    with pytest.raises(ConversionError, match="does not exist"):
+        named_config(str(tmp_path / "none.yaml"))
