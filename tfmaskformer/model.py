@@ -1,7 +1,8 @@
 """MaskFormer, whole: images in, class and mask logits of every query out.
 
-Source: MaskFormer ``mask_former/mask_former_model.py`` and ``mask_former/modeling/heads/mask_former_head.py``; paper: Cheng et
-al., "Per-Pixel Classification is Not All You Need for Semantic Segmentation", arXiv 2107.06278.
+Source: MaskFormer ``mask_former/mask_former_model.py`` and, for the per-pixel baselines, Detectron2
+``modeling/meta_arch/semantic_seg.py``; paper: Cheng et al., "Per-Pixel Classification is Not All You Need for Semantic
+Segmentation", arXiv 2107.06278.
 """
 
 from __future__ import annotations
@@ -15,30 +16,14 @@ import numpy as np
 import tensorflow as tf
 
 from tfmaskformer.config import MaskFormerConfig
+from tfmaskformer.heads import HEADS
 from tfmaskformer.layers import halved, zero_outside
-from tfmaskformer.module import Module, assign_official_names, build_parameters, tap
-from tfmaskformer.pixel_decoder import PIXEL_DECODERS
+from tfmaskformer.module import assign_official_names, build_parameters, tap
 from tfmaskformer.resize import static_shape
 from tfmaskformer.resnet import ResNet
-from tfmaskformer.transformer_predictor import TransformerPredictor
 
 DTYPES = ("float32", "float64", "mixed_bfloat16")
 PADDINGS = ("official", "masked")
-
-
-class MaskFormerHead(Module):
-    """Pixel decoder and transformer predictor."""
-
-    def __init__(self, config: MaskFormerConfig, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.transformer_in_feature = config.predictor.transformer_in_feature
-        self.pixel_decoder = PIXEL_DECODERS[config.pixel_decoder.name](config)
-        self.predictor = TransformerPredictor(config)
-
-    def call(self, features: dict[str, tf.Tensor], sizes: dict[str, tf.Tensor | None]) -> dict[str, Any]:
-        mask_features, encoder_features = self.pixel_decoder.forward_features(features, sizes)
-        memory = encoder_features if self.transformer_in_feature == "transformer_encoder" else features["res5"]
-        return self.predictor(memory, mask_features, sizes["res5"], sizes["res2"])
 
 
 class MaskFormer(keras.Model):
@@ -56,7 +41,7 @@ class MaskFormer(keras.Model):
         self.config = config
         with _dtype_policy(dtype):
             self.backbone = ResNet(config.backbone)
-            self.sem_seg_head = MaskFormerHead(config)
+            self.sem_seg_head = HEADS[config.head](config)
         assign_official_names(self)
 
     def build_parameters(self, value_of: Callable[[str], Any] | None = None) -> None:
@@ -90,10 +75,11 @@ class MaskFormer(keras.Model):
 
         Returns:
             "pred_logits" ``[batch, queries, classes + 1]``, no-object last; "pred_masks" ``[batch, queries, ceil(padded height
-            / 4), ceil(padded width / 4)]``, logits; "aux_outputs", under deep supervision, the same two for each earlier decoder
-            layer. All in the compute dtype. "padded_size" int32 ``[2]``: height and width in px of the padded canvas, on which
-            targets lie. With "masked" also "valid_sizes", int32 ``[batch, 2]``: the size in px that the network saw of each image;
-            masks are 0 outside ``ceil(valid_sizes / 4)``.
+            / 4), ceil(padded width / 4)]``, logits. The per-pixel baselines have instead "sem_seg" ``[batch, classes, ceil(padded
+            height / 4), ceil(padded width / 4)]``, logits before upsampling. "aux_outputs", under deep supervision: the same for each
+            earlier decoder layer. All in the compute dtype. "padded_size" int32 ``[2]``: height and width in px of the padded canvas,
+            on which targets lie. With "masked" also "valid_sizes", int32 ``[batch, 2]``: the size in px that the network saw of each image;
+            pixels are 0 outside ``ceil(valid_sizes / 4)``.
 
         Raises:
             ValueError: an unknown ``padding``, or ``image_sizes`` that do not fit the canvas (if their values are known).

@@ -34,9 +34,14 @@ class MLP(Module):
 
 
 class TransformerPredictor(Module):
-    """Queries attend to a feature map; every decoder layer's state yields classes and, with ``mask_features``, masks."""
+    """Queries attend to a feature map; every decoder layer's state yields classes and, with ``mask_features``, masks.
 
-    def __init__(self, config: MaskFormerConfig, **kwargs: Any):
+    Args:
+        config: of the model.
+        mask_classification: whether queries are classified; if not, each stands for one class (``PerPixelBaselinePlusHead``).
+    """
+
+    def __init__(self, config: MaskFormerConfig, mask_classification: bool = True, **kwargs: Any):
         super().__init__(**kwargs)
         predictor = config.predictor
         hidden_dim = predictor.hidden_dim
@@ -53,7 +58,7 @@ class TransformerPredictor(Module):
         )
         self.query_embed = Embedding(predictor.num_queries, hidden_dim)
         self.input_proj = Conv2d(config.predictor_in_channels, hidden_dim, 1) if config.predictor_has_input_proj else Identity()
-        self.class_embed = Linear(hidden_dim, config.num_classes + 1)
+        self.class_embed = Linear(hidden_dim, config.num_classes + 1) if mask_classification else None
         self.mask_embed = MLP(hidden_dim, hidden_dim, config.pixel_decoder.mask_dim, 3)
 
     def call(
@@ -63,7 +68,7 @@ class TransformerPredictor(Module):
         sizes: tf.Tensor | None = None,
         mask_sizes: tf.Tensor | None = None,
     ) -> dict[str, Any]:
-        """``pred_logits``, ``pred_masks`` and, under deep supervision, ``aux_outputs`` (decoder layers 0 … last − 1).
+        """``pred_logits`` (if queries are classified), ``pred_masks``; under deep supervision ``aux_outputs`` (decoder layers 0 … last − 1).
 
         Args:
             features: what the queries attend to, ``[batch, height, width, channels]``, with true ``sizes``.
@@ -73,13 +78,10 @@ class TransformerPredictor(Module):
         pos = tf.cast(self.pe_layer(features, sizes), src.dtype)
         query_embed = tf.cast(self.query_embed.weight, src.dtype)
         hs, _ = self.transformer(src, query_embed, pos, sequence_mask(features, sizes))
-        logits = tf.unstack(self.class_embed(hs))
-        mask_embeds = tf.unstack(self.mask_embed(hs))
+        classes = [] if self.class_embed is None else [{"pred_logits": logits} for logits in tf.unstack(self.class_embed(hs))]
         mask_features = zero_outside(mask_features, mask_sizes)
-        layers = [
-            {"pred_logits": layer_logits, "pred_masks": _masks(mask_embed, mask_features)}
-            for layer_logits, mask_embed in zip(logits, mask_embeds, strict=True)
-        ]
+        masks = [{"pred_masks": _masks(mask_embed, mask_features)} for mask_embed in tf.unstack(self.mask_embed(hs))]
+        layers = [logits | masks for logits, masks in zip(classes, masks, strict=True)] if classes else masks
         outputs = layers[-1]
         if self.deep_supervision:
             outputs["aux_outputs"] = layers[:-1]
