@@ -164,12 +164,3 @@ def test_config_files(tmp_path, tiny):
 
 def test_flatten_leads_back(tiny):
     assert unflatten(flatten(tiny.config)) == tiny.config
-
-
-def test_official_yaml_files(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text("MODEL: {META_ARCHITECTURE: MaskFormer, SEM_SEG_HEAD: {NAME: Other}}\nINPUT: {FORMAT: RGB}")
-    with pytest.raises(ConversionError, match=r"config '.*mine\.yaml': 'MODEL.BACKBONE.FREEZE_AT' is 2, supported: 0"):
-        named_config(str(path))
-    with pytest.raises(ConversionError, match="does not exist"):
-        named_config(str(tmp_path / "none.yaml"))
