@@ -130,8 +130,8 @@ class LayerNorm(Module):
 class Conv2d(Module):
     """Detectron2's ``Conv2d`` (``layers/wrappers.py``): convolution, then norm, then activation.
 
-    Padding is ``kernel_size // 2`` on every side at every stride, as in all official models. TensorFlow's ``SAME`` is that only
-    at stride 1; at stride 2 it pads even sizes on one side, which odd sizes hide.
+    Padding is ``dilation · (kernel_size // 2)`` on every side at every stride, as in all official models. TensorFlow's ``SAME`` is
+    that only at stride 1; at stride 2 it pads even sizes on one side, which odd sizes hide.
     """
 
     def __init__(
@@ -141,6 +141,7 @@ class Conv2d(Module):
         kernel_size: int,
         *,
         stride: int = 1,
+        dilation: int = 1,
         bias: bool = True,
         norm: FrozenBatchNorm2d | GroupNorm | None = None,
         activation: Callable[[tf.Tensor], tf.Tensor] | None = None,
@@ -150,6 +151,7 @@ class Conv2d(Module):
         super().__init__(**kwargs)
         self.kernel_size = kernel_size
         self.stride = stride
+        self.dilation = dilation
         self.use_bias = bias
         self.activation = activation
         self.declare("weight", [kernel_size, kernel_size, in_channels, out_channels], initializer=initializer())
@@ -167,7 +169,11 @@ class Conv2d(Module):
         if isinstance(self.norm, FrozenBatchNorm2d):
             scale, bias = self.norm.scale_and_bias()
             kernel = kernel * scale
-        outputs = tf.nn.conv2d(inputs, tf.cast(kernel, inputs.dtype), self.stride, padding)
+        kernel = tf.cast(kernel, inputs.dtype)
+        if self.dilation == 1:
+            outputs = tf.nn.conv2d(inputs, kernel, self.stride, padding)
+        else:
+            outputs = _dilated_conv2d(inputs, kernel, self.dilation)[:, :: self.stride, :: self.stride]
         if bias is not None:
             outputs = tf.nn.bias_add(outputs, tf.cast(bias, inputs.dtype))
         if isinstance(self.norm, FrozenBatchNorm2d):
@@ -177,35 +183,52 @@ class Conv2d(Module):
         return outputs if self.activation is None else self.activation(outputs)
 
 
+def _dilated_conv2d(inputs: tf.Tensor, kernel: tf.Tensor, dilation: int) -> tf.Tensor:
+    """Stride 1, as many zeros on every side as keep the size.
+
+    Every ``dilation``-th row and column form a map of their own, on which the kernel is not dilated. TensorFlow's own dilated
+    convolution has no gradient in float64 on a CPU outside XLA.
+    """
+    _, height, width, _ = static_shape(inputs)
+    margins = [[0, -height % dilation], [0, -width % dilation]]
+    maps = tf.space_to_batch(inputs, [dilation, dilation], margins)
+    return tf.batch_to_space(tf.nn.conv2d(maps, kernel, 1, "SAME"), [dilation, dilation], margins)
+
+
 def linear(inputs: tf.Tensor, weight: Any, bias: Any) -> tf.Tensor:
-    """``inputs @ weight + bias`` over the last axis of ``inputs``.
+    """``inputs @ weight + bias`` over the last axis of ``inputs``; ``bias`` may be None.
 
     Always one 2-D product: TensorFlow 2.20 and 2.21 with oneDNN on AVX-512 return garbage for a 4-D by a 2-D ``tf.matmul``.
     """
     *leading, channels = static_shape(inputs)
     flat = tf.reshape(inputs, [-1, channels])
-    outputs = tf.nn.bias_add(tf.matmul(flat, tf.cast(weight, inputs.dtype)), tf.cast(bias, inputs.dtype))
+    outputs = tf.matmul(flat, tf.cast(weight, inputs.dtype))
+    if bias is not None:
+        outputs = tf.nn.bias_add(outputs, tf.cast(bias, inputs.dtype))
     return tf.reshape(outputs, [*leading, weight.shape[-1]])
 
 
 class Linear(Module):
-    """``nn.Linear`` with bias, over the last axis."""
+    """``nn.Linear``, over the last axis."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         *,
+        bias: bool = True,
         initializer: Callable[[], keras.initializers.Initializer] = torch_linear_fill,
         bias_initializer: str | keras.initializers.Initializer | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        self.use_bias = bias
         self.declare("weight", [in_channels, out_channels], initializer=initializer())
-        self.declare("bias", [out_channels], initializer=bias_initializer or torch_bias_fill(in_channels))
+        if bias:
+            self.declare("bias", [out_channels], initializer=bias_initializer or torch_bias_fill(in_channels))
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        return linear(inputs, self.weight, self.bias)
+        return linear(inputs, self.weight, self.bias if self.use_bias else None)
 
 
 class Embedding(Module):

@@ -15,15 +15,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfmaskformer.config import MaskFormerConfig
+from tfmaskformer.config import MaskFormerConfig, ResNetConfig, SwinConfig
 from tfmaskformer.heads import HEADS
 from tfmaskformer.layers import halved, zero_outside
-from tfmaskformer.module import assign_official_names, build_parameters, tap
+from tfmaskformer.module import Module, assign_official_names, build_parameters, tap
 from tfmaskformer.resize import static_shape
 from tfmaskformer.resnet import ResNet
+from tfmaskformer.swin import D2SwinTransformer
 
 DTYPES = ("float32", "float64", "mixed_bfloat16")
 PADDINGS = ("official", "masked")
+BACKBONES: dict[type, Callable[[Any], Module]] = {ResNetConfig: ResNet, SwinConfig: D2SwinTransformer}
 
 
 class MaskFormer(keras.Model):
@@ -40,7 +42,7 @@ class MaskFormer(keras.Model):
         super().__init__(name="mask_former", dtype=dtype, autocast=False)
         self.config = config
         with _dtype_policy(dtype):
-            self.backbone = ResNet(config.backbone)
+            self.backbone = BACKBONES[type(config.backbone)](config.backbone)
             self.sem_seg_head = HEADS[config.head](config)
         assign_official_names(self)
 

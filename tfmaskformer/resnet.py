@@ -1,10 +1,12 @@
-"""Detectron2's ResNet as the official MaskFormers use it: basic stem, bottleneck blocks, frozen batch norm, stride in the 3×3.
+"""Detectron2's ResNet as the official MaskFormers use it: bottleneck blocks, frozen batch norm, stride in the 3×3.
 
-Source: Detectron2 ``modeling/backbone/resnet.py`` (``BasicStem``, ``BottleneckBlock``, ``ResNet``, ``build_resnet_backbone``).
+Source: Detectron2 ``modeling/backbone/resnet.py`` (``BasicStem``, ``BottleneckBlock``, ``ResNet``, ``build_resnet_backbone``) and, for
+R101c, ``projects/DeepLab/deeplab/resnet.py`` (``DeepLabStem``, ``build_resnet_deeplab_backbone``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -14,12 +16,13 @@ from tfmaskformer.layers import Conv2d, FrozenBatchNorm2d, c2_msra_fill, halved,
 from tfmaskformer.module import Module, ModuleSequence
 
 
-def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> Conv2d:
+def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, dilation: int = 1) -> Conv2d:
     return Conv2d(
         in_channels,
         out_channels,
         kernel_size,
         stride=stride,
+        dilation=dilation,
         bias=False,
         norm=FrozenBatchNorm2d(out_channels),
         initializer=c2_msra_fill,
@@ -34,19 +37,42 @@ class BasicStem(Module):
         self.conv1 = _conv(3, out_channels, 7, stride=2)
 
     def call(self, inputs: tf.Tensor, sizes: tf.Tensor | None = None) -> tf.Tensor:
-        # After a ReLU zeros never win over a pixel that exists, so zero padding is torch's padding with −inf.
-        outputs = zero_outside(tf.nn.relu(self.conv1(inputs, sizes)), halved(sizes))
-        return tf.nn.max_pool2d(tf.pad(outputs, [[0, 0], [1, 1], [1, 1], [0, 0]]), 3, 2, "VALID")
+        return _max_pool(tf.nn.relu(self.conv1(inputs, sizes)), halved(sizes))
+
+
+class DeepLabStem(Module):
+    """Three 3×3 convolutions, the first with stride 2, a ReLU behind each, and the same max pool."""
+
+    def __init__(self, out_channels: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.conv1 = _conv(3, out_channels // 2, 3, stride=2)
+        self.conv2 = _conv(out_channels // 2, out_channels // 2, 3)
+        self.conv3 = _conv(out_channels // 2, out_channels, 3)
+
+    def call(self, inputs: tf.Tensor, sizes: tf.Tensor | None = None) -> tf.Tensor:
+        outputs = tf.nn.relu(self.conv1(inputs, sizes))
+        sizes = halved(sizes)
+        outputs = tf.nn.relu(self.conv2(outputs, sizes))
+        return _max_pool(tf.nn.relu(self.conv3(outputs, sizes)), sizes)
+
+
+def _max_pool(inputs: tf.Tensor, sizes: tf.Tensor | None) -> tf.Tensor:
+    """3×3 with stride 2 and padding 1, of what comes out of a ReLU: there zero padding is as good as torch's −inf."""
+    outputs = zero_outside(inputs, sizes)
+    return tf.nn.max_pool2d(tf.pad(outputs, [[0, 0], [1, 1], [1, 1], [0, 0]]), 3, 2, "VALID")
+
+
+STEMS: dict[str, type[BasicStem] | type[DeepLabStem]] = {"basic": BasicStem, "deeplab": DeepLabStem}
 
 
 class BottleneckBlock(Module):
-    """1×1, 3×3 (with the stride) and 1×1 convolutions around a shortcut, projected where the channels change."""
+    """1×1, 3×3 (with the stride and the dilation) and 1×1 convolutions around a shortcut, projected where the channels change."""
 
-    def __init__(self, in_channels: int, out_channels: int, bottleneck_channels: int, stride: int, **kwargs: Any):
+    def __init__(self, in_channels: int, out_channels: int, bottleneck_channels: int, stride: int, dilation: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.shortcut = _conv(in_channels, out_channels, 1, stride) if in_channels != out_channels else None
         self.conv1 = _conv(in_channels, bottleneck_channels, 1)
-        self.conv2 = _conv(bottleneck_channels, bottleneck_channels, 3, stride)
+        self.conv2 = _conv(bottleneck_channels, bottleneck_channels, 3, stride, dilation)
         self.conv3 = _conv(bottleneck_channels, out_channels, 1)
 
     def call(self, inputs: tf.Tensor, sizes: tf.Tensor | None = None) -> tf.Tensor:
@@ -58,11 +84,11 @@ class BottleneckBlock(Module):
 
 
 class Stage(ModuleSequence):
-    """``res2`` … ``res5``: bottleneck blocks, the first of which may have a stride of 2."""
+    """``res2`` … ``res5``: bottleneck blocks, one for each of ``dilations``; the first may have a stride of 2."""
 
-    def __init__(self, num_blocks: int, in_channels: int, out_channels: int, bottleneck_channels: int, stride: int, **kwargs: Any):
-        first = BottleneckBlock(in_channels, out_channels, bottleneck_channels, stride)
-        rest = (BottleneckBlock(out_channels, out_channels, bottleneck_channels, 1) for _ in range(num_blocks - 1))
+    def __init__(self, dilations: Sequence[int], in_channels: int, out_channels: int, bottleneck_channels: int, stride: int, **kwargs: Any):
+        first = BottleneckBlock(in_channels, out_channels, bottleneck_channels, stride, dilations[0])
+        rest = (BottleneckBlock(out_channels, out_channels, bottleneck_channels, 1, dilation) for dilation in dilations[1:])
         super().__init__([first, *rest], **kwargs)
         self.stride = stride
 
@@ -80,12 +106,13 @@ class ResNet(Module):
 
     def __init__(self, config: ResNetConfig, **kwargs: Any):
         super().__init__(**kwargs)
-        self.stem = BasicStem(config.stem_out_channels)
+        self.stem = STEMS[config.stem_type](config.stem_out_channels)
         in_channels = config.stem_out_channels
-        for index, num_blocks in enumerate(config.blocks):
+        dilations = [(1,) * num_blocks for num_blocks in config.blocks[:-1]] + [config.res5_multi_grid]
+        for index, of_stage in enumerate(dilations):
             out_channels = config.res2_out_channels * 2**index
             bottleneck_channels = config.width_per_group * 2**index
-            stage = Stage(num_blocks, in_channels, out_channels, bottleneck_channels, stride=1 if index == 0 else 2)
+            stage = Stage(of_stage, in_channels, out_channels, bottleneck_channels, stride=1 if index == 0 else 2)
             setattr(self, f"res{index + 2}", stage)
             in_channels = out_channels
 
