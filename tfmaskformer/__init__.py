@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tfmaskformer.matcher import HungarianMatcher
     from tfmaskformer.model import MaskFormer
     from tfmaskformer.module import record_taps
+    from tfmaskformer.per_pixel_criterion import PerPixelCriterion
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOMES = {
     "HungarianMatcher": "matcher",
     "MaskFormer": "model",
     "MaskFormerConfig": "config",
+    "PerPixelCriterion": "per_pixel_criterion",
     "SetCriterion": "criterion",
     "load": "checkpoint",
     "panoptic_inference": "inference",
@@ -39,6 +41,7 @@ __all__ = [
     "HungarianMatcher",
     "MaskFormer",
     "MaskFormerConfig",
+    "PerPixelCriterion",
     "SetCriterion",
     "__version__",
     "load",

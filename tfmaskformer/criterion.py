@@ -24,9 +24,14 @@ class SetCriterion:
     Attributes:
         weights: the official weight of each loss, by the loss's key.
         matcher: the :class:`~tfmaskformer.matcher.HungarianMatcher`.
+
+    Raises:
+        ValueError: the head of ``config`` is a per-pixel baseline; see :class:`~tfmaskformer.per_pixel_criterion.PerPixelCriterion`.
     """
 
     def __init__(self, config: MaskFormerConfig, split_products: bool | None = None):
+        if config.head != "MaskFormerHead":
+            raise ValueError(f"criterion: the head of config {config.name!r} is {config.head}, whose loss is that of PerPixelCriterion")
         weights = config.criterion
         self.num_classes = config.num_classes
         self.no_object_weight = weights.no_object_weight

@@ -83,12 +83,12 @@ def resize_bilinear(x: tf.Tensor, size: Size, in_sizes: tf.Tensor | None = None,
     shape = static_shape(x)
     *batch, height, width = shape
     if in_sizes is None or out_sizes is None:
-        rows, columns = (_bilinear_weights(shape[axis - 2], size[axis], shape[axis - 2], size[axis], x.dtype) for axis in (0, 1))
+        rows, columns = (bilinear_weights(shape[axis - 2], size[axis], shape[axis - 2], size[axis], x.dtype) for axis in (0, 1))
         # Flat products only: a 4-D by 2-D tf.matmul is silently wrong under oneDNN.
         y = tf.reshape(tf.reshape(x, [-1, width]) @ tf.transpose(columns), [-1, height, size[1]])
         y = rows[tf.newaxis] @ y
     else:
-        rows, columns = (_bilinear_weights(in_sizes[:, axis], out_sizes[:, axis], shape[axis - 2], size[axis], x.dtype) for axis in (0, 1))
+        rows, columns = (bilinear_weights(in_sizes[:, axis], out_sizes[:, axis], shape[axis - 2], size[axis], x.dtype) for axis in (0, 1))
         y = tf.reshape(x, [batch[0], -1, width]) @ tf.transpose(columns, [0, 2, 1])
         y = rows[:, tf.newaxis] @ tf.reshape(y, [batch[0], -1, height, size[1]])
     return tf.reshape(y, [*batch, size[0], size[1]])
@@ -100,8 +100,19 @@ def valid_pixels(sizes: tf.Tensor, canvas: Size) -> tf.Tensor:
     return rows[:, :, tf.newaxis] & columns[:, tf.newaxis, :]
 
 
-def _bilinear_weights(in_size, out_size, in_length, out_length, dtype):
-    """Float [..., out_length, in_length]: row i holds the weights of output i, none for i ≥ out_size."""
+def bilinear_weights(
+    in_size: int | tf.Tensor, out_size: int | tf.Tensor, in_length: int | tf.Tensor, out_length: int | tf.Tensor, dtype: tf.DType
+) -> tf.Tensor:
+    """What each output takes of each input under PyTorch's bilinear rule, along one axis.
+
+    Args:
+        in_size, out_size: int, or int32 [...]: true lengths.
+        in_length, out_length: of the canvases, at least as long.
+        dtype: float.
+
+    Returns:
+        dtype [..., out_length, in_length]: row i holds the weights of output i, none for i ≥ out_size.
+    """
     in_size, out_size = (tf.convert_to_tensor(size, tf.int32)[..., tf.newaxis] for size in (in_size, out_size))
     index = tf.range(out_length)
     # Source coordinate (i + ½) · in / out − ½, at least 0, as a fraction over 2 · out.

@@ -68,7 +68,7 @@ class TransformerPredictor(Module):
         sizes: tf.Tensor | None = None,
         mask_sizes: tf.Tensor | None = None,
     ) -> dict[str, Any]:
-        """``pred_logits`` (if queries are classified), ``pred_masks``; under deep supervision ``aux_outputs`` (decoder layers 0 … last − 1).
+        """``pred_logits`` if queries are classified, ``pred_masks``; under deep supervision ``aux_outputs`` (decoder layers 0 … last − 1).
 
         Args:
             features: what the queries attend to, ``[batch, height, width, channels]``, with true ``sizes``.
