@@ -1,20 +1,27 @@
-"""The whole line for every covered checkpoint: synthesize, convert, check against the official code. ``make zoo`` runs it.
+"""The whole line for every official model: synthesize, convert, check against the official code. ``make zoo`` runs it.
 
     python -m parity.prove [ENTRY…]                     checks against the committed traces; needs no PyTorch; prints a table
     python -m parity.prove --record [ENTRY…]            records those traces anew with the official code first (docs/recording.md)
+    python -m parity.prove --results docs/zoo.json --page README.md [ENTRY…]        keeps the figures, and makes the table in the README
 
-Each entry has three cases: one photograph, one whose sides are both odd, and two of different sizes in one batch with official
-padding. The first two are also checked together with masked padding, on a canvas that fits neither.
+Each entry has two cases: one photograph, and one whose sides are both odd; those that stand for their architecture also have two
+photographs of different sizes in one batch, with official padding. The first two are also checked together with masked padding, on a
+canvas that fits neither. Every check runs in a process of its own, so that nothing of one model stays in memory for the next.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
+import datetime
+import json
+import multiprocessing
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from checkpoints import registry, synthesize
 from parity.check import CaseCheck, Check, Settings, check
@@ -24,25 +31,38 @@ TRACES = Path(__file__).parent / "traces"
 
 PHOTOS = Path(registry.__file__).parent / "photos"
 
-CASES = (
-    "photo=coffee.png@320x448:6",
-    "odd=chelsea.png@237x331:5",
-    "batch=astronaut.png@288x224:4,coffee.png@256x320:7",
-)
+CASES = ("photo=coffee.png@224x304:6", "odd=chelsea.png@203x267:5")
 """As ``parity-check record --case`` takes them, below :data:`PHOTOS`."""
+
+MORE_CASES = ("photo=coffee.png@320x448:6", "odd=chelsea.png@237x331:5", "batch=astronaut.png@288x224:4,coffee.png@256x320:7")
+"""The same for :data:`THOROUGH` entries."""
+
+THOROUGH = (
+    "maskformer_panoptic_R50_bs64_554k",
+    "maskformer_panoptic_R101_bs64_554k",
+    "maskformer_R50_bs16_160k",
+    "maskformer_R101_bs16_90k",
+)
+"""Both pixel decoders, both depths, divisor 0 and 32, panoptic and semantic inference."""
 
 SAMPLES = 32
 """Elements stored of each large tensor."""
 
-ENTRIES = {
+SEEDS = {
     "maskformer_panoptic_R50_bs64_554k": 3,
     "maskformer_panoptic_R101_bs64_554k": 14,
     "maskformer_R50_bs16_160k": 194,
     "maskformer_R101_bs16_90k": 92,
+    "maskformer_R101c_bs16_90k": 6,
+    "maskformer_panoptic_R50_bs16_720k": 12,
+    "maskformer_panoptic_R101_bs16_720k": 74,
 }
-"""Covered entries (both pixel decoders, both depths, divisor 0 and 32, panoptic and semantic inference), and the seed of the made-up
-targets, the clearest of the first few dozen. In every case and decoder layer the best other assignment costs at least
-10 times more than the costs' float32 noise, so that float32 can be held to the same assignment."""
+"""Seeds of the made-up targets, the clearest of a few dozen; 0 for an entry that is not here. In every case and decoder layer the best
+other assignment costs at least 10 times more than the costs' float32 noise, so that float32 can be held to the same assignment."""
+
+
+MARKS = ("<!-- made by python -m parity.prove -->", "<!-- end -->")
+"""Lines around the table in a page."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +93,13 @@ def prove(entry: registry.Entry, paddings: Sequence[str] = ("official", "masked"
         checks = []
         for padding in paddings:
             settings = Settings(str(converted), str(traces / entry.name), padding=padding)
-            checks.append(check(settings, lambda step: print(f"{entry.name}: {step} …", file=sys.stderr, flush=True)))
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                checks.append(process.submit(_check, settings, f"{entry.name}, {padding} padding").result())
     return Proof(entry, tuple(checks))
+
+
+def _check(settings: Settings, title: str) -> Check:
+    return check(settings, lambda step: print(f"{title}: {step} …", file=sys.stderr, flush=True))
 
 
 def record(entry: registry.Entry, directory: Path) -> None:
@@ -85,35 +110,39 @@ def record(entry: registry.Entry, directory: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="parity-prove-") as scratch:
         source = Path(scratch) / "model_final.pkl"
         synthesize.write_pickle(synthesize.synthesize(entry), source)
-        cases = [parse_case(f"{name}=" + ",".join(f"{PHOTOS}/{image}" for image in images.split(","))) for name, images in _cases()]
+        cases = [parse_case(f"{name}=" + ",".join(f"{PHOTOS}/{image}" for image in images.split(","))) for name, images in _cases(entry)]
         command = ["python", "-m", "parity.prove", "--record", entry.name]
         config = entry.official_config.removeprefix("configs/")
-        seed = ENTRIES.get(entry.name, 0)
+        seed = SEEDS.get(entry.name, 0)
         record.record(official.load(), config, source, cases, directory, samples=SAMPLES, seed=seed, command=command)
 
 
-def _cases() -> list[tuple[str, str]]:
-    return [(name, images) for name, _, images in (case.partition("=") for case in CASES)]
+def _cases(entry: registry.Entry) -> list[tuple[str, str]]:
+    """Name and images of each case."""
+    cases = MORE_CASES if entry.name in THOROUGH else CASES
+    return [(name, images) for name, _, images in (case.partition("=") for case in cases)]
 
 
-def table(proofs: Sequence[Proof]) -> str:
-    """The results as a Markdown table: worst relative L2 errors in float64, errors over their floor in float32."""
-    lines = [
-        "| entry | parameters | float64: tap | loss | gradient | float32: median, worst tap | assignments | |",
-        "|---|---:|---:|---:|---:|---|---|---|",
-    ]
-    for proof in proofs:
-        float64, float32 = proof.cases("float64"), proof.cases("float32")
-        worst = {group: _worst(float64, group) for group in ("taps", "losses", "gradients")}
-        ratios = [item.ratio for case in float32 for item in case.items if item.group == "taps" and item.ratio == item.ratio]
-        medians = [case.median_ratio for case in float32]
-        matched = [item for case in (*float64, *float32) for item in case.items if item.name.endswith("/assignment")]
-        lines.append(
-            f"| {proof.entry.name} | {proof.entry.num_parameters / 1e6:.1f} M | {worst['taps']:.1e} | {worst['losses']:.1e} "
-            f"| {worst['gradients']:.1e} | {max(medians):.2f}, {max(ratios):.2f} "
-            f"| {sum(item.passed for item in matched)} of {len(matched)} | {'match' if proof.passed else 'MISMATCH'} |"
-        )
-    return "\n".join(lines)
+def summary(proof: Proof) -> dict[str, Any]:
+    """A proof in a few figures, JSON types: errors are relative L2 errors against the official float64 run."""
+    float64, float32 = proof.cases("float64"), proof.cases("float32")
+    taps = [item for case in float32 for item in case.items if item.group == "taps" and item.floor > 0]
+    worst = max(taps, key=lambda item: item.error / item.tolerance)
+    matched = [item for case in (*float64, *float32) for item in case.items if item.name.endswith("/assignment")]
+    return {
+        "entry": proof.entry.name,
+        "parameters": proof.entry.num_parameters,
+        "float64": {group: _worst(float64, group) for group in ("taps", "losses", "gradients")},
+        "float32": {
+            "median": max(case.median_ratio for case in float32),
+            "worst_tap": worst.name,
+            "ratio": worst.ratio,
+            "losses": max(item.error for case in float32 for item in case.items if item.group == "losses"),
+        },
+        "assignments": [sum(item.passed for item in matched), len(matched)],
+        "passed": proof.passed,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
 
 
 def _worst(cases: Sequence[CaseCheck], group: str) -> float:
@@ -122,30 +151,76 @@ def _worst(cases: Sequence[CaseCheck], group: str) -> float:
     return max(item.error for case in cases for item in case.items if item.group == group and item.tolerance == smallest)
 
 
+def table(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Summaries as a Markdown table."""
+    lines = [
+        "| entry | parameters | float64: tap | loss | gradient | float32: median | worst tap | loss | assignments | proven |",
+        "|---|---:|---:|---:|---:|---:|---|---:|---|---|",
+    ]
+    for row in summaries:
+        float64, float32 = row["float64"], row["float32"]
+        same, assignments = row["assignments"]
+        lines.append(
+            f"| {row['entry']} | {row['parameters'] / 1e6:.1f} M "
+            f"| {float64['taps']:.1e} | {float64['losses']:.1e} | {float64['gradients']:.1e} "
+            f"| {float32['median']:.2f} | {float32['ratio']:.2f} `{float32['worst_tap']}` | {float32['losses']:.1e} "
+            f"| {f'{same} of {assignments}' if assignments else '–'} | {row['date'] if row['passed'] else 'MISMATCH'} |"
+        )
+    return "\n".join(lines)
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Entry → its last summary; nothing if there is no such file."""
+    return {row["entry"]: row for row in json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
+
+
+def write_results(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes summaries in the order of the model zoo."""
+    rows = [json.dumps(results[entry.name]) for entry in registry.entries() if entry.name in results]
+    path.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
+
+
+def write_table(page: Path, summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Replaces what stands between the two :data:`MARKS` of a Markdown page."""
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    page.write_text(f"{before}{MARKS[0]}\n{table(summaries)}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs it; 0 if everything matches, 1 if not, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m parity.prove", description="Prove every covered checkpoint.")
-    parser.add_argument("entries", nargs="*", metavar="ENTRY", help=f"default: {' '.join(ENTRIES)}")
+    parser = argparse.ArgumentParser(prog="python -m parity.prove", description="Prove every official model.")
+    parser.add_argument("entries", nargs="*", metavar="ENTRY", help="default: all 30 of the model zoo")
     parser.add_argument("--record", action="store_true", help="record the traces anew first; needs PyTorch and the official code")
     parser.add_argument("--traces", type=Path, default=TRACES, metavar="DIR", help="where the traces are")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="JSON file in which the rows of these entries are replaced")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="Markdown page whose table is then made anew of --results")
     arguments = parser.parse_args(argv)
     from parity import report
 
     try:
-        entries = [registry.entry(name) for name in arguments.entries or ENTRIES]
+        entries = [registry.entry(name) for name in arguments.entries] or list(registry.entries())
     except registry.ZooError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    proofs = []
+    summaries, passed = [], True
     for entry in entries:
         if arguments.record:
             record(entry, arguments.traces / entry.name)
-        proofs.append(prove(entry, traces=arguments.traces))
-        if not proofs[-1].passed:
-            for failed in proofs[-1].checks:
+        proof = prove(entry, traces=arguments.traces)
+        summaries.append(summary(proof))
+        passed &= proof.passed
+        if not proof.passed:
+            for failed in proof.checks:
                 print(report.text(failed), file=sys.stderr)
-    print(table(proofs))
-    return 0 if all(proof.passed for proof in proofs) else 1
+        if arguments.results:
+            results = read_results(arguments.results) | {entry.name: summaries[-1]}
+            write_results(arguments.results, results)
+            if arguments.page:
+                write_table(arguments.page, list(read_results(arguments.results).values()))
+    print(table(summaries))
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
