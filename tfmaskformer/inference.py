@@ -2,7 +2,8 @@
 
 The flow is that of ``mask_former/mask_former_model.py`` at evaluation: mask logits are resized to the canvas that the network
 saw, cropped to the image and resized to the output, bilinearly. Where ``config.postprocess_before_inference`` is false,
-``semantic_inference`` resizes probabilities instead of logits in the last step; panoptic inference always resizes logits.
+``semantic_inference`` resizes probabilities instead of logits in the last step; panoptic inference always resizes logits. The logits
+of the per-pixel baselines take the same way (Detectron2 ``sem_seg_postprocess``), but the canvas is 4 times their own size.
 
 Everything is computed in the dtype of the outputs, float32 at least. Sizes are concrete (eager tensors or numbers), results differ
 in size and are lists. Images are taken one after the other, so that memory is that of one image.
@@ -20,7 +21,7 @@ from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.resize import resize_bilinear
 
 MASK_STRIDE = 4
-"""Image px behind one element of ``pred_masks``, rounded up at the border."""
+"""Image px behind one element of ``pred_masks`` and ``sem_seg``, rounded up at the border."""
 
 Sizes: TypeAlias = "Sequence[Sequence[int]] | np.ndarray | tf.Tensor"
 """(height, width) of each image, px."""
@@ -35,23 +36,24 @@ def semantic_inference(
     padded_size: Sequence[int] | None = None,
     postprocess_before_inference: bool | None = None,
 ) -> list[tf.Tensor]:
-    """Scores of each class at each pixel: Σ over queries of softmax(class logits) · sigmoid(mask logits).
+    """Scores of each class at each pixel: Σ over queries of softmax(class logits) · sigmoid(mask logits); of a per-pixel baseline, logits.
 
     Args:
         outputs: of the model. ``pred_logits`` float [batch, queries, classes + 1], ``pred_masks`` float [batch, queries,
-            ceil(padded height / 4), ceil(padded width / 4)]; with ``valid_sizes`` int32 [batch, 2] (masked padding) the canvas of
-            each image is its valid size, and the result that of the image alone.
+            ceil(padded height / 4), ceil(padded width / 4)], or instead ``sem_seg`` float [batch, classes, …]; with ``valid_sizes`` int32
+            [batch, 2] (masked padding) the canvas of each image is its valid size, and the result that of the image alone.
         config: of the model.
         image_sizes: int [batch, 2], (height, width) of each image as given to the model, without padding, px.
         output_sizes: int [batch, 2], (height, width) to return, px; default ``image_sizes``. Upstream: the original image's.
         padded_size: (height, width) of the images as given to the model, px; rounded up to ``config.size_divisibility`` as the model does,
             it is the canvas that the network saw. Default: ``outputs["padded_size"]``, or the batch maximum where outputs lack it. Not
             for masked padding.
-        postprocess_before_inference: whether logits are resized to the output, or probabilities; default as in the config.
+        postprocess_before_inference: whether logits are resized to the output, or probabilities; default as in the config. A per-pixel
+            baseline has nothing but logits.
 
     Returns:
         One tensor for each image: float32 (float64 for float64 outputs) [classes, output height, output width]. The scores of a pixel
-        are no distribution: their sum may exceed 1.
+        are no distribution: their sum may exceed 1. Those of a per-pixel baseline are logits.
 
     Raises:
         ValueError: sizes that do not fit the outputs, the batch or each other.
@@ -59,6 +61,10 @@ def semantic_inference(
     before = config.postprocess_before_inference if postprocess_before_inference is None else postprocess_before_inference
     results = []
     for logits, masks, canvas, image, output in _per_image(outputs, config, image_sizes, output_sizes, padded_size):
+        if logits is None:
+            rows, columns = _axis_weights(masks, [MASK_STRIDE * length for length in masks.shape[1:]], image, output)
+            results.append(rows[tf.newaxis] @ (masks @ columns[tf.newaxis]))
+            continue
         rows, columns = _axis_weights(masks, canvas, image, output if before else image)
         masks = tf.sigmoid(rows[tf.newaxis] @ (masks @ columns[tf.newaxis]))
         scores = tf.einsum("qc,qhw->chw", tf.nn.softmax(logits)[:, :-1], masks)
@@ -93,8 +99,10 @@ def panoptic_inference(
         at 1; ``category_id`` is the contiguous class index.
 
     Raises:
-        ValueError: sizes that do not fit the outputs, the batch or each other.
+        ValueError: sizes that do not fit the outputs, the batch or each other, or outputs of a per-pixel baseline.
     """
+    if "sem_seg" in outputs:
+        raise ValueError(f"inference: the outputs are those of a per-pixel baseline ({config.head}), which tells no objects apart")
     test = config.test
     object_mask_threshold = test.object_mask_threshold if object_mask_threshold is None else object_mask_threshold
     overlap_threshold = test.overlap_threshold if overlap_threshold is None else overlap_threshold
@@ -167,14 +175,20 @@ def _per_image(
     image_sizes: Sizes,
     output_sizes: Sizes | None,
     padded_size: Sequence[int] | None,
-) -> Iterator[tuple[tf.Tensor, tf.Tensor, tuple[int, int], tuple[int, int], tuple[int, int]]]:
-    """For each image: class logits, mask logits without padding of the batch, and (height, width) of canvas, image and output."""
-    logits, masks = (_at_least_float32(outputs[key]) for key in ("pred_logits", "pred_masks"))
-    if logits.shape[-1] != config.num_classes + 1:
+) -> Iterator[tuple[Any, tf.Tensor, tuple[int, int], tuple[int, int], tuple[int, int]]]:
+    """For each image: class logits, mask logits without padding of the batch, and (height, width) of canvas, image and output.
+
+    A per-pixel baseline has None for class logits, and the logits of its classes for masks.
+    """
+    key, axis, classes = ("sem_seg", 1, config.num_classes) if "sem_seg" in outputs else ("pred_logits", 2, config.num_classes + 1)
+    if outputs[key].shape[axis] != classes:
         raise ValueError(
-            f"inference: pred_logits have {logits.shape[-1]} classes, expected {config.num_classes + 1} "
-            f"(num_classes of config {config.name!r} and no object); give the config of the model that made the outputs"
+            f"inference: {key} have {outputs[key].shape[axis]} classes, expected {classes} (num_classes of config {config.name!r}"
+            f"{' and no object' * (key == 'pred_logits')}); give the config of the model that made the outputs"
         )
+    maps = "pred_masks" if key == "pred_logits" else key
+    masks = _at_least_float32(outputs[maps])
+    logits = _at_least_float32(outputs[key]) if key == "pred_logits" else [None] * masks.shape[0]
     batch = masks.shape[0]
     images = _checked_sizes("image_sizes", image_sizes, batch)
     targets = images if output_sizes is None else _checked_sizes("output_sizes", output_sizes, batch)
@@ -196,7 +210,7 @@ def _per_image(
         found = tuple(masks.shape[2:])
         if found != (height, width) and not (masked and found[0] >= height and found[1] >= width):
             raise ValueError(
-                f"inference: pred_masks are {_px(found)}, but a canvas of {_px(canvas)} gives {_px((height, width))}; "
+                f"inference: {maps} are {_px(found)}, but a canvas of {_px(canvas)} gives {_px((height, width))}; "
                 "if the images were padded beyond the batch maximum, give padded_size=(height, width) of the images"
             )
         yield logits[index], masks[index, :, :height, :width], canvas, image, output

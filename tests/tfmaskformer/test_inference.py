@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import tfmaskformer
 from tfmaskformer.config import MaskFormerConfig, TestConfig
+from tfmaskformer.resize import resize_bilinear
 
 GOLDEN = Path(__file__).with_name("golden")
 CASES = ("batch", "odd", "only_stuff", "nothing_kept", "edges", "edges_above")
@@ -239,3 +240,30 @@ def test_random_outputs_against_the_official_code(seed, official_sources):
         module["official_inference"](case, panoptic_on=False), tfmaskformer.semantic_inference(*arguments), strict=True
     ):
         np.testing.assert_allclose(our_scores, result["sem_seg"].numpy(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding", ["official", "masked"])
+def test_a_per_pixel_baseline_gives_logits_upsampled_by_4_cropped_and_resized(padding):
+    """Step by step with the plain resize, which has its own test against PyTorch; here the steps are one matrix an axis."""
+    config = MaskFormerConfig(name="plain", num_classes=3, head="PerPixelBaselineHead", size_divisibility=0)
+    logits = tf.constant(np.random.default_rng(0).standard_normal((2, 3, 13, 18)))
+    sizes, output_sizes = [(45, 70), (51, 41)], [(30, 93), (60, 82)]
+    extra = {"padded_size": (51, 70)} if padding == "official" else {"valid_sizes": np.array(sizes)}
+    results = tfmaskformer.semantic_inference({"sem_seg": logits, **extra}, config, sizes, output_sizes)
+    for index, (result, (height, width), output) in enumerate(zip(results, sizes, output_sizes, strict=True)):
+        own = logits[index]
+        if padding == "masked":
+            own = own[:, : -(-height // 4), : -(-width // 4)]
+        upsampled = resize_bilinear(own, [4 * length for length in own.shape[1:]])
+        np.testing.assert_allclose(result, resize_bilinear(upsampled[:, :height, :width], output), rtol=0, atol=1e-13)
+
+
+def test_a_per_pixel_baseline_has_no_segments_and_its_classes_are_checked():
+    config = MaskFormerConfig(name="plain", num_classes=3, head="PerPixelBaselineHead", size_divisibility=0)
+    outputs = {"sem_seg": np.zeros((1, 3, 9, 7))}
+    with pytest.raises(ValueError, match=r"per-pixel baseline \(PerPixelBaselineHead\), which tells no objects apart"):
+        tfmaskformer.panoptic_inference(outputs, config, [(35, 27)])
+    with pytest.raises(ValueError, match=r"sem_seg have 3 classes, expected 4 \(num_classes of config 'plain'\); give"):
+        tfmaskformer.semantic_inference(outputs, config.replace(num_classes=4), [(35, 27)])
+    with pytest.raises(ValueError, match="sem_seg are 9×7, but a canvas of 50×27 gives 13×7"):
+        tfmaskformer.semantic_inference(outputs, config, [(50, 27)])
