@@ -33,6 +33,9 @@ from checkpoints import registry
 AUTHOR = "tfmaskformer synthetic weights"
 """The file's ``__author__``, which Detectron2 prints when it loads a zoo file."""
 
+TRAINED_AUTHOR = "tfmaskformer trained weights"
+"""The ``__author__`` of the checkpoints in ``small/``."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
@@ -132,8 +135,8 @@ def synthesize(of: registry.Entry, seed: int = 0, with_recipe: Recipe | None = N
     return {key: draw(key, spec, how[key], seed) for key, spec in specs.items()}
 
 
-def write_pickle(tensors: Mapping[str, np.ndarray], destination: pathlib.Path) -> None:
-    """Writes ``{"model": {v1 key: array}, "__author__": …}``, the structure of Detectron2's zoo files, as a pickle of protocol 3.
+def write_pickle(tensors: Mapping[str, np.ndarray], destination: pathlib.Path, author: str = AUTHOR) -> None:
+    """Writes ``{"model": {v1 key: array}, "__author__": author}``, the structure of Detectron2's zoo files, as a pickle of protocol 3.
 
     ``tensors`` have v2 keys. A plain pickle carries no version, so the official loader expects v1 names in it.
     The opcodes are written here rather than by ``pickle``, whose stream depends on the versions of Python and NumPy. NumPy 1's names
@@ -145,7 +148,7 @@ def write_pickle(tensors: Mapping[str, np.ndarray], destination: pathlib.Path) -
     descriptor, beside = tempfile.mkstemp(prefix=f".{destination.name}.", dir=destination.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            _write(tensors, file)
+            _write(tensors, file, author)
             os.fchmod(descriptor, 0o666 & ~_umask())
         os.replace(beside, destination)
     except BaseException:
@@ -156,7 +159,7 @@ def write_pickle(tensors: Mapping[str, np.ndarray], destination: pathlib.Path) -
 def pickle_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
     """The bytes that :func:`write_pickle` writes."""
     buffer = io.BytesIO()
-    _write(tensors, buffer)
+    _write(tensors, buffer, AUTHOR)
     return buffer.getvalue()
 
 
@@ -170,7 +173,7 @@ def _umask() -> int:
 _RECONSTRUCT, _NDARRAY, _DTYPE, _FLOAT32, _INT64 = (bytes([slot]) for slot in range(5))
 
 
-def _write(tensors: Mapping[str, np.ndarray], file: io.BufferedIOBase | io.BufferedWriter) -> None:
+def _write(tensors: Mapping[str, np.ndarray], file: io.BufferedIOBase | io.BufferedWriter, author: str) -> None:
     put, get = pickle.BINPUT, pickle.BINGET
     # The shared objects, memoised and popped again.
     head = pickle.PROTO + b"\x03"
@@ -207,7 +210,7 @@ def _write(tensors: Mapping[str, np.ndarray], file: io.BufferedIOBase | io.Buffe
         file.write(pickle.BINBYTES + struct.pack("<I", array.nbytes))
         file.write(np.ascontiguousarray(array, f"<{code}").data)
         file.write(pickle.TUPLE + pickle.BUILD)
-    file.write(pickle.SETITEMS + _text("__author__") + _text(AUTHOR) + pickle.SETITEMS + pickle.STOP)
+    file.write(pickle.SETITEMS + _text("__author__") + _text(author) + pickle.SETITEMS + pickle.STOP)
 
 
 def _text(text: str) -> bytes:

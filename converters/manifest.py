@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import tfmaskformer
-from checkpoints.synthesize import AUTHOR as SYNTHETIC_AUTHOR
+from checkpoints import synthesize
 from converters.infer import Inference
 from converters.rules import Drop, Move
 from converters.transforms import Transform
@@ -30,6 +30,7 @@ def manifest(
     digests: Mapping[str, str],
     moves: Sequence[Move],
     drops: Sequence[Drop],
+    initial: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """The manifest as JSON types.
 
@@ -41,6 +42,7 @@ def manifest(
         digests: source name → SHA-256 of the tensor's elements in C order, as hex digits.
         moves: what became a variable.
         drops: what did not.
+        initial: name → value of the variables that the file did not fill.
     """
     return {
         "format": FORMAT,
@@ -77,13 +79,15 @@ def manifest(
             }
             for drop in drops
         ],
+        "initial": [{"target": name, "target_shape": list(value.shape), "dtype": value.dtype.name} for name, value in initial.items()],
     }
 
 
 def weights_license(inference: Inference, author: str) -> str:
     """What is known of the licence of the weights."""
-    if author == SYNTHETIC_AUTHOR:
-        return "Apache-2.0 (synthetic weights, made by tfmaskformer)"
+    ours = {synthesize.AUTHOR: "synthetic weights", synthesize.TRAINED_AUTHOR: "trained on generated images"}
+    if author in ours:
+        return f"Apache-2.0 ({ours[author]}, made by tfmaskformer)"
     if inference.entry is not None:
         return f"{inference.entry.weights_license} if these are the official weights of {inference.entry.name}"
     return "unknown; weights fine-tuned from official ones derive from CC-BY-NC-4.0"

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from converters.unpickle import read_model
+from tfmaskformer.data import shapes
 
 STAND_INS = {
     "torchvision": "RoI pooling, NMS, deformable convolution: no MaskFormer has them; the loss calls its _is_tracing, which answers False",
@@ -145,6 +146,11 @@ class Official:
             for key, tensor in model.state_dict().items()
         ]
 
+    def trainer(self) -> Any:
+        """The class ``Trainer`` of ``train_net.py``, whose class methods build the official optimizer and learning-rate schedule."""
+        with _importable(self.maskformer, self.detectron2):
+            return importlib.import_module("train_net").Trainer
+
     def metadata(self, config: Any) -> dict[str, Any]:
         """What Detectron2's catalog knows of a config's training data set: ``dataset``, ``thing_classes``, ``class_names``.
 
@@ -193,6 +199,37 @@ def state_layout(config_path: str | Path) -> list[StateEntry]:
 def _load(maskformer: Path, detectron2: Path) -> Official:
     if importlib.util.find_spec("torch") is None:
         raise OfficialUnavailable("the official code needs PyTorch: pip install 'tfmaskformer[torch]'")
+    with _importable(maskformer, detectron2) as stand_ins:
+        for name, folder in (("detectron2", detectron2), ("mask_former", maskformer), ("detectron2.projects.deeplab", detectron2)):
+            module = importlib.import_module(name)
+            if not Path(str(module.__file__)).resolve().is_relative_to(folder):
+                raise OfficialError(f"'{name}' was imported from '{module.__file__}' before; give that folder, or start a new process")
+    _register_shapes()
+    commits = {"maskformer": _commit(maskformer), "detectron2": _commit(detectron2)}
+    return Official(maskformer, detectron2, commits, stand_ins)
+
+
+def _register_shapes() -> None:
+    """Tells Detectron2's catalog of the generated data set, as it knows COCO's classes."""
+    from detectron2.data import MetadataCatalog
+
+    names, colors = ([getattr(category, field) for category in shapes.CATEGORIES] for field in ("name", "color"))
+    ids = {category.id: index for index, category in enumerate(shapes.CATEGORIES)}
+    things = {category.id: ids[category.id] for category in shapes.CATEGORIES if category.isthing}
+    MetadataCatalog.get("shapes_train").set(
+        thing_classes=names,
+        stuff_classes=names,
+        thing_colors=colors,
+        stuff_colors=colors,
+        thing_dataset_id_to_contiguous_id=things,
+        stuff_dataset_id_to_contiguous_id={key: index for key, index in ids.items() if key not in things},
+        ignore_label=255,
+    )
+
+
+@contextlib.contextmanager
+def _importable(maskformer: Path, detectron2: Path) -> Iterator[tuple[str, ...]]:
+    """Puts the two folders on the path, and stand-ins in place of what is missing; gives the names of these."""
     missing = [name for name in STAND_INS if importlib.util.find_spec(name.partition(".")[0]) is None]
     stand_ins = {name: _StandIn(name) for name in missing}
     for name, stand_in in stand_ins.items():
@@ -204,10 +241,7 @@ def _load(maskformer: Path, detectron2: Path) -> Official:
     sys.modules.update(stand_ins)
     try:
         with _quiet():
-            for name, folder in (("detectron2", detectron2), ("mask_former", maskformer), ("detectron2.projects.deeplab", detectron2)):
-                module = importlib.import_module(name)
-                if not Path(str(module.__file__)).resolve().is_relative_to(folder):
-                    raise OfficialError(f"'{name}' was imported from '{module.__file__}' before; give that folder, or start a new process")
+            yield tuple(missing)
     except ModuleNotFoundError as error:
         raise OfficialUnavailable(f"the official code needs '{error.name}': pip install 'tfmaskformer[torch]'") from error
     finally:
@@ -216,8 +250,6 @@ def _load(maskformer: Path, detectron2: Path) -> Official:
         sys.path.remove(str(detectron2))
         for name in stand_ins:
             del sys.modules[name]
-    commits = {"maskformer": _commit(maskformer), "detectron2": _commit(detectron2)}
-    return Official(maskformer, detectron2, commits, tuple(missing))
 
 
 class _StandIn(types.ModuleType):
