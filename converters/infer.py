@@ -8,6 +8,7 @@ with the same architecture: then they are assumed, and listed.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -116,20 +117,13 @@ def unflatten(values: Mapping[str, Any]) -> dict[str, Any]:
 def _observe(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Dotted field → value of everything that tensors tell."""
     file = _File(tensors)
-    unsupported = [what for prefix, what in _OTHER_ARCHITECTURES.items() if file.has(prefix)]
-    if unsupported:
-        raise ConversionError(f"the file holds {unsupported[0]}, which this version does not convert", "supported: tfmaskformer zoo list")
-    observed = {field: read(file) for field, read in _OBSERVATIONS.items()}
+    observations = _OBSERVATIONS | (_SWIN if file.has("backbone.patch_embed.") else _RESNET)
+    if file.head() != "PerPixelBaselineHead":
+        observations |= _TRANSFORMER
+    observed = {field: read(file) for field, read in observations.items()}
     if file.problems:
         raise ConversionError("cannot tell the architecture from the tensors", *dict.fromkeys(file.problems))
-    return observed
-
-
-_OTHER_ARCHITECTURES = {
-    "backbone.patch_embed.": "a Swin backbone",
-    "backbone.stem.conv2.": "a ResNet with a DeepLab stem (R101c)",
-    "sem_seg_head.predictor.bias": "a per-pixel baseline",
-}
+    return {field: value for field, value in observed.items() if value is not None}
 
 
 class _File:
@@ -162,6 +156,21 @@ class _File:
             self.problems.append(f"'{prefix}…' has {len(indices)} indices up to {max(indices)}, but not {absent[0]}")
         return len(indices)
 
+    def head(self) -> str:
+        if self.has(f"{_PREDICTOR}weight"):
+            return "PerPixelBaselineHead"
+        classified = self.has(f"{_PREDICTOR}class_embed.") or self.has("criterion.empty_weight")
+        return "MaskFormerHead" if classified else "PerPixelBaselinePlusHead"
+
+    def num_classes(self) -> int:
+        """Logits of the classifier, without "no object"; of the plus head, one query for each."""
+        if self.head() == "MaskFormerHead":
+            return self.size(f"{_PREDICTOR}class_embed.weight", 0, 2) - 1
+        return self.size(f"{_PREDICTOR}weight", 0, 4) if self.head() == "PerPixelBaselineHead" else self.num_queries()
+
+    def num_queries(self) -> int:
+        return self.size(f"{_PREDICTOR}query_embed.weight", 0, 2)
+
     def depth(self) -> int:
         blocks = self.count("backbone.res4.")
         depths = [depth for depth, of_stage in RESNET_BLOCKS.items() if of_stage[2] == blocks]
@@ -169,6 +178,20 @@ class _File:
             known = ", ".join(f"{of_stage[2]} (ResNet-{depth})" for depth, of_stage in RESNET_BLOCKS.items())
             self.problems.append(f"'backbone.res4' has {blocks} blocks; known: {known}")
         return depths[0] if depths else 0
+
+    def swin_depths(self) -> list[int]:
+        return [self.count(f"backbone.layers.{stage}.blocks.") for stage in range(self.count("backbone.layers."))]
+
+    def swin_heads(self) -> list[int]:
+        return [self.size(_BIAS_TABLE.format(stage), 1, 2) for stage in range(self.count("backbone.layers."))]
+
+    def swin_window(self) -> int:
+        """The bias table has a row for each offset: (2 · window − 1)² of them."""
+        return (math.isqrt(self.size(_BIAS_TABLE.format(0), 0, 2)) + 1) // 2
+
+    def swin_mlp_ratio(self) -> float:
+        outputs, inputs = (self.size("backbone.layers.0.blocks.0.mlp.fc1.weight", axis, 2) for axis in (0, 1))
+        return outputs / inputs
 
     def in_feature(self) -> str:
         """The predictor reads the pixel decoder's encoder, unless its projection takes the backbone's channels only."""
@@ -178,13 +201,16 @@ class _File:
         takes = self.size(f"{_PREDICTOR}input_proj.weight", 1, 4) if self.has(f"{_PREDICTOR}input_proj.") else conv_dim
         return "transformer_encoder" if takes == conv_dim else "res5"
 
-    def enforces_input_proj(self) -> bool:
+    def enforces_input_proj(self) -> bool | None:
+        """None where the channels need a projection anyway."""
         if not self.has(f"{_PREDICTOR}input_proj."):
             return False
-        return self.size(f"{_PREDICTOR}input_proj.weight", 1, 4) == self.size(f"{_PREDICTOR}query_embed.weight", 1, 2)
+        return self.size(f"{_PREDICTOR}input_proj.weight", 1, 4) == self.size(f"{_PREDICTOR}query_embed.weight", 1, 2) or None
 
-    def no_object_weight(self) -> float:
-        """The float32's shortest decimal: 0.1, not 0.10000000149."""
+    def no_object_weight(self) -> float | None:
+        """The float32's shortest decimal: 0.1, not 0.10000000149. None where nothing is classified."""
+        if self.head() != "MaskFormerHead":
+            return None
         if not (classes := self.size("criterion.empty_weight", 0, 1)) > 1:
             return 0.0
         weight = self._tensors["criterion.empty_weight"][classes - 1]
@@ -198,18 +224,19 @@ def _encoder_layers(file: _File) -> int:
 
 
 _OBSERVATIONS: dict[str, Callable[[_File], Any]] = {
-    "num_classes": lambda file: file.size(f"{_PREDICTOR}class_embed.weight", 0, 2) - 1,
-    "backbone.depth": _File.depth,
-    "backbone.stem_out_channels": lambda file: file.size("backbone.stem.conv1.weight", 0, 4),
-    "backbone.width_per_group": lambda file: file.size("backbone.res2.0.conv1.weight", 0, 4),
-    "backbone.res2_out_channels": lambda file: file.size("backbone.res2.0.conv3.weight", 0, 4),
+    "head": _File.head,
+    "num_classes": _File.num_classes,
     "pixel_decoder.name": lambda file: "TransformerEncoderPixelDecoder" if _encoder_layers(file) else "BasePixelDecoder",
     "pixel_decoder.conv_dim": lambda file: file.size(f"{_DECODER}mask_features.weight", 1, 4),
     "pixel_decoder.mask_dim": lambda file: file.size(f"{_DECODER}mask_features.weight", 0, 4),
     "pixel_decoder.transformer_enc_layers": _encoder_layers,
+}
+"""Field → what tells it; None where tensors cannot."""
+
+_TRANSFORMER: dict[str, Callable[[_File], Any]] = {
     "predictor.transformer_in_feature": _File.in_feature,
     "predictor.hidden_dim": lambda file: file.size(f"{_PREDICTOR}query_embed.weight", 1, 2),
-    "predictor.num_queries": lambda file: file.size(f"{_PREDICTOR}query_embed.weight", 0, 2),
+    "predictor.num_queries": _File.num_queries,
     "predictor.dim_feedforward": lambda file: file.size(f"{_PREDICTOR}transformer.decoder.layers.0.linear1.weight", 0, 2),
     "predictor.enc_layers": lambda file: file.count(f"{_PREDICTOR}transformer.encoder.layers."),
     "predictor.dec_layers": lambda file: file.count(f"{_PREDICTOR}transformer.decoder.layers."),
@@ -217,16 +244,36 @@ _OBSERVATIONS: dict[str, Callable[[_File], Any]] = {
     "criterion.no_object_weight": _File.no_object_weight,
 }
 
+_RESNET: dict[str, Callable[[_File], Any]] = {
+    "backbone.name": lambda file: "ResNet",
+    "backbone.depth": _File.depth,
+    "backbone.stem_type": lambda file: "deeplab" if file.has("backbone.stem.conv2.") else "basic",
+    "backbone.stem_out_channels": lambda file: file.size(f"backbone.stem.conv{3 if file.has('backbone.stem.conv2.') else 1}.weight", 0, 4),
+    "backbone.width_per_group": lambda file: file.size("backbone.res2.0.conv1.weight", 0, 4),
+    "backbone.res2_out_channels": lambda file: file.size("backbone.res2.0.conv3.weight", 0, 4),
+}
+
+_BIAS_TABLE = "backbone.layers.{}.blocks.0.attn.relative_position_bias_table"
+
+_SWIN: dict[str, Callable[[_File], Any]] = {
+    "backbone.name": lambda file: "D2SwinTransformer",
+    "backbone.embed_dim": lambda file: file.size("backbone.patch_embed.proj.weight", 0, 4),
+    "backbone.depths": _File.swin_depths,
+    "backbone.num_heads": _File.swin_heads,
+    "backbone.window_size": _File.swin_window,
+    "backbone.mlp_ratio": _File.swin_mlp_ratio,
+}
+
 
 def _differences(values: Mapping[str, Any], observed: Mapping[str, Any]) -> list[str]:
-    return [field for field, value in observed.items() if values[field] != value]
+    return [field for field, value in observed.items() if values.get(field) != value]
 
 
 def _check_base(name: str, values: Mapping[str, Any], observed: Mapping[str, Any], exact: Sequence[str]) -> None:
     """The named config has the file's architecture, and no official entry fits better."""
     different = _differences(values, observed)
     if (different and exact) or not set(different) <= set(OWN):
-        lines = (f"{field}: the tensors say {observed[field]!r}, {name} has {values[field]!r}" for field in different)
+        lines = (f"{field}: the tensors say {observed[field]!r}, {name} has {values[field]!r}" for field in different if field in values)
         remedy = f"the tensors are those of {' and '.join(exact)}: " if exact else ""
         raise ConversionError(f"the tensors are not those of {name}", *lines, f"{remedy}leave --config out, or name another")
 

@@ -166,7 +166,8 @@ def _told(name: str, tensor: np.ndarray) -> str:
 
 
 def _brief(values: np.ndarray) -> str:
-    return f"[{', '.join(f'{value:g}' for value in values[:2])}, …, {values[-1]:g}] {values.shape}"
+    flat = values.ravel()
+    return f"[{', '.join(f'{value:g}' for value in flat[:2])}, …, {flat[-1]:g}] {values.shape}"
 
 
 def _count(items: Sequence[str], noun: str) -> str:

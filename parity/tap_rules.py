@@ -4,7 +4,8 @@ A tap is an output of a module by its official name and call, ``<module>#<call>[
 :data:`TAPS`, whose :class:`Layout` names the axes in TensorFlow and in PyTorch. Layouts are declared, never searched for.
 
 Axes: B image of the batch, H and W rows and columns, S = H · W flattened (T: a second one), C channels, Q queries (R: a second one),
-N decoder layers.
+N decoder layers; Y and X rows and columns of Swin's windows, P positions in a window (O: a second one), A attention heads.
+Parentheses: PyTorch has these axes in one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -22,9 +24,6 @@ from converters.tables import maskformer
 from converters.transforms import Transform
 from tfmaskformer.config import MaskFormerConfig
 
-SEQUENCE_STRIDE = 32
-"""px behind one position of every flattened sequence: they are all made of res5."""
-
 T = TypeVar("T")
 
 
@@ -34,10 +33,14 @@ class TapRuleError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The axes of a tensor in TensorFlow (``actual``) and in PyTorch (``expected``): the same letters."""
+    """The axes of a tensor in TensorFlow (``actual``) and in PyTorch (``expected``): the same letters.
+
+    ``stride``: px behind one position of S, T, Y and X (of a window, behind one of its patches); that of H and W shows in their length.
+    """
 
     actual: str
     expected: str
+    stride: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +58,35 @@ class View:
 
 
 MAP = Layout("BHWC", "BCHW")
-MEMORY = Layout("BSC", "SBC")
+TOKENS = Layout("BHWC", "B(HW)C")
+MEMORY = Layout("BSC", "SBC", stride=32)
 QUERIES = Layout("BQC", "QBC")
 QUERY_STACK = Layout("NBQC", "NQBC")  # the decoder's own output; the transformer transposes it
 STATES = Layout("NBQC", "NBQC")
 LOGITS = Layout("BQC", "BQC")
 MASKS = Layout("BQHW", "BQHW")
 QUERY_WEIGHTS = Layout("BQR", "BQR")
-CROSS_WEIGHTS = Layout("BQS", "BQS")
-MEMORY_WEIGHTS = Layout("BST", "BST")
+CROSS_WEIGHTS = Layout("BQS", "BQS", stride=32)
+MEMORY_WEIGHTS = Layout("BST", "BST", stride=32)
+WINDOWS = [Layout("BYXPC", "(BYX)PC", stride) for stride in (4, 8, 16, 32)]
+ATTENTIONS = [Layout("BYXAPO", "(BYX)APO", stride) for stride in (4, 8, 16, 32)]
 
 # fmt: off
 TAPS: tuple[tuple[str, Layout], ...] = (
     ("images#{call}", MAP),
-    ("backbone.stem{conv:|.conv1|.conv1.norm}#{call}", MAP),
+    ("backbone.stem#{call}", MAP),
+    ("backbone.stem.conv{i:1|2|3}{norm:|.norm}#{call}", MAP),
     ("backbone.{stage:res2|res3|res4|res5}#{call}", MAP),
     ("backbone.{stage:res2|res3|res4|res5}.{block}#{call}", MAP),
     ("backbone.{stage:res2|res3|res4|res5}.{block}.{conv:conv1|conv2|conv3|shortcut}{norm:|.norm}#{call}", MAP),
     ("backbone#{call}[{stage:res2|res3|res4|res5}]", MAP),
+    ("backbone.patch_embed{module:|.proj}#{call}", MAP),
+    ("backbone.{module:patch_embed.norm|pos_drop|norm0|norm1|norm2|norm3}#{call}", TOKENS),
+    ("backbone.layers.{stage}#{call}[{item:0|3}]", TOKENS),
+    ("backbone.layers.{stage}.downsample{module:|.norm|.reduction}#{call}", TOKENS),
+    ("backbone.layers.{stage}.blocks.{block}{module:|.norm1|.drop_path|.norm2|.mlp|.mlp.fc1|.mlp.act|.mlp.drop|.mlp.fc2}#{call}", TOKENS),
+    *((f"backbone.layers.{stage}.blocks.{{block}}.attn{{module:|.qkv|.proj|.proj_drop}}#{{call}}", WINDOWS[stage]) for stage in range(4)),
+    *((f"backbone.layers.{stage}.blocks.{{block}}.attn.{{weights:softmax|attn_drop}}#{{call}}", ATTENTIONS[stage]) for stage in range(4)),
     ("sem_seg_head.pixel_decoder.{conv:adapter|layer}_{level}{norm:|.norm}#{call}", MAP),
     ("sem_seg_head.pixel_decoder.{module:input_proj|pe_layer|mask_features|transformer}#{call}", MAP),
     ("sem_seg_head.{part:pixel_decoder|predictor}.transformer.encoder#{call}", MEMORY),
@@ -141,12 +155,16 @@ def official_layout(array: np.ndarray, layout: Layout, view: View | None = None)
     if array.ndim != len(layout.actual):
         raise TapRuleError(f"a tensor of shape {array.shape} does not have the axes {layout.actual}")
     if view is not None:
-        array = _crop(array, layout.actual, view)
-    return array.transpose([layout.actual.index(axis) for axis in layout.expected])
+        array = _crop(array, layout, view)
+    groups = re.findall(r"\((\w+)\)|(\w)", layout.expected)
+    array = array.transpose([layout.actual.index(axis) for group in groups for axis in "".join(group)])
+    ends = np.cumsum([len("".join(group)) for group in groups])
+    return array.reshape([math.prod(array.shape[start:end]) for start, end in zip([0, *ends], ends, strict=False)])
 
 
-def _crop(array: np.ndarray, axes: str, view: View) -> np.ndarray:
+def _crop(array: np.ndarray, layout: Layout, view: View) -> np.ndarray:
     """The image's part of ``array``, all axes kept."""
+    axes = layout.actual
     for position, axis in enumerate(axes):
         if axis == "B":
             array = array.take([view.image], position)
@@ -155,9 +173,13 @@ def _crop(array: np.ndarray, axes: str, view: View) -> np.ndarray:
             stride = _stride(view.canvas_px[side], array.shape[position])
             array = array.take(range(math.ceil(view.valid_px[side] / stride)), position)
         elif axis in "ST":
-            canvas, valid = ([math.ceil(side / SEQUENCE_STRIDE) for side in size] for size in (view.canvas_px, view.valid_px))
+            canvas, valid = ([math.ceil(side / layout.stride) for side in size] for size in (view.canvas_px, view.valid_px))
             positions = np.arange(math.prod(canvas)).reshape(canvas)[: valid[0], : valid[1]]
             array = array.take(positions.ravel(), position)
+        elif axis in "YX":
+            window = math.isqrt(array.shape[axes.index("P")])
+            patches = math.ceil(view.valid_px["YX".index(axis)] / layout.stride)
+            array = array.take(range(math.ceil(patches / window)), position)
     return array
 
 

@@ -14,7 +14,7 @@ from checkpoints import registry
 from converters.errors import ConversionError, quoted
 from converters.rules import Drop, Rule
 from converters.transforms import CONV2D, IDENTITY, LINEAR, Transform
-from tfmaskformer.config import MaskFormerConfig
+from tfmaskformer.config import MaskFormerConfig, SwinConfig
 
 TABLE = "maskformer/1"
 """Name and version; the version grows with every change of what a rule does."""
@@ -23,10 +23,24 @@ Lines = tuple[tuple[str, Transform], ...]
 
 # fmt: off
 RESNET: Lines = (
-    ("backbone.stem.conv1.weight", CONV2D),
-    ("backbone.stem.conv1.norm.{stat:weight|bias|running_mean|running_var}", IDENTITY),
+    ("backbone.stem.conv{i:1|2|3}.weight", CONV2D),
+    ("backbone.stem.conv{i:1|2|3}.norm.{stat:weight|bias|running_mean|running_var}", IDENTITY),
     ("backbone.res{stage}.{block}.{conv:conv1|conv2|conv3|shortcut}.weight", CONV2D),
     ("backbone.res{stage}.{block}.{conv:conv1|conv2|conv3|shortcut}.norm.{stat:weight|bias|running_mean|running_var}", IDENTITY),
+)
+SWIN: Lines = (
+    ("backbone.patch_embed.proj.weight", CONV2D),
+    ("backbone.patch_embed.proj.bias", IDENTITY),
+    ("backbone.patch_embed.norm.{param:weight|bias}", IDENTITY),
+    ("backbone.layers.{stage}.blocks.{block}.norm{i:1|2}.{param:weight|bias}", IDENTITY),
+    ("backbone.layers.{stage}.blocks.{block}.attn.relative_position_bias_table", IDENTITY),
+    ("backbone.layers.{stage}.blocks.{block}.attn.{linear:qkv|proj}.weight", LINEAR),
+    ("backbone.layers.{stage}.blocks.{block}.attn.{linear:qkv|proj}.bias", IDENTITY),
+    ("backbone.layers.{stage}.blocks.{block}.mlp.{linear:fc1|fc2}.weight", LINEAR),
+    ("backbone.layers.{stage}.blocks.{block}.mlp.{linear:fc1|fc2}.bias", IDENTITY),
+    ("backbone.layers.{stage}.downsample.norm.{param:weight|bias}", IDENTITY),
+    ("backbone.layers.{stage}.downsample.reduction.weight", LINEAR),
+    ("backbone.norm{stage}.{param:weight|bias}", IDENTITY),
 )
 PIXEL_DECODER: Lines = (
     ("sem_seg_head.pixel_decoder.adapter_{level}.weight", CONV2D),
@@ -57,10 +71,12 @@ PREDICTOR: Lines = (
     ("sem_seg_head.predictor.transformer.decoder.layers.{n}.linear{i:1|2}.bias", IDENTITY),
     ("sem_seg_head.predictor.transformer.decoder.layers.{n}.norm{i:1|2|3}.{param:weight|bias}", IDENTITY),
     ("sem_seg_head.predictor.transformer.decoder.norm.{param:weight|bias}", IDENTITY),
-    ("sem_seg_head.predictor.class_embed.weight", LINEAR),
-    ("sem_seg_head.predictor.class_embed.bias", IDENTITY),
     ("sem_seg_head.predictor.mask_embed.layers.{n}.weight", LINEAR),
     ("sem_seg_head.predictor.mask_embed.layers.{n}.bias", IDENTITY),
+)
+PREDICTOR_CLASSES: Lines = (
+    ("sem_seg_head.predictor.class_embed.weight", LINEAR),
+    ("sem_seg_head.predictor.class_embed.bias", IDENTITY),
 )
 PREDICTOR_INPUT_PROJ: Lines = (
     ("sem_seg_head.predictor.input_proj.weight", CONV2D),
@@ -75,26 +91,51 @@ PREDICTOR_ENCODER: Lines = (
     ("sem_seg_head.predictor.transformer.encoder.layers.{n}.linear{i:1|2}.bias", IDENTITY),
     ("sem_seg_head.predictor.transformer.encoder.layers.{n}.norm{i:1|2}.{param:weight|bias}", IDENTITY),
 )
+PREDICTOR_PER_PIXEL: Lines = (
+    ("sem_seg_head.predictor.weight", CONV2D),
+    ("sem_seg_head.predictor.bias", IDENTITY),
+)
 # fmt: on
+
+BACKBONES = {"ResNet": RESNET, "D2SwinTransformer": SWIN}
 
 
 def rules(config: MaskFormerConfig, key_layout: str) -> list[Rule]:
     """The rules of every part that ``config`` has, with source patterns in the file's key layout ("v1" or "v2")."""
-    lines = RESNET + PIXEL_DECODER + PREDICTOR
+    lines = BACKBONES[config.backbone.name] + PIXEL_DECODER + _predictor(config)
     if config.pixel_decoder.transformer_enc_layers:
         lines += PIXEL_DECODER_ENCODER
+    return [Rule(registry.v1_key(name) if key_layout == "v1" else name, name, transform) for name, transform in lines]
+
+
+def _predictor(config: MaskFormerConfig) -> Lines:
+    if config.head == "PerPixelBaselineHead":
+        return PREDICTOR_PER_PIXEL
+    lines = PREDICTOR
+    if config.head == "MaskFormerHead":
+        lines += PREDICTOR_CLASSES
     if config.predictor_has_input_proj:
         lines += PREDICTOR_INPUT_PROJ
     if config.predictor.enc_layers:
         lines += PREDICTOR_ENCODER
-    return [Rule(registry.v1_key(name) if key_layout == "v1" else name, name, transform) for name, transform in lines]
+    return lines
 
 
 def drops(config: MaskFormerConfig) -> list[Drop]:
     """Official tensors that are no variables."""
-    empty_weight = np.ones(config.num_classes + 1, np.float32)
-    empty_weight[-1] = config.criterion.no_object_weight
-    return [Drop("criterion.empty_weight", "class weights of the loss, derived from the config; checked to be equal", empty_weight)]
+    found = []
+    if config.head == "MaskFormerHead":
+        empty_weight = np.ones(config.num_classes + 1, np.float32)
+        empty_weight[-1] = config.criterion.no_object_weight
+        found.append(Drop("criterion.empty_weight", "class weights of the loss, derived from the config; checked to be equal", empty_weight))
+    if isinstance(config.backbone, SwinConfig):
+        from tfmaskformer.swin import relative_position_index
+
+        reason = "which bias belongs to which two patches of a window, derived from the window's size; checked to be equal"
+        index = relative_position_index(config.backbone.window_size)
+        for stage, depth in enumerate(config.backbone.depths):
+            found += [Drop(f"backbone.layers.{stage}.blocks.{block}.attn.relative_position_index", reason, index) for block in range(depth)]
+    return found
 
 
 def key_layout(names: Iterable[str]) -> str:

@@ -45,12 +45,12 @@ def test_every_official_model_is_recognised(name):
     assert inference.config == MaskFormerConfig.from_dict(entry.config)
     assert inference.entry == entry
     assert inference.assumed == {}
-    assert inference.origins["backbone.depth"] == "tensors"
+    assert inference.origins["backbone.name"] == "tensors"
     assert inference.origins["test.object_mask_threshold"] == f"zoo entry {name}"
     assert inference.origins.keys() == flatten(inference.config.to_dict()).keys() - {"name"}
 
 
-@pytest.mark.parametrize("name", ["tiny_panoptic", "tiny_semantic"])
+@pytest.mark.parametrize("name", ["tiny_panoptic", "tiny_semantic", "tiny_deeplab", "tiny_swin"])
 def test_named_config(name):
     entry = registry.entry(name)
     inference = infer(tensors_of(entry), "model.pkl", named_config(name))
@@ -133,7 +133,7 @@ def test_entries_with_the_same_tensors_are_told_apart_by_file_name_or_user(monke
         ({PREDICTOR + "transformer__decoder__layers__7__x": (1,)}, "has 7 indices up to 7, but not 6"),
         ({PREDICTOR + "class_embed__weight": (1, 256)}, "describe no MaskFormer that can be built: config: 'num_classes' is 0"),
         ({"criterion__empty_weight": None}, "missing: 'criterion.empty_weight'"),
-        ({"backbone__patch_embed__proj__weight": (1,)}, "a Swin backbone, which this version does not convert"),
+        ({"backbone__patch_embed__proj__weight": (1,)}, r"'backbone.patch_embed.proj.weight' has shape \(1,\)"),
     ],
 )
 def test_what_cannot_be_told_is_an_error(changes, message):

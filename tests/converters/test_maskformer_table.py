@@ -13,13 +13,13 @@ from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.model import MaskFormer
 from tfmaskformer.module import parameter_specs
 
-ENTRIES = [entry.name for entry in registry.entries()] + ["tiny_panoptic", "tiny_semantic"]
+ENTRIES = [entry.name for entry in registry.entries()] + ["tiny_panoptic", "tiny_semantic", "tiny_deeplab", "tiny_swin"]
 
 
 def shapes_only(entry):
     """v2 name → tensor of the recorded shape and dtype that needs no memory."""
     tensors = {name: np.broadcast_to(np.zeros((), spec.dtype), spec.shape) for name, spec in registry.layout(entry).items()}
-    return tensors | {"criterion.empty_weight": table.drops(MaskFormerConfig.from_dict(entry.config))[0].expected}
+    return tensors | {drop.source: drop.expected for drop in table.drops(MaskFormerConfig.from_dict(entry.config))}
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -36,20 +36,33 @@ def test_every_official_layout_fits_the_model(name):
         assert {(table.v2_key(move.source, layout), move.target) for move in moves} == {(name, name) for name in targets}
 
 
-def test_transforms_follow_the_kind_of_tensor():
+@pytest.mark.parametrize("entry", ["maskformer_panoptic_R50_bs64_554k", "maskformer_R101c_bs16_160k", "maskformer_swin_tiny_bs16_160k"])
+def test_transforms_follow_the_kind_of_tensor(entry):
     """A square matrix hides a missing transpose from every shape check, so the kinds are written out here again."""
-    config = MaskFormerConfig.from_dict(registry.entry("maskformer_panoptic_R50_bs64_554k").config)
-    for name, spec in registry.layout(registry.entry("maskformer_panoptic_R50_bs64_554k")).items():
-        if name == "criterion.empty_weight":
+    config = MaskFormerConfig.from_dict(registry.entry(entry).config)
+    for name, spec in registry.layout(registry.entry(entry)).items():
+        if name.endswith(("empty_weight", "relative_position_index")):
             continue
         (rule,) = [rule for rule in table.rules(config, "v2") if rule.target_of(name)]
         expected = {4: "CONV2D", 2: "LINEAR", 1: "IDENTITY"}[len(spec.shape)]
-        assert rule.transform.name == ("IDENTITY" if name.endswith("query_embed.weight") else expected), name
+        is_table = name.endswith(("query_embed.weight", "relative_position_bias_table"))
+        assert rule.transform.name == ("IDENTITY" if is_table else expected), name
 
 
 def test_empty_weight_comes_from_the_config():
     (drop,) = table.drops(MaskFormerConfig(name="mine", num_classes=3))
     assert drop.expected.tolist() == [1, 1, 1, np.float32(0.1)]
+
+
+def test_relative_position_index_must_be_the_windows():
+    entry = registry.entry("tiny_swin")
+    config = MaskFormerConfig.from_dict(entry.config)
+    name = "backbone.layers.2.blocks.1.attn.relative_position_index"
+    tensors = shapes_only(entry)
+    transposed = tensors | {name: tensors[name].T}
+    targets = {name: spec.shape for name, spec in parameter_specs(MaskFormer(config)).items()}
+    with pytest.raises(ConversionError, match=rf"'{name}' \(25, 25\) is not \[40, 39, …, 40\] \(25, 25\)"):
+        plan(table.rules(config, "v2"), table.drops(config), transposed, targets)
 
 
 def test_mixed_key_layouts_are_refused():
