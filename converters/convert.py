@@ -1,4 +1,4 @@
-"""A Detectron2 pickle of a MaskFormer → a directory that ``tfmaskformer.load`` and ``tf.train.Checkpoint`` read."""
+"""A checkpoint of a MaskFormer → a directory that ``tfmaskformer.load`` and ``tf.train.Checkpoint`` read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,11 +23,13 @@ from converters.errors import ConversionError, quoted
 from converters.infer import Inference, infer
 from converters.manifest import CONFIG_FILE, MANIFEST_FILE, encoded, manifest
 from converters.named_config import named_config
-from converters.rules import Move, plan
+from converters.rules import Drop, Move, plan
+from converters.source import Source, check_source, open_source
 from converters.tables import maskformer as table
-from converters.transforms import Shape
-from converters.unpickle import read_model
 from tfmaskformer.config import MaskFormerConfig
+
+if TYPE_CHECKING:
+    from tfmaskformer.module import ParameterSpec
 
 THREADS = 2
 
@@ -55,7 +57,8 @@ def convert(
     """Converts the checkpoint ``source`` into the new directory ``destination``.
 
     Args:
-        source: a pickle as Detectron2 writes it, ``{"model": {name: float32 array}}``, in either key layout.
+        source: a checkpoint, ``{"model": {name: float32 tensor}}`` or the inner dict alone, in either key layout: a pickle with arrays
+            of NumPy or tensors of PyTorch, or a file of ``torch.save``.
         destination: appears whole, after it was re-read and found equal, or not at all.
         config: name of the zoo entry, official YAML file or JSON file to take the settings from that tensors cannot tell. None: the
             entry that fits.
@@ -65,66 +68,106 @@ def convert(
     Raises:
         ConversionError: the source, the config or the destination cannot be used. Nothing was written.
     """
-    source = pathlib.Path(source)
-    size_bytes = _check_source(source)
     base = named_config(config) if config else None
+    return run(source, destination, lambda file: _plan(file, base), force=force, progress=progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be done with a file.
+
+    Attributes:
+        table: name and version of the rule table.
+        key_layout: of the file.
+        inference: the config of the model, with its origins.
+        moves: what becomes a variable.
+        drops: what does not.
+        initial: name → value of the variables that the file does not fill.
+        more: further lines of the manifest.
+    """
+
+    table: str
+    key_layout: str
+    inference: Inference
+    moves: list[Move]
+    drops: list[Drop]
+    initial: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def run(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    planner: Callable[[Source], Plan],
+    *,
+    force: bool,
+    progress: Progress,
+) -> Conversion:
+    """Does with ``source`` what ``planner`` says; see :func:`convert`."""
+    source = pathlib.Path(source)
+    size_bytes = check_source(source)
     target = Destination(destination, force, (MANIFEST_FILE, CONFIG_FILE, *checkpoint.FILES))
     with target.staging() as directory, _no_garbage_collection():
         if (free_bytes := shutil.disk_usage(directory).free) < size_bytes:
             what = f"cannot write {quoted(target.path)}: {free_bytes} bytes are free, the checkpoint has about {size_bytes}"
             raise ConversionError(what, "free space on the disk, or choose another --dst")
-        conversion = _convert(source, directory, base, progress)
+        conversion = _convert(source, directory, planner, progress)
         target.commit(directory)
     return dataclasses.replace(conversion, destination=target.path)
 
 
-def _convert(source: pathlib.Path, directory: pathlib.Path, base: MaskFormerConfig | None, progress: Progress) -> Conversion:
-    """Fills the staging directory. What needs no interpreter lock (hashing, copying, TensorFlow's writing) goes on side by side."""
-    with ThreadPoolExecutor(THREADS) as pool, _mapped(source) as data:
-        progress("reading", 0)
-        file_digest = pool.submit(_sha256, data)
-        try:
-            pickled = read_model(data)
-        except ConversionError as error:
-            raise ConversionError(f"{quoted(source.name)}: {error}") from None
-        tensors = pickled.tensors
-        key_layout = table.key_layout(tensors)
-        inference = infer({table.v2_key(name, key_layout): tensor for name, tensor in tensors.items()}, source.name, base)
-        drops = table.drops(inference.config)
-        moves = plan(table.rules(inference.config, key_layout), drops, tensors, _variable_shapes(inference.config))
-        progress("transforming", 0)
-        _check_finite(tensors, pool)
-        variables = dict(pool.map(lambda move: (move.target, _transformed(move, tensors[move.source])), moves))
-        progress("writing", 0)
-        digests = {name: pool.submit(lambda tensor: _sha256(np.ascontiguousarray(tensor).data), tensor) for name, tensor in tensors.items()}
-        checkpoint.write(directory, variables)
-    contents = manifest(
-        source={
-            "file": source.name,
-            "bytes": len(data),
-            "sha256": file_digest.result(),
-            "author": pickled.author,
-            "key_layout": key_layout,
-        },
-        table=table.TABLE,
-        inference=inference,
-        tensors=tensors,
-        digests={name: digest.result() for name, digest in digests.items()},
-        moves=moves,
-        drops=drops,
-    )
-    (directory / CONFIG_FILE).write_text(json.dumps(inference.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (directory / MANIFEST_FILE).write_text(encoded(contents), encoding="utf-8")
-    checkpoint.verify(directory, variables, lambda share: progress("verifying", share))
-    return Conversion(directory, contents, inference)
-
-
-def _variable_shapes(config: MaskFormerConfig) -> dict[str, Shape]:
-    """Official name → shape of every variable of the model; none is made."""
+def parameter_specs_of(config: MaskFormerConfig) -> dict[str, ParameterSpec]:
+    """Official name → what is declared of every variable of the model; none is made."""
     from tfmaskformer.model import MaskFormer
     from tfmaskformer.module import parameter_specs
 
-    return {name: spec.shape for name, spec in parameter_specs(MaskFormer(config)).items()}
+    return parameter_specs(MaskFormer(config))
+
+
+def _plan(file: Source, base: MaskFormerConfig | None) -> Plan:
+    key_layout = table.key_layout(file.tensors)
+    inference = infer({table.v2_key(name, key_layout): tensor for name, tensor in file.tensors.items()}, file.path.name, base)
+    shapes = {name: spec.shape for name, spec in parameter_specs_of(inference.config).items()}
+    drops = table.drops(inference.config)
+    moves = plan(table.rules(inference.config, key_layout), drops, file.tensors, shapes)
+    return Plan(table.TABLE, key_layout, inference, moves, drops)
+
+
+def _convert(source: pathlib.Path, directory: pathlib.Path, planner: Callable[[Source], Plan], progress: Progress) -> Conversion:
+    """Fills the staging directory. What needs no interpreter lock (hashing, copying, TensorFlow's writing) goes on side by side."""
+    progress("reading", 0)
+    with ThreadPoolExecutor(THREADS) as pool, open_source(source) as file:
+        file_digest = pool.submit(_sha256, file.data)
+        todo = planner(file)
+        tensors = file.tensors
+        progress("transforming", 0)
+        _check_finite({move.source: tensors[move.source] for move in todo.moves}, pool)
+        variables = dict(todo.initial)
+        variables |= pool.map(lambda move: (move.target, _transformed(move, tensors[move.source])), todo.moves)
+        progress("writing", 0)
+        digests = {name: pool.submit(lambda tensor: _sha256(np.ascontiguousarray(tensor).data), tensor) for name, tensor in tensors.items()}
+        checkpoint.write(directory, variables)
+    config = todo.inference.config
+    contents = manifest(
+        source={
+            "file": source.name,
+            "bytes": len(file.data),
+            "sha256": file_digest.result(),
+            "author": file.author,
+            "key_layout": todo.key_layout,
+        },
+        table=todo.table,
+        inference=todo.inference,
+        tensors=tensors,
+        digests={name: digest.result() for name, digest in digests.items()},
+        moves=todo.moves,
+        drops=todo.drops,
+    )
+    contents |= todo.more
+    (directory / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    (directory / MANIFEST_FILE).write_text(encoded(contents), encoding="utf-8")
+    checkpoint.verify(directory, variables, lambda share: progress("verifying", share))
+    return Conversion(directory, contents, todo.inference)
 
 
 def _transformed(move: Move, tensor: np.ndarray) -> np.ndarray:
@@ -153,59 +196,6 @@ def _not_finite(name: str, tensor: np.ndarray) -> str:
 
 def _sha256(data: bytes | mmap.mmap | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-_FOREIGN = {
-    b"PK\x03\x04": "a zip archive, such as torch.save writes (.pth)",
-    b"\x1f\x8b": "compressed with gzip",
-    b"\xfd7zXZ": "compressed with xz",
-    b"BZh": "compressed with bzip2",
-    b"\x89HDF": "HDF5",
-    b"version https://git-lfs": "a Git LFS pointer: the file itself was not downloaded",
-    b"<": "HTML or XML: probably an error page instead of the file",
-    b"{": "JSON",
-}
-
-
-def _check_source(source: pathlib.Path) -> int:
-    """Size of the source in bytes; raises where its first bytes tell that it is no pickle."""
-    name = quoted(source)
-    try:
-        if source.is_dir():
-            raise ConversionError(f"{name} is a directory", "expected a pickle such as model_final_6f60dc.pkl")
-        if not source.is_file():
-            raise ConversionError(f"{name} does not exist, or is no regular file")
-        with source.open("rb") as file:
-            head = file.read(64)
-            size_bytes = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise ConversionError(f"cannot read {name}: {error.strerror}") from None
-    if not head:
-        raise ConversionError(f"{name} is empty", "download or copy the file again")
-    found = [what for magic, what in _FOREIGN.items() if head.lstrip().startswith(magic)]
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size_bytes:
-        found.append("safetensors")
-    if not found and head[:1] not in b"\x80(}c]":
-        found.append(f"an unknown format that begins with {head[:8]!r}")
-    if found:
-        raise ConversionError(f"{name} is no pickle but {found[0]}", "expected a pickle such as model_final_6f60dc.pkl")
-    return size_bytes
-
-
-@contextlib.contextmanager
-def _mapped(source: pathlib.Path) -> Iterator[mmap.mmap]:
-    """The file's bytes, without a copy. What is hashed and what is converted are the same pages."""
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(source.open("rb"))
-            before = os.fstat(file.fileno())
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise ConversionError(f"cannot read {quoted(source)}: {error}") from None
-        yield data
-        after = os.fstat(file.fileno())
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise ConversionError(f"{quoted(source)} changed while it was being read", "wait until it is complete")
 
 
 @contextlib.contextmanager

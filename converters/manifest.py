@@ -30,7 +30,6 @@ def manifest(
     digests: Mapping[str, str],
     moves: Sequence[Move],
     drops: Sequence[Drop],
-    initial: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """The manifest as JSON types.
 
@@ -42,7 +41,6 @@ def manifest(
         digests: source name → SHA-256 of the tensor's elements in C order, as hex digits.
         moves: what became a variable.
         drops: what did not.
-        initial: name → value of the variables that the file did not fill.
     """
     return {
         "format": FORMAT,
@@ -79,7 +77,6 @@ def manifest(
             }
             for drop in drops
         ],
-        "initial": [{"target": name, "target_shape": list(value.shape), "dtype": value.dtype.name} for name, value in initial.items()],
     }
 
 

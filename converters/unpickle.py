@@ -16,9 +16,8 @@ import codecs
 import dataclasses
 import math
 import mmap
-import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,8 @@ DTYPES = frozenset(f"{kind}{size}" for kind, sizes in {"f": (2, 4, 8), "i": (1, 
 
 MAX_DIMENSIONS = 32
 
+_UNTRUSTED = "checkpoints hold arrays, tensors and text only; do not open this file with other tools unless you trust its source"
+
 
 @dataclasses.dataclass(frozen=True)
 class PickledModel:
@@ -42,27 +43,55 @@ class PickledModel:
 
 
 def read_model(data: bytes | mmap.mmap) -> PickledModel:
-    """The tensors of a pickled checkpoint: ``{"model": {name: array}, …}`` as Detectron2 writes it, or the inner dict alone.
+    """The tensors of a pickled checkpoint: ``{"model": {name: tensor}, …}`` as Detectron2 writes it, or the inner dict alone.
 
-    The arrays are read-only views of ``data`` (for text-encoded arrays of protocols 0 to 2: of one decoded copy).
+    Reads what ``pickle.dump`` writes, with arrays of NumPy or tensors of PyTorch, and what ``torch.save`` wrote before PyTorch 1.6. The
+    arrays are read-only views of ``data`` (for text-encoded arrays of protocols 0 to 2: of one decoded copy).
 
     Raises:
-        ConversionError: not a pickle, truncated, outside of what such a file may contain, or not a dict of arrays.
+        ConversionError: not a pickle, truncated, outside of what such a file may contain, or not a dict of tensors.
     """
-    root = _Machine(data).run()
+    if _starts_with_magic(data):
+        return _model(*_torch_sequence(data, memoryview(data)), len(data))
+    machine = _Machine(data)
+    root = machine.run()
+    if machine.end != len(data):
+        raise ConversionError(
+            f"{len(data) - machine.end} bytes follow the end of the pickle at byte {machine.end}",
+            "the file is damaged, or several files in one; download or copy it again",
+        )
+    return _model(root, {}, len(data))
+
+
+def read_model_in_parts(data: bytes, storages: Mapping[str, memoryview], byte_order: str, total_bytes: int) -> PickledModel:
+    """As :func:`read_model`, where the bytes of PyTorch's storages lie elsewhere.
+
+    Args:
+        data: the pickle.
+        storages: key of each storage → its bytes.
+        byte_order: of the storages, "<" or ">".
+        total_bytes: of all parts; the tensors may not be larger.
+    """
+    machine = _Machine(data, storage_keys=True)
+    root = machine.run()
+    return _model(root, {key: _Bytes(view, byte_order) for key, view in storages.items()}, total_bytes)
+
+
+def _model(root: Any, storages: Mapping[str, _Bytes], total_bytes: int) -> PickledModel:
     if not isinstance(root, dict):
         raise ConversionError(f"the pickle holds {_kind(root)}, expected a dict of arrays, or one under the key 'model'")
     model = root.get("model", root)
     if not isinstance(model, dict) or not model:
         raise ConversionError(f"the pickle's 'model' is {_kind(model)}, expected a dict of arrays that is not empty")
-    wrong = [f"{quoted(name)} is {_kind(value)}" for name, value in model.items() if not isinstance(value, _Array)]
+    wrong = [f"{quoted(name)} is {_kind(value)}" for name, value in model.items() if not isinstance(value, _Array | _Tensor)]
+    wrong += [f"the key {name}, expected a name" for name in model if not isinstance(name, str)]
     if wrong:
         more = [f"… and {len(wrong) - 10} more"] if len(wrong) > 10 else []
         raise ConversionError("the pickle's 'model' must hold arrays only", *wrong[:10], *more)
-    tensors = {name: value.ndarray() for name, value in model.items()}
-    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    if total_bytes > len(data):
-        raise ConversionError(f"the tensors ({total_bytes} bytes) are larger than the file ({len(data)} bytes): they share their data")
+    tensors = {name: value.ndarray() if isinstance(value, _Array) else value.ndarray(name, storages) for name, value in model.items()}
+    tensor_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    if tensor_bytes > total_bytes:
+        raise ConversionError(f"the tensors ({tensor_bytes} bytes) are larger than the file ({total_bytes} bytes): they share their data")
     author = root.get("__author__", "")
     return PickledModel(tensors, _text(author) if isinstance(author, str | memoryview) else "")
 
@@ -121,6 +150,64 @@ class _Array:
         return np.frombuffer(data, dtype.numpy()).reshape(shape, order="F" if order == "F" else "C")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Bytes:
+    """The bytes of a storage, "<" or ">" for their order."""
+
+    view: memoryview
+    byte_order: str
+
+
+class _Storage:
+    """PyTorch's storage: a flat array, known by a key until its bytes are found, or with its bytes."""
+
+    def __init__(self, element: _StorageType, key: str, count: int, found: _Bytes | None = None):
+        self.element = element
+        self.key = key
+        self.count = count
+        self.found = found
+
+
+class _Tensor:
+    """PyTorch's tensor: a window of a storage."""
+
+    def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any):
+        if not isinstance(storage, _Storage):
+            raise _RefusedError(f"a tensor whose storage is {_kind(storage)}")
+        sizes = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else ()
+        if (
+            not sizes
+            or not all(type(size) is int and size >= 0 for size in sizes)
+            or len(shape) != len(strides)
+            or len(shape) > MAX_DIMENSIONS
+        ):
+            raise _RefusedError("a tensor whose offset, shape or strides are not whole numbers that belong together")
+        count = math.prod(shape)
+        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if count else 0
+        if count > storage.count or (count and last >= storage.count):
+            raise _RefusedError(f"a tensor of shape {shape} beyond the {storage.count} elements of its storage")
+        self._storage, self._offset, self._shape, self._strides = storage, offset, shape, strides
+
+    def ndarray(self, name: str, storages: Mapping[str, _Bytes]) -> np.ndarray:
+        storage = self._storage
+        found = storage.found or storages.get(storage.key)
+        if found is None:
+            raise ConversionError(f"{quoted(name)}: the file has no storage {quoted(storage.key)}", "the file is damaged; copy it again")
+        if storage.element.dtype is None:
+            raise ConversionError(
+                f"{quoted(name)} has elements of {storage.element.name}, which NumPy has not", "in PyTorch: tensor.float()"
+            )
+        dtype = np.dtype(found.byte_order + storage.element.dtype)
+        if len(found.view) != storage.count * dtype.itemsize:
+            what = f"{quoted(name)}: its storage has {len(found.view)} bytes, expected {storage.count} elements of {dtype.name}"
+            raise ConversionError(what, "the file is damaged; copy it again")
+        flat = np.frombuffer(found.view, dtype)
+        strides = tuple(stride * dtype.itemsize for stride in self._strides)
+        if not math.prod(self._shape):
+            return np.empty(self._shape, dtype)
+        return np.lib.stride_tricks.as_strided(flat[self._offset :], self._shape, strides, writeable=False)
+
+
 class _RefusedError(Exception):
     """Something that the file must not contain; the machine adds where."""
 
@@ -131,6 +218,15 @@ class _Global:
     def __init__(self, name: str, call: Callable[..., Any]):
         self.name = name
         self.call = call
+
+
+class _StorageType(_Global):
+    """``torch.FloatStorage`` and the like, which stand for an element type; ``dtype`` None where NumPy has no such type."""
+
+    def __init__(self, name: str, dtype: str | None):
+        super().__init__(name, _not_callable)
+        self.dtype = dtype
+        self.item_bytes = np.dtype(dtype or "f2").itemsize
 
 
 def _dtype(machine: _Machine, name: Any, align: Any = False, copy: Any = False) -> _Dtype:
@@ -168,12 +264,37 @@ def _empty_bytes(machine: _Machine) -> memoryview:
     return memoryview(b"")
 
 
-def _ordered_dict(machine: _Machine, items: Any = ()) -> dict[str, Any]:
+def _ordered_dict(machine: _Machine, items: Any = ()) -> dict[str | int, Any]:
     return {_key(key): value for key, value in items}
 
 
+def _rebuild_tensor(
+    machine: _Machine, storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, metadata: Any = None
+) -> _Tensor:
+    return _Tensor(storage, offset, shape, strides)
+
+
+def _rebuild_parameter(machine: _Machine, tensor: Any, requires_grad: Any, hooks: Any) -> _Tensor:
+    if not isinstance(tensor, _Tensor):
+        raise _RefusedError(f"a parameter that is {_kind(tensor)}")
+    return tensor
+
+
+def _load_storage(machine: _Machine, data: Any) -> _Storage:
+    """A storage inside a plain pickle: the bytes that ``torch.save`` would write of it to a file of its own, in its old format."""
+    if machine.storage_keys or not isinstance(data, memoryview):
+        raise _RefusedError("a torch storage inside of another, or without bytes")
+    try:
+        root, storages = _torch_sequence(bytes(data[:_STORAGE_HEADER_BYTES]), data)
+    except ConversionError as error:
+        raise _RefusedError(f"a torch storage that cannot be read ({error})") from None
+    if not isinstance(root, _Storage) or root.key not in storages:
+        raise _RefusedError("a torch storage that is none")
+    return _Storage(root.element, root.key, root.count, storages[root.key])
+
+
 def _not_callable(machine: _Machine, *args: Any) -> Any:
-    raise _RefusedError("a call of numpy.ndarray")
+    raise _RefusedError("a call of a class, which is only known by name")
 
 
 _CALLS: dict[Callable[..., Any], tuple[str, ...]] = {
@@ -185,10 +306,27 @@ _CALLS: dict[Callable[..., Any], tuple[str, ...]] = {
     _encode: ("_codecs.encode",),
     _empty_bytes: ("builtins.bytes", "__builtin__.bytes"),
     _ordered_dict: ("collections.OrderedDict",),
+    _rebuild_tensor: ("torch._utils._rebuild_tensor_v2",),
+    _rebuild_parameter: ("torch._utils._rebuild_parameter",),
+    _load_storage: ("torch.storage._load_from_bytes",),
+}
+
+_STORAGE_DTYPES = {
+    "Float": "f4",
+    "Double": "f8",
+    "Half": "f2",
+    "BFloat16": None,
+    "Long": "i8",
+    "Int": "i4",
+    "Short": "i2",
+    "Char": "i1",
+    "Byte": "u1",
+    "Bool": "b1",
 }
 
 ALLOWED = {name: _Global(name, call) for call, names in _CALLS.items() for name in names}
 """Every global that a pickle may name."""
+ALLOWED |= {f"torch.{name}Storage": _StorageType(f"torch.{name}Storage", dtype) for name, dtype in _STORAGE_DTYPES.items()}
 
 
 def _text(value: Any) -> str:
@@ -200,25 +338,31 @@ def _text(value: Any) -> str:
     return value
 
 
-def _key(value: Any) -> str:
+def _key(value: Any) -> str | int:
+    """Text, or an integer as in the state of an optimizer."""
+    if type(value) is int and abs(value) < 1 << 32:
+        return value
     if not isinstance(value, str | memoryview):
-        raise _RefusedError(f"a dict key that is {_kind(value)}; keys must be text")
+        raise _RefusedError(f"a dict key that is {_kind(value)}; keys must be text or small integers")
     return _text(value)
 
 
 def _kind(value: Any) -> str:
     """What ``value`` is, in words that never look into it."""
     names = {dict: "a dict", list: "a list", tuple: "a tuple", str: "text", memoryview: "bytes", type(None): "None", _Array: "an array"}
+    names |= {_Tensor: "a tensor", _Storage: "a storage"}
     return names.get(type(value), type(value).__name__.lstrip("_").lower())
 
 
 class _Machine:
-    """Runs the opcodes of one pickle; see the module's docstring."""
+    """Runs the opcodes of one pickle, from byte ``start``; see the module's docstring. ``storage_keys``: whether it names storages."""
 
-    def __init__(self, data: bytes | mmap.mmap):
+    def __init__(self, data: bytes | mmap.mmap, start: int = 0, storage_keys: bool = False):
         self._data = data
         self._view = memoryview(data)
-        self._at = 0
+        self._at = start
+        self.storage_keys = storage_keys
+        self.storages: dict[str, _Storage] = {}
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -247,18 +391,18 @@ class _Machine:
                 "download or copy the file again",
             ) from None
         except _RefusedError as error:
-            raise ConversionError(f"the pickle contains {error}, at byte {start}", *_hints(str(error))) from None
+            raise ConversionError(f"the pickle contains {error}, at byte {start}", _UNTRUSTED) from None
         except (IndexError, KeyError, ValueError, TypeError, OverflowError, struct.error) as error:
             raise ConversionError(
                 f"the pickle is malformed at byte {start} of {len(data)}: {type(error).__name__}",
                 "the file is damaged, or no checkpoint; download or copy it again",
             ) from None
-        if self._at != len(data):
-            raise ConversionError(
-                f"{len(data) - self._at} bytes follow the end of the pickle at byte {self._at}",
-                "files of an old torch.save look like this; load it in PyTorch, turn the tensors into arrays and pickle the dict",
-            )
         return root
+
+    @property
+    def end(self) -> int:
+        """Where the pickle ended."""
+        return self._at
 
     def decoded(self, data: bytes) -> memoryview:
         """A view of ``data``, which was decoded from the file; bounded, since a pickle can name one text many times."""
@@ -404,6 +548,19 @@ class _Machine:
             raise _RefusedError(f"the global {quoted(full_name)}, which is not on the allow list")
         self._stack.append(ALLOWED[full_name])
 
+    def _persistent_id(self) -> None:
+        """PyTorch's way to name a storage: ("storage", its type, its key, a device, its length[, None])."""
+        name = self._stack.pop()
+        if not self.storage_keys:
+            raise _RefusedError("a persistent id")
+        if not isinstance(name, tuple) or len(name) not in (5, 6) or _text(name[0]) != "storage" or name[5:] not in ((), (None,)):
+            raise _RefusedError("a persistent id that is no storage of its own")
+        if not isinstance(name[1], _StorageType) or type(name[4]) is not int or name[4] < 0:
+            raise _RefusedError("a storage of an unknown type or size")
+        storage = _Storage(name[1], _text(name[2]), name[4])
+        self.storages[storage.key] = storage
+        self._stack.append(storage)
+
     def _reduce(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
         if not isinstance(function, _Global) or type(arguments) is not tuple:
@@ -416,6 +573,50 @@ class _Machine:
             target.build(state)
         elif type(target) is not dict or type(state) is not dict:  # the attributes of an OrderedDict (torch's _metadata) are not needed
             raise _RefusedError(f"a state set on {_kind(target)}")
+
+
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+"""What ``torch.save`` began a file with before PyTorch 1.6."""
+_STORAGE_HEADER_BYTES = 4096
+"""Of the pickles in front of a lone storage's bytes there are about 400."""
+
+
+def _starts_with_magic(data: bytes | mmap.mmap) -> bool:
+    return data[:14] == b"\x80\x02\x8a\n" + _MAGIC.to_bytes(10, "little")
+
+
+def _torch_sequence(header: bytes | mmap.mmap, data: memoryview) -> tuple[Any, dict[str, _Bytes]]:
+    """What ``torch.save`` wrote before PyTorch 1.6: five pickles, then for each storage its length and its bytes.
+
+    Args:
+        header: the bytes of the five pickles, at least.
+        data: all bytes.
+
+    Returns:
+        The object, and the bytes of its storages.
+    """
+    machines: list[_Machine] = []
+    roots = []
+    for index in range(5):
+        machines.append(_Machine(header, machines[-1].end if machines else 0, storage_keys=index == 3))
+        roots.append(machines[-1].run())
+    magic, protocol, system, root, keys = roots
+    if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(system, dict):
+        raise ConversionError("the file begins like one of torch.save, but is none")
+    byte_order = "<" if system.get("little_endian", True) is True else ">"
+    known, at, storages = machines[3].storages, machines[4].end, {}
+    if not isinstance(keys, list) or not all(isinstance(key, str) and key in known for key in keys):
+        raise ConversionError("the list of storages names others than the tensors do", "the file is damaged; copy it again")
+    for key in keys:
+        count = int.from_bytes(data[at : at + 8], "little" if byte_order == "<" else "big")
+        start, at = at + 8, at + 8 + count * known[key].element.item_bytes
+        if count != known[key].count or at > len(data):
+            what = f"the storage {quoted(key)} has {known[key].count} elements, but {count} follow at byte {start} of {len(data)}"
+            raise ConversionError(what, "the file is truncated or damaged; copy it again")
+        storages[key] = _Bytes(data[start:at], byte_order)
+    if at != len(data):
+        raise ConversionError(f"{len(data) - at} bytes follow the last storage", "the file is damaged; copy it again")
+    return root, storages
 
 
 class _TruncatedError(Exception):
@@ -492,6 +693,7 @@ _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
         "j": lambda machine: machine._stack.append(machine._memo[machine._number(4)]),
         "c": _Machine._global,
         "\x93": _Machine._stack_global,
+        "Q": _Machine._persistent_id,
         "R": _Machine._reduce,
         "b": _Machine._build,
     }.items()
@@ -501,7 +703,6 @@ _REFUSED_OPCODES = {
     ord(opcode): what
     for opcode, what in {
         "P": "a persistent id",
-        "Q": "a persistent id",
         "i": "an instance of a class",
         "o": "an instance of a class",
         "\x81": "an instance of a class",
@@ -517,12 +718,3 @@ _REFUSED_OPCODES = {
         "\x8b": "an integer of arbitrary size",
     }.items()
 }
-
-
-def _hints(refused: str) -> list[str]:
-    if re.search(r"'torch[.']|persistent id", refused):
-        return [
-            "the file holds torch tensors; this version reads NumPy arrays",
-            "in PyTorch: pickle.dump({'model': {k: v.numpy() for k, v in state_dict.items()}}, file)",
-        ]
-    return ["checkpoints hold NumPy arrays and text only; do not open this file with other tools unless you trust its source"]

@@ -149,13 +149,13 @@ def lfs_pointer():
 def zip_archive():
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("archive/data.pkl", b"x")
+        archive.writestr("word/document.xml", b"x")
     return buffer.getvalue()
 
 
 FOREIGN = {
     "is empty": b"",
-    "a zip archive, such as torch.save writes": zip_archive(),
+    "a zip archive that torch.save did not write": zip_archive(),
     "compressed with gzip": gzip.compress(b"x"),
     "HTML or XML": b"\n<!DOCTYPE html><html>404</html>",
     "safetensors": (50).to_bytes(8, "little") + b'{"a": {"dtype": "F32"}}'.ljust(60),

@@ -236,8 +236,6 @@ def test_the_audit_sees_what_pickle_would_run(audit, tmp_path, monkeypatch):
 def test_a_refused_name_is_told_with_its_place():
     with pytest.raises(ConversionError, match=r"the global 'os\.system', which is not on the allow list, at byte 0"):
         read_model(MALICIOUS["os.system, text protocol"])
-    with pytest.raises(ConversionError, match=r"'torch._utils._rebuild_tensor_v2'.*\n.*reads NumPy arrays\n.*v.numpy\(\)"):
-        read_model(MALICIOUS["torch tensor"])
     with pytest.raises(ConversionError, match="a persistent id"):
         read_model(MALICIOUS["persistent id"])
 
