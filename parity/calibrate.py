@@ -412,23 +412,29 @@ def check(entry: registry.Entry) -> dict[str, Any]:
         outputs = {name: network(double, [photos[name]]) for name in ("coffee", "chelsea")}
         coffee, rounded = outputs["coffee"], network(single, [photos["coffee"]])
         figures["float32 error of outputs"] = {
-            key: max(_relative(a, b) for a, b in zip(_layers(rounded, key), _layers(coffee, key), strict=True))
-            for key in ("pred_logits", "pred_masks")
+            key: max(_relative(a, b) for a, b in zip(_layers(rounded, key), _layers(coffee, key), strict=True)) for key in _keys(coffee)
         }
         figures |= _tap_figures(double, single, corner)
-        figures["distance between queries, least and median"] = {
-            key: _query_distances(coffee[key][0].flatten(1)) for key in ("pred_logits", "pred_masks")
-        }
+        figures["effect of eps 1e-6"] = _eps_figures(double, corner)
+        if "sem_seg" in coffee:
+            labels = {name: output["sem_seg"][0].argmax(0) for name, output in outputs.items()}
+            shares = {name: label.flatten().bincount() / label.numel() for name, label in labels.items()}
+            figures["found"] = {name: {"semantic classes above 1 %": int((share > 0.01).sum())} for name, share in shares.items()}
+            return figures
+        figures["distance between queries, least and median"] = {key: _query_distances(coffee[key][0].flatten(1)) for key in _keys(coffee)}
         figures["distance between two photos"] = {
             "pred_logits": _relative(outputs["chelsea"]["pred_logits"], coffee["pred_logits"]),
             "pred_masks": _relative(*(_thumbnail(outputs[name]["pred_masks"]) for name in ("chelsea", "coffee"))),
         }
         figures["mask logits, quantiles 1 50 99 %"] = _quantiles(coffee["pred_masks"], (0.01, 0.5, 0.99))
         figures["found"] = {name: _found(double, entry, output, photos[name].shape[:2]) for name, output in outputs.items()}
-        figures["effect of eps 1e-6"] = _eps_figures(double, corner)
         figures |= _assignment_figures(double, entry, coffee, rounded, photos["coffee"].shape[:2])
     figures |= _gradient_figures(double, entry, corner)
     return figures
+
+
+def _keys(output: dict[str, Any]) -> list[str]:
+    return [key for key in output if key != "aux_outputs"]
 
 
 def _relative(actual: Any, expected: Any) -> float:
@@ -436,7 +442,7 @@ def _relative(actual: Any, expected: Any) -> float:
 
 
 def _layers(output: dict[str, Any], key: str) -> list[Any]:
-    return [*(layer[key] for layer in output["aux_outputs"]), output[key]]
+    return [*(layer[key] for layer in output.get("aux_outputs", ())), output[key]]
 
 
 def _thumbnail(masks: Any) -> Any:
@@ -535,7 +541,7 @@ def _eps_figures(model: Any, image: np.ndarray) -> dict[str, float]:
         actual = network(model, [image])
         for module in modules:
             module.eps = 1e-5
-        figures[kind.__name__] = max(_relative(actual[key], expected[key]) for key in ("pred_logits", "pred_masks"))
+        figures[kind.__name__] = max(_relative(actual[key], expected[key]) for key in _keys(expected))
     return figures
 
 
