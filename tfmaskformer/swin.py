@@ -45,7 +45,8 @@ class Softmax(Module):
     """``nn.Softmax`` over the last axis."""
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        return tf.nn.softmax(inputs)
+        shape = static_shape(inputs)  # oneDNN's kernel takes five axes at most
+        return tf.reshape(tf.nn.softmax(tf.reshape(inputs, [-1, shape[-1]])), shape)
 
 
 class DropPath(Module):
