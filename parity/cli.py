@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parity.check import Check, Settings
@@ -49,6 +50,8 @@ def _check(argv: Sequence[str]) -> int:
         parser.error("--src, --config and --image are for --reference official; a trace says what it was recorded from")
     if arguments.reference == "official" and not arguments.src:
         parser.error("--reference official needs --src, the official checkpoint that --ckpt was converted from")
+    if arguments.reference == "official" and arguments.case:
+        parser.error("--case chooses from a trace; --reference official checks every --image")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         for path in (arguments.report, None if arguments.json == "-" else arguments.json):
@@ -145,6 +148,12 @@ def _record_reference(arguments: argparse.Namespace, directory: str) -> int:
         return _failed(
             f"the manifest of '{arguments.ckpt}' names no zoo entry, so its official config is not known; give --config", BAD_INPUT
         )
+    digest = hashlib.sha256(Path(arguments.src).read_bytes()).hexdigest()
+    if digest != (converted := _manifest(arguments.ckpt).get("source", {}).get("sha256", digest)):
+        return _failed(
+            f"other weights: '{arguments.ckpt}' was converted from a file with SHA-256 {converted}, '{arguments.src}' has {digest}",
+            BAD_INPUT,
+        )
     argv = ["--src", arguments.src, "--config", config, "--out", directory]
     for image in arguments.image or [f"{PHOTOS / name}" for name in DEFAULT_IMAGES]:
         argv += ["--case", image]
@@ -163,10 +172,17 @@ def _zoo_config(checkpoint: str) -> str | None:
     from checkpoints import registry
 
     try:
-        manifest = json.loads((Path(checkpoint) / "manifest.json").read_text(encoding="utf-8"))
-        return registry.entry(manifest["model"]["zoo_entry"]).official_config.removeprefix("configs/")
-    except (OSError, ValueError, KeyError, TypeError):
+        return registry.entry(_manifest(checkpoint)["model"]["zoo_entry"]).official_config.removeprefix("configs/")
+    except (ValueError, KeyError, TypeError):
         return None
+
+
+def _manifest(checkpoint: str) -> dict[str, Any]:
+    """What ``convert`` wrote beside the checkpoint; empty where there is nothing of the kind."""
+    try:
+        return dict(json.loads((Path(checkpoint) / "manifest.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _check_writable(path: str | None) -> None:

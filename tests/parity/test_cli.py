@@ -93,6 +93,7 @@ def test_bad_input_is_told_and_exits_2(tmp_path, capsys):
         (("--ckpt", tmp_path, *reference, "--dtype", "float16"), "invalid choice"),
         (("--ckpt", tmp_path, *reference, "--src", "x.pkl"), "are for --reference official"),
         (("--ckpt", tmp_path, "--reference", "official"), "needs --src"),
+        (("--ckpt", tmp_path, "--reference", "official", "--src", "x.pkl", "--case", "odd"), "every --image"),
     ):
         with pytest.raises(SystemExit) as exit_info:
             cli.main([str(argument) for argument in arguments])
@@ -104,9 +105,13 @@ def test_other_weights_exit_2(checkpoint, tmp_path, capsys):
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["source"]["sha256"] = "0" * 64
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    code, out, err = run(capsys, "--ckpt", tmp_path, "--reference", TRACE)
+    for reference in ((TRACE,), ("official", "--src", __file__)):
+        code, out, err = run(capsys, "--ckpt", tmp_path, "--reference", *reference)
+        assert (code, out) == (cli.BAD_INPUT, "")
+        assert "error: other weights" in err
+    code, out, err = run(capsys, "--ckpt", tmp_path, "--reference", "official", "--src", tmp_path / "absent.pkl")
     assert (code, out) == (cli.BAD_INPUT, "")
-    assert "error: other weights" in err
+    assert "absent.pkl" in err
 
 
 def test_an_environment_that_computes_garbage_exits_3(checkpoint, monkeypatch, capsys):
