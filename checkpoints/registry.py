@@ -91,7 +91,7 @@ def entries() -> tuple[Entry, ...]:
 
 
 def entry(name: str) -> Entry:
-    """The entry called ``name``: the official config's file name without ``.yaml``, or one of the two test models (``tiny_…``).
+    """The entry called ``name``: the official config's file name without ``.yaml``, or a test model's (``tiny_…``, ``shapes_panoptic``).
 
     >>> entry("maskformer_panoptic_R50_bs64_554k").metrics
     {'PQ': 46.5}

@@ -9,6 +9,7 @@ The published values and links are read from the tables of MODEL_ZOO.md, configs
 from __future__ import annotations
 
 import argparse
+import importlib.resources
 import json
 import pathlib
 import re
@@ -16,6 +17,7 @@ import sys
 from typing import Any
 
 from parity import official
+from tfmaskformer.data import shapes
 
 DATASETS = {
     "ade20k_sem_seg_train": "ade20k",
@@ -25,6 +27,7 @@ DATASETS = {
     "coco_2017_train_panoptic": "coco_panoptic",
     "coco_2017_train_stuff_10k_sem_seg": "coco_stuff_10k",
     "mapillary_vistas_sem_seg_train": "mapillary_vistas",
+    "shapes_train": "shapes",
 }
 """Official name of the training data set → the name in the registry."""
 
@@ -60,8 +63,19 @@ TINY = {
         "configs/ade20k-150/per_pixel_baseline_plus_R50_bs16_160k.yaml",
         [*_RESNET, *_HEAD, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 64],
     ),
+    "shapes_panoptic": (
+        "configs/coco-panoptic/maskformer_panoptic_R50_bs64_554k.yaml",
+        [
+            *("DATASETS.TRAIN", ["shapes_train"], "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 7, "INPUT.MIN_SIZE_TEST", 0),
+            *("MODEL.RESNETS.STEM_OUT_CHANNELS", 16, "MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32),
+            *("MODEL.SEM_SEG_HEAD.CONVS_DIM", 64, "MODEL.SEM_SEG_HEAD.MASK_DIM", 32, "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 1),
+            *("MODEL.MASK_FORMER.HIDDEN_DIM", 64, "MODEL.MASK_FORMER.DIM_FEEDFORWARD", 128, "MODEL.MASK_FORMER.DEC_LAYERS", 3),
+            *("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 20, "MODEL.MASK_FORMER.DROPOUT", 0.0),
+        ],
+    ),
 }
-"""Test models: official architectures at small widths, dimensions distinct wherever the architecture allows."""
+"""Test models: official architectures at small widths, dimensions distinct wherever the architecture allows. All but the last, which
+``parity.train_shapes`` trains, have synthetic weights."""
 
 
 def zoo_rows(model_zoo: str) -> list[dict[str, Any]]:
@@ -228,6 +242,15 @@ def backbone_name(cfg: Any) -> str:
     return f"R{cfg.MODEL.RESNETS.DEPTH}" + "c" * (cfg.MODEL.BACKBONE.NAME == "build_resnet_deeplab_backbone")
 
 
+def trained_metrics(name: str) -> dict[str, float]:
+    """What was measured of a test model when it was trained; nothing where its weights are synthetic."""
+    file = importlib.resources.files("checkpoints") / "small" / f"{name}.json"
+    if not file.is_file():
+        return {}
+    results = json.loads(file.read_text(encoding="utf-8"))["validation"]
+    return {"PQ": results[f"first_{shapes.VALIDATION_IMAGES}_images"]["all"]["pq"]}
+
+
 def layout_name(cfg: Any) -> str:
     """Name of the architecture, which entries that differ only in their number of classes share."""
     encoder = encoder_layers(cfg)
@@ -246,8 +269,10 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
         (row, ()) for row in zoo_rows((code.maskformer / "MODEL_ZOO.md").read_text(encoding="utf-8"))
     ]
-    none = {"metrics": {}, "model_id": "", "url": ""}
-    rows += [({"official_config": path, "name": name, **none}, tuple(options)) for name, (path, options) in TINY.items()]
+    rows += [
+        ({"official_config": path, "name": name, "metrics": trained_metrics(name), "model_id": "", "url": ""}, tuple(options))
+        for name, (path, options) in TINY.items()
+    ]
     entries: dict[str, list[dict[str, Any]]] = {}
     layouts: dict[str, list[list[Any]]] = {}
     for order, (row, options) in enumerate(rows):

@@ -11,7 +11,7 @@ import pytest
 
 from checkpoints import registry
 
-TINY = ("tiny_panoptic", "tiny_semantic", "tiny_deeplab", "tiny_swin", "tiny_per_pixel", "tiny_per_pixel_plus")
+TINY = ("tiny_panoptic", "tiny_semantic", "tiny_deeplab", "tiny_swin", "tiny_per_pixel", "tiny_per_pixel_plus", "shapes_panoptic")
 NAMES = [entry.name for entry in registry.entries()]
 
 # Millions of parameters in the paper (arXiv 2107.06278, tables 1, 2, 3 and appendix), to the digit printed.
@@ -87,6 +87,7 @@ def test_config_has_the_classes_of_its_data_set(name):
         ("coco_panoptic", 133, 80, 255),
         ("coco_stuff_10k", 171, 0, 255),
         ("mapillary_vistas", 65, 0, 65),
+        ("shapes", 7, 4, 255),
     ],
 )
 def test_dataset(name, classes, things, ignore_label):

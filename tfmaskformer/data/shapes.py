@@ -1,8 +1,8 @@
 """A generated panoptic data set: discs, triangles, boxes and crosses before sky, grass and water.
 
-Easy enough to train a small MaskFormer on in minutes of one CPU core, and not trivial: a class has a colour only roughly, half of the shapes
-are striped, they cover each other, some touch another of their class, and sky and water are both blue. Images differ in size and are not
-square.
+Easy enough to train a small MaskFormer on in minutes of one CPU core, and not trivial: a class has a colour only roughly, half of the
+shapes are striped, they cover each other, some touch another of their class, and sky and water are both blue. Images differ in size and
+are not square.
 
 An image is a function of its split and index alone. It is made of NumPy's raw Philox bits with integer arithmetic, so every platform and
 version makes the same bytes. Every index from 0 on exists: the training split has no end, the validation split is what one takes of it
