@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -40,5 +42,30 @@ def checkpoint_file(tmp_path):
         model = {registry.v1_key(key) if key_layout == "v1" else key: value for key, value in tensors.items()}
         path.write_bytes(pickle.dumps({"model": model, "__author__": "a test"}, protocol))
         return path
+
+    return write
+
+
+@pytest.fixture
+def torch_zip():
+    """Writes tensors as ``torch.save({"model": tensors}, path)`` would, without PyTorch."""
+
+    def text(value):
+        return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+    def numbers(values):
+        return b"(" + b"".join(b"J" + struct.pack("<i", value) for value in values) + b"t"
+
+    def write(tensors, path):
+        model = b""
+        with zipfile.ZipFile(path, "w") as archive:
+            for key, (name, tensor) in enumerate(tensors.items()):
+                kind = {"float32": "FloatStorage", "int64": "LongStorage"}[tensor.dtype.name]
+                stored = b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + text(str(key)) + text("cpu") + numbers([tensor.size])[1:-1]
+                strides = [stride // tensor.itemsize for stride in tensor.strides]
+                arguments = b"(" + stored + b"tQJ" + bytes(4) + numbers(tensor.shape) + numbers(strides) + b"\x89}t"
+                model += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R"
+                archive.writestr(f"archive/data/{key}", tensor.tobytes())
+            archive.writestr("archive/data.pkl", b"\x80\x02}" + text("model") + b"}(" + model + b"us.")
 
     return write
