@@ -114,3 +114,24 @@ def make_targets(height: int, width: int, objects: int, num_classes: int, key: s
         y, x = (int(number % size) for number, size in zip(numbers[-2:], (height, width), strict=True))
         masks[-1] = (rows - y) ** 2 * semi_x**2 + (columns - x) ** 2 * semi_y**2 <= semi_y**2 * semi_x**2
     return labels, masks
+
+
+def make_label_map(labels: np.ndarray, masks: np.ndarray, num_classes: int, ignore_value: int, key: str) -> np.ndarray:
+    """The class of each pixel, for objects of :func:`make_targets`: later objects lie over earlier ones.
+
+    Of the pixels that are nobody's, the first half in reading order has no label, and the others a class of their own.
+
+    Args:
+        labels, masks, key: as there.
+        ignore_value: of pixels without a label.
+
+    Returns:
+        int32 [height, width].
+    """
+    background = int(hashed_numbers(f"{key} background", 1)[0] % np.uint64(num_classes))
+    label_map = np.full(masks.shape[1:], background, np.int32)
+    for label, mask in zip(labels, masks, strict=True):
+        label_map[mask] = label
+    nobodys = np.flatnonzero(~masks.any(0))
+    label_map.flat[nobodys[: len(nobodys) // 2]] = ignore_value
+    return label_map

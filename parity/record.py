@@ -31,14 +31,8 @@ import numpy as np
 import tfmaskformer
 from parity import official, trace
 from parity.inputs import CaseSpec, InputError, make_targets, parse_case
+from parity.meta_architectures import META_ARCHITECTURES, Emit, RecordError, Targets, Task, numpy
 from parity.trace import Trace, TraceError, TraceFileWriter
-
-Emit = Callable[[str, str, np.ndarray], None]
-"""Takes one record: group, name, array. The array may share memory with a live tensor: use it at once."""
-
-
-class RecordError(RuntimeError):
-    """The official code did not do what a trace relies on; the message says what."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +59,22 @@ RUNS = {
 
 @dataclasses.dataclass(frozen=True)
 class LoadedCase:
-    """A case in memory: ``images`` uint8 [H, W, 3] and for each its ``labels`` int64 [K] and ``masks`` bool [K, H, W]."""
+    """A case in memory: ``images`` uint8 [H, W, 3], and the targets of each."""
 
     name: str
     images: list[np.ndarray]
-    targets: list[tuple[np.ndarray, np.ndarray]]
+    targets: list[Targets]
     description: list[dict[str, Any]]
 
 
-def load_case(case: CaseSpec, num_classes: int, seed: int) -> LoadedCase:
+def load_case(case: CaseSpec, config: Any, seed: int) -> LoadedCase:
     """Reads and resizes a case's images and makes their targets."""
     images = [image.read() for image in case.images]
-    targets = [
-        make_targets(image.height, image.width, image.objects, num_classes, f"seed {seed} image {index}")
-        for index, image in enumerate(case.images)
-    ]
+    kind, targets = META_ARCHITECTURES[config.MODEL.META_ARCHITECTURE], []
+    for index, image in enumerate(case.images):
+        key = f"seed {seed} image {index}"
+        labels, masks = make_targets(image.height, image.width, image.objects, config.MODEL.SEM_SEG_HEAD.NUM_CLASSES, key)
+        targets.append(kind.targets(labels, masks, config, key))
     description = [
         {
             "file": image.path.name,
@@ -99,6 +94,7 @@ def record(
     cases: Sequence[CaseSpec],
     directory: str | Path,
     *,
+    options: Sequence[Any] = (),
     samples: int | None = None,
     seed: int = 0,
     command: Sequence[str] = (),
@@ -111,6 +107,7 @@ def record(
         checkpoint: official ``.pkl`` or ``.pth`` file.
         cases: from :func:`parity.inputs.parse_case`; their names differ.
         directory: made if it is not there.
+        options: keys and values that change the config (Detectron2's ``merge_from_list``).
         samples: elements to store of each large tensor; None: all.
         seed: of the targets.
         command: how this was asked for, for the manifest.
@@ -120,13 +117,16 @@ def record(
         RecordError: the official code did not do what a trace relies on.
     """
     config = code.config(config_name)
+    config.merge_from_list(list(options))
     names = [case.name for case in cases]
     if len(set(names)) < len(names):
         raise InputError(f"two cases have one name among {', '.join(names)}; name them: NAME=FILE@HEIGHTxWIDTH")
     for name in names:
         trace.file_path(directory, name, "float64")
-    loaded = [load_case(case, config.MODEL.SEM_SEG_HEAD.NUM_CLASSES, seed) for case in cases]
+    loaded = [load_case(case, config, seed) for case in cases]
     provenance = _provenance(code, config_name, config, Path(checkpoint), samples, seed)
+    if options:
+        provenance["options"] = list(options)
     keys = {case.name: _digest([provenance, case.description]) for case in loaded}
     manifest_cases = _earlier_cases(Path(directory), provenance)
     manifest_cases.update({case.name: {"key": keys[case.name], "images": case.description} for case in loaded})
@@ -137,27 +137,27 @@ def record(
     except OSError as error:
         raise TraceError(f"cannot write trace '{directory}': {error}") from error
 
-    model = None
+    task = None
     for case in loaded:
         if _is_recorded(directory, case.name, keys[case.name]):
             _say(f"{case.name}: there already")
             continue
-        if model is None:
-            model = code.model(config, checkpoint)
+        if task is None:
+            task = META_ARCHITECTURES[config.MODEL.META_ARCHITECTURE](code.model(config, checkpoint))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the official code's deprecations
-            _record_case(model, case, Path(directory), samples, {"key": keys[case.name]})
+            _record_case(task, case, Path(directory), samples, {"key": keys[case.name]})
     return Trace(directory)
 
 
-def _record_case(model: Any, case: LoadedCase, directory: Path, samples: int | None, facts: Mapping[str, Any]) -> None:
+def _record_case(task: Task, case: LoadedCase, directory: Path, samples: int | None, facts: Mapping[str, Any]) -> None:
     with _Spool(directory) as spool:
         runs = RUNS["float64"]
         with TraceFileWriter(directory, case.name, "float64", runs=[run.name for run in runs], samples=samples, facts=facts) as writer:
-            for index, (pixels, (labels, masks)) in enumerate(zip(case.images, case.targets, strict=True)):
+            for index, (pixels, targets) in enumerate(zip(case.images, case.targets, strict=True)):
                 writer.add("inputs", f"images/{index}", pixels)
-                writer.add("inputs", f"targets/{index}/labels", labels)
-                writer.add("inputs", f"targets/{index}/masks", masks)
+                for name, target in targets.items():
+                    writer.add("inputs", f"targets/{index}/{name}", target)
 
             def add_reference(group: str, name: str, array: np.ndarray) -> None:
                 writer.add(group, name, array)
@@ -165,14 +165,14 @@ def _record_case(model: Any, case: LoadedCase, directory: Path, samples: int | N
                 if group == "matcher" and name.endswith("/total"):
                     writer.add(group, name.replace("total", "gap"), np.array(assignment_gap(array)))
 
-            _run(model, REFERENCE, case, add_reference)
-            _measure(model, runs, case, writer, spool)
+            _run(task, REFERENCE, case, add_reference)
+            _measure(task, runs, case, writer, spool)
         runs = RUNS["float32"]
         with TraceFileWriter(directory, case.name, "float32", runs=[run.name for run in runs], samples=samples, facts=facts) as writer:
-            _measure(model, runs, case, writer, spool, baseline=True)
+            _measure(task, runs, case, writer, spool, baseline=True)
 
 
-def _measure(model: Any, runs: Sequence[Run], case: LoadedCase, writer: TraceFileWriter, spool: _Spool, *, baseline: bool = False) -> None:
+def _measure(task: Task, runs: Sequence[Run], case: LoadedCase, writer: TraceFileWriter, spool: _Spool, *, baseline: bool = False) -> None:
     """Runs each of ``runs`` and stores its errors against the spooled reference; with ``baseline``, the values of the first run too."""
     errors: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
     noise: dict[str, float] = collections.defaultdict(float)
@@ -194,7 +194,7 @@ def _measure(model: Any, runs: Sequence[Run], case: LoadedCase, writer: TraceFil
             if group == "matcher" and name.endswith("/total"):
                 noise[name] = max(noise[name], float(np.abs(array - expected).max(initial=0)))
 
-        _run(model, run, case, compare)
+        _run(task, run, case, compare)
         if seen != spool.keys():
             raise RecordError(
                 f"{case.name}: {run.dtype} {run.name} and the reference do not have the same tensors: {sorted(seen ^ spool.keys())[:3]}"
@@ -206,111 +206,96 @@ def _measure(model: Any, runs: Sequence[Run], case: LoadedCase, writer: TraceFil
             writer.add("matcher", name.replace("total", "cost_noise"), np.array(value))
 
 
-def _run(model: Any, run: Run, case: LoadedCase, emit: Emit) -> None:
+def _run(task: Task, run: Run, case: LoadedCase, emit: Emit) -> None:
     """One forward and backward pass of the official model; every result goes to ``emit`` in the order of computation."""
     import torch
-    from detectron2.structures import ImageList, Instances
 
     start = time.perf_counter()
+    model = task.model
     model.to(getattr(torch, run.dtype), memory_format=torch.channels_last if run.channels_last else torch.contiguous_format)
+    where = f"{case.name}, {run.dtype} {run.name}"
     sizes = [pixels.shape[:2] for pixels in case.images]
     inputs = [{"image": torch.from_numpy(pixels.transpose(2, 0, 1).copy())} for pixels in case.images]
     with torch.backends.mkldnn.flags(enabled=run.onednn), torch.enable_grad():
         seen: dict[str, Any] = {}
-        with _taps(model, emit, seen):
+        with _taps(task, emit, seen):
             results = model([{**image, "height": height, "width": width} for image, (height, width) in zip(inputs, sizes, strict=True)])
-        images, outputs = seen["images"], seen["outputs"]
-        for path, tensor in _flatten(outputs):
-            emit("outputs", _output_name(path), _numpy(tensor))
-        _assert_undisturbed(model, images, outputs, f"{case.name}, {run.dtype} {run.name}")
-        with _outputs_given(model, outputs), torch.no_grad():
+        images, returned = seen["images"], seen["returned"]
+        for path, tensor in _flatten(task.outputs(returned)):
+            emit("outputs", _output_name(path), numpy(tensor))
+        _assert_undisturbed(task, images, returned, where)
+        with task.given(returned), torch.no_grad():
             resized = model([{**image, **_other_size(size)} for image, size in zip(inputs, sizes, strict=True)])
         for index in range(len(inputs)):
             for prefix, result in ((f"{index}/", results[index]), (f"{index}/resized/", resized[index])):
                 _emit_inference(result, prefix, emit)
         del results, resized
 
-        instances = [
-            Instances(size, gt_classes=torch.from_numpy(labels), gt_masks=torch.from_numpy(masks))
-            for size, (labels, masks) in zip(sizes, case.targets, strict=True)
-        ]
-        targets = model.prepare_targets(instances, ImageList(images, sizes))
-        with _matcher_calls() as calls:
-            try:
-                losses = model.criterion(outputs, targets)
-            except ValueError as error:
-                raise RecordError(
-                    f"{case.name}: the official matcher failed in {run.dtype} ({error}); are there NaN in the weights?"
-                ) from error
-        _emit_matching(model.criterion.matcher, outputs, targets, calls, emit)
+        try:
+            losses, total = task.losses(returned, images, case.targets, emit)
+        except RecordError as error:
+            raise RecordError(f"{where}: {error}") from error
         for name, loss in losses.items():
-            emit("losses", name, _numpy(loss))
-        total = sum(loss * model.criterion.weight_dict[name] for name, loss in losses.items())
-        emit("losses", "total", _numpy(total))
+            emit("losses", name, numpy(loss))
+        emit("losses", "total", numpy(total))
         parameters = dict(model.named_parameters())
         gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
-                raise RecordError(f"{case.name}: the loss does not depend on parameter '{name}'")
-            emit("gradients", name, _numpy(gradient))
+                raise RecordError(f"{where}: the loss does not depend on parameter '{name}'")
+            emit("gradients", name, numpy(gradient))
     _say(f"{case.name}: {run.dtype} {run.name} {time.perf_counter() - start:.1f} s")
 
 
 @contextlib.contextmanager
-def _taps(model: Any, emit: Emit, seen: dict[str, Any]) -> Iterator[None]:
+def _taps(task: Task, emit: Emit, seen: dict[str, Any]) -> Iterator[None]:
     """Emits the output of every module call at once (ReLUs that work in place would change it), and the batch that enters the backbone.
 
-    ``seen`` receives that batch (``images``) and the outputs of the head (``outputs``), with their graph.
+    Of the head that is the network's outputs, before what some heads do at inference. ``seen`` receives the batch (``images``) and what
+    the head's method returned (``returned``), with their graph.
     """
     calls: collections.Counter[str] = collections.Counter()
 
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            index = calls[name]
-            calls[name] += 1
-            for path, tensor in _flatten(output):
-                emit("taps", f"{name}#{index}" + "".join(f"[{item}]" for item in path), _numpy(tensor))
+    def emit_call(name: str, output: Any) -> None:
+        index = calls[name]
+        calls[name] += 1
+        for path, tensor in _flatten(output):
+            emit("taps", f"{name}#{index}" + "".join(f"[{item}]" for item in path), numpy(tensor))
 
-        return hook
+    def hook_for(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: emit_call(name, output)
 
     def see_images(_module: Any, inputs: Any) -> None:
         seen["images"] = inputs[0]
-        emit("taps", "images#0", _numpy(inputs[0]))
+        emit("taps", "images#0", numpy(inputs[0]))
 
-    def see_outputs(_module: Any, _inputs: Any, output: Any) -> None:
-        seen["outputs"] = output
+    def see_returned(returned: Any) -> None:
+        seen["returned"] = returned
+        emit_call("sem_seg_head", task.outputs(returned))
 
-    named = [(name, module) for name, module in model.named_modules() if name and name.split(".")[0] != "criterion"]
+    untapped = ("", "sem_seg_head", "criterion")
+    named = [(name, module) for name, module in task.model.named_modules() if name not in untapped and not name.startswith("criterion.")]
     handles = [module.register_forward_hook(hook_for(name)) for name, module in named]
-    handles += [model.backbone.register_forward_pre_hook(see_images), model.sem_seg_head.register_forward_hook(see_outputs)]
+    handles.append(task.model.backbone.register_forward_pre_hook(see_images))
     try:
-        yield
+        with task.watched(see_returned):
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _assert_undisturbed(model: Any, images: Any, outputs: Any, where: str) -> None:
+def _assert_undisturbed(task: Task, images: Any, returned: Any, where: str) -> None:
     """The same pass without hooks gives the same bits."""
     import torch
 
-    again = dict(_flatten(model.sem_seg_head(model.backbone(images))))
-    for path, tensor in _flatten(outputs):
-        if not torch.equal(tensor, again[path]):
+    again = getattr(task.model.sem_seg_head, task.method)(task.model.backbone(images))
+    tensors = dict(_flatten(task.outputs(again)))
+    for path, tensor in _flatten(task.outputs(returned)):
+        if not torch.equal(tensor, tensors[path]):
             raise RecordError(
                 f"{where}: without hooks, '{_output_name(path)}' has other bits; the recording would not show what the model computes"
             )
-
-
-@contextlib.contextmanager
-def _outputs_given(model: Any, outputs: Any) -> Iterator[None]:
-    """Inside, the official forward pass finds ``outputs`` instead of computing them: its inference steps run on them, at any size."""
-    model.backbone.forward = lambda images: None
-    model.sem_seg_head.forward = lambda features: outputs
-    try:
-        yield
-    finally:
-        del model.backbone.forward, model.sem_seg_head.forward
 
 
 def _other_size(size: tuple[int, int]) -> dict[str, int]:
@@ -319,67 +304,12 @@ def _other_size(size: tuple[int, int]) -> dict[str, int]:
 
 
 def _emit_inference(result: Mapping[str, Any], prefix: str, emit: Emit) -> None:
-    emit("inference", f"{prefix}sem_seg", _numpy(result["sem_seg"]))
+    emit("inference", f"{prefix}sem_seg", numpy(result["sem_seg"]))
     if "panoptic_seg" in result:
         segmentation, segments = result["panoptic_seg"]
         rows = [[segment["id"], segment["category_id"], segment["isthing"]] for segment in segments]
-        emit("inference", f"{prefix}panoptic_seg", _numpy(segmentation))
+        emit("inference", f"{prefix}panoptic_seg", numpy(segmentation))
         emit("inference", f"{prefix}segments", np.array(rows, np.int64).reshape(-1, 3))
-
-
-@contextlib.contextmanager
-def _matcher_calls() -> Iterator[list[dict[str, Any]]]:
-    """Collects what the official matcher computes for each layer and image: ``cost_mask``, ``cost_dice``, ``total``, ``pairs``."""
-    from mask_former.modeling import matcher
-
-    functions = {name: getattr(matcher, name) for name in ("batch_sigmoid_focal_loss", "batch_dice_loss", "linear_sum_assignment")}
-    calls: list[dict[str, Any]] = []
-
-    def focal(*arguments: Any) -> Any:
-        calls.append({"cost_mask": functions["batch_sigmoid_focal_loss"](*arguments)})
-        return calls[-1]["cost_mask"]
-
-    def dice(*arguments: Any) -> Any:
-        calls[-1]["cost_dice"] = functions["batch_dice_loss"](*arguments)
-        return calls[-1]["cost_dice"]
-
-    def assign(total: Any) -> Any:
-        calls[-1]["total"] = total
-        calls[-1]["pairs"] = functions["linear_sum_assignment"](total)
-        return calls[-1]["pairs"]
-
-    replacements = {"batch_sigmoid_focal_loss": focal, "batch_dice_loss": dice, "linear_sum_assignment": assign}
-    for name, replacement in replacements.items():
-        setattr(matcher, name, replacement)
-    try:
-        yield calls
-    finally:
-        for name, function in functions.items():
-            setattr(matcher, name, function)
-
-
-def _emit_matching(matcher: Any, outputs: Any, targets: Any, calls: Sequence[Mapping[str, Any]], emit: Emit) -> None:
-    import torch
-
-    layers = {"final": outputs} | {str(index): layer for index, layer in enumerate(outputs.get("aux_outputs", ()))}
-    places = [(layer, index) for layer in layers for index in range(len(targets))]
-    for (layer, index), call in zip(places, calls, strict=True):
-        labels = targets[index]["labels"]
-        cost_class = -layers[layer]["pred_logits"][index].detach().softmax(-1)[:, labels]
-        total = matcher.cost_mask * call["cost_mask"] + matcher.cost_class * cost_class + matcher.cost_dice * call["cost_dice"]
-        if not torch.equal(total, call["total"]):
-            raise RecordError(f"the costs of layer '{layer}', image {index} do not add up to what the official matcher solved")
-        assignment = np.full(len(labels), -1, np.int64)
-        queries, objects = call["pairs"]
-        assignment[objects] = queries
-        for name, tensor in (
-            ("cost_class", cost_class),
-            ("cost_mask", call["cost_mask"]),
-            ("cost_dice", call["cost_dice"]),
-            ("total", total),
-        ):
-            emit("matcher", f"{layer}/{index}/{name}", _numpy(tensor))
-        emit("matcher", f"{layer}/{index}/assignment", assignment)
 
 
 def assignment_gap(total: np.ndarray) -> float:
@@ -414,7 +344,7 @@ def _flatten(outputs: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[A
     elif isinstance(outputs, list | tuple):
         items = enumerate(outputs)
     else:
-        if outputs is not None:
+        if outputs is not None and not isinstance(outputs, int):  # Swin's stages return sizes too
             yield path, outputs
         return
     for key, value in items:
@@ -423,11 +353,6 @@ def _flatten(outputs: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[A
 
 def _output_name(path: Sequence[Any]) -> str:
     return ".".join(map(str, path))
-
-
-def _numpy(tensor: Any) -> np.ndarray:
-    """The tensor's values, sharing its memory."""
-    return tensor.detach().numpy()
 
 
 class _Spool:

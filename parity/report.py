@@ -113,7 +113,8 @@ def _case(case: CaseCheck) -> Iterator[str]:
     if taps:
         yield f"worst of {len(taps)} taps by error / tolerance:"
         yield from _table(_worst(taps))
-    yield "assignments: " + _assignments(case)
+    if assignments := _assignments(case):
+        yield f"assignments: {assignments}"
     losses = _with_error(case, "losses")
     if losses:
         yield f"worst of {len(losses)} losses by error / tolerance:"

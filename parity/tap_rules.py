@@ -3,8 +3,9 @@
 A tap is an output of a module by its official name and call, ``<module>#<call>[<item>]``. Every tap is matched by exactly one line of
 :data:`TAPS`, whose :class:`Layout` names the axes in TensorFlow and in PyTorch. Layouts are declared, never searched for.
 
-Axes: B image of the batch, H and W rows and columns, S = H · W flattened (T: a second one), C channels, Q queries (R: a second one),
-N decoder layers; Y and X rows and columns of Swin's windows, P positions in a window (O: a second one), A attention heads.
+Axes: B image of the batch, H and W rows and columns, S = H · W flattened (T: a second one), C channels, Q queries or, of a per-pixel
+baseline, classes (R: a second one), N decoder layers; Y and X rows and columns of Swin's windows, P positions in a window (O: a
+second one), A attention heads.
 Parentheses: PyTorch has these axes in one.
 """
 
@@ -110,12 +111,17 @@ TAPS: tuple[tuple[str, Layout], ...] = (
     ("{module:sem_seg_head|sem_seg_head.predictor}#{call}[pred_masks]", MASKS),
     ("{module:sem_seg_head|sem_seg_head.predictor}#{call}[aux_outputs][{layer}][pred_logits]", LOGITS),
     ("{module:sem_seg_head|sem_seg_head.predictor}#{call}[aux_outputs][{layer}][pred_masks]", MASKS),
+    ("sem_seg_head.predictor#{call}", MAP),
+    ("sem_seg_head#{call}[sem_seg]", MASKS),
+    ("sem_seg_head#{call}[aux_outputs][{layer}][sem_seg]", MASKS),
 )
 OUTPUTS: tuple[tuple[str, Layout], ...] = (
     ("pred_logits", LOGITS),
     ("pred_masks", MASKS),
     ("aux_outputs.{layer}.pred_logits", LOGITS),
     ("aux_outputs.{layer}.pred_masks", MASKS),
+    ("sem_seg", MASKS),
+    ("aux_outputs.{layer}.sem_seg", MASKS),
 )
 # fmt: on
 

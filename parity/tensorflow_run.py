@@ -30,7 +30,8 @@ class CaseInputs:
 
     Attributes:
         images: uint8 [height, width, 3] RGB.
-        targets: for each image ``labels`` int64 [K] and ``masks`` bool [K, height, width].
+        targets: for each image ``labels`` int64 [K], ``masks`` bool [K, height, width] and, of a per-pixel baseline, ``sem_seg`` int32
+            [height, width].
         forced: (layer, image) → int [K], layer 0 being the final one: assignments to take losses under, where the reference's own is
             no better than another (a tie or near-tie); elsewhere losses are taken under the model's own.
         resized: (height, width) in px of each image's second inference.
@@ -88,16 +89,16 @@ def run(
     canvas = sizes.max(0) if pad_to is None else pad_to
     divisor = max(model.config.size_divisibility, 1)
     height, width = (-(-int(side) // divisor) * divisor for side in canvas)
-    targets = [_padded_targets(case, height, width) for case in cases]
-    forced = [_padded_assignments(case, model.config) for case in cases]
-    arguments = tf.nest.map_structure(tf.constant, (_padded_images(images, canvas), sizes, targets, forced))
-    step: Any = _step(model, padding)
+    task = _task(model.config)
+    targets = [task.targets(case, height, width) for case in cases]
+    arguments = tf.nest.map_structure(tf.constant, (_padded_images(images, canvas), sizes, targets))
+    step: Any = _step(model, task, padding)
     if mode != "eager":
         step = tf.function(step, jit_compile=mode == "xla")
     with _given_position_embeddings(cases):
         taps, outputs, matchings, losses, exact_losses, gradients = step(*arguments)
 
-    whole = {"taps": _numpy(taps), "outputs": _numpy(dict(_flat_outputs(outputs)))}
+    whole = {"taps": _numpy(taps), "outputs": _numpy(dict(_flat_outputs(outputs, task.outputs)))}
     results = []
     for index, case in enumerate(cases):
         view, own_outputs = None, outputs
@@ -106,7 +107,7 @@ def run(
             valid_height, valid_width = own_outputs["valid_sizes"][0].numpy().tolist()
             view = View(index, (height, width), (valid_height, valid_width))
         own = {
-            "matcher": dict(_matcher_records(matchings[index], case)),
+            "matcher": dict(task.matcher_records(matchings[index], case)),
             "losses": _numpy(losses[index]),
             "gradients": official_gradients(_numpy(gradients[index]), model.config),
             "inference": dict(_inference(own_outputs, model.config, case)),
@@ -115,38 +116,118 @@ def run(
     return results
 
 
-def _step(model: MaskFormer, padding: str) -> Callable[..., tuple[Any, ...]]:
+def _step(model: MaskFormer, task: _MaskFormerTask | _PerPixelTask, padding: str) -> Callable[..., tuple[Any, ...]]:
     """The function to trace: a forward pass for the batch, then costs, losses and gradients for each case apart."""
     import tensorflow as tf
 
-    from tfmaskformer.criterion import SetCriterion
     from tfmaskformer.module import named_variables, record_taps
 
-    criterion = SetCriterion(model.config)
+    weighted_total = task.criterion.weighted_total
     variables = {name: variable.value for name, variable in named_variables(model).items() if variable.trainable}
 
-    def step(batch: Any, sizes: Any, targets: Sequence[Any], forced: Sequence[Any]) -> tuple[Any, ...]:
+    def step(batch: Any, sizes: Any, targets: Sequence[Any]) -> tuple[Any, ...]:
         matchings, losses, exact_losses, totals = [], [], [], []
         with tf.GradientTape(persistent=len(targets) > 1) as tape:
             with record_taps() as taps:
                 outputs = model(batch, sizes, padding=padding)
-            for index, (case_targets, (assignment, is_forced)) in enumerate(zip(targets, forced, strict=True)):
+            for index, case_targets in enumerate(targets):
                 own = outputs
                 if padding == "masked":
                     own = _of_image(outputs, index)
-                matching = criterion.match(own, case_targets)
-                assignment = tf.where(is_forced[..., tf.newaxis], assignment, matching.assignment)
-                case_losses = criterion.losses(own, case_targets, assignment)
-                totals.append(criterion.weighted_total(case_losses))
+                matching, losses_of = task.match(own, case_targets)
+                case_losses = losses_of(own)
+                totals.append(weighted_total(case_losses))
                 losses.append(case_losses | {"total": totals[-1]})
                 with tape.stop_recording():
-                    exact = criterion.losses(_in_float64(own), case_targets, assignment)
-                    exact_losses.append(exact | {"total": criterion.weighted_total(exact)})
+                    exact = losses_of(_in_float64(own))
+                    exact_losses.append(exact | {"total": weighted_total(exact)})
                 matchings.append(matching)
         gradients = [tape.gradient(total, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO) for total in totals]
         return dict(taps), outputs, matchings, losses, exact_losses, gradients
 
     return step
+
+
+class _MaskFormerTask:
+    """Losses under an assignment, of which costs are told too."""
+
+    outputs = ("pred_logits", "pred_masks")
+
+    def __init__(self, config: MaskFormerConfig):
+        from tfmaskformer.criterion import SetCriterion
+
+        self.criterion = SetCriterion(config)
+        self.layers = config.predictor.dec_layers if config.predictor.deep_supervision else 1
+
+    def targets(self, case: CaseInputs, height: int, width: int) -> Any:
+        """The criterion's targets on a canvas of (height, width) px, and what :meth:`_assignments` makes of the case."""
+        counts = np.array([len(target["labels"]) for target in case.targets], np.int32)
+        labels = np.zeros((len(counts), counts.max()), np.int32)
+        masks = np.zeros((*labels.shape, height, width), bool)
+        for index, target in enumerate(case.targets):
+            labels[index, : counts[index]] = target["labels"]
+            rows, columns = target["masks"].shape[1:]
+            masks[index, : counts[index], :rows, :columns] = target["masks"]
+        return {"labels": labels, "masks": masks, "num_objects": counts}, self._assignments(case)
+
+    def _assignments(self, case: CaseInputs) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [layers, batch, max_objects] and bool [layers, batch]: the forced assignments, and where they are."""
+        most = max(len(target["labels"]) for target in case.targets)
+        assignment = np.full((self.layers, len(case.targets), most), -1, np.int32)
+        is_forced = np.zeros(assignment.shape[:2], bool)
+        for (layer, image), queries in case.forced.items():
+            assignment[layer, image, : len(queries)] = queries
+            is_forced[layer, image] = True
+        return assignment, is_forced
+
+    def match(self, outputs: Mapping[str, Any], targets: Any) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
+        """Costs and assignment, and what takes the losses of outputs under it."""
+        import tensorflow as tf
+
+        own, (assignment, is_forced) = targets
+        matching = self.criterion.match(outputs, own)
+        assignment = tf.where(is_forced[..., tf.newaxis], assignment, matching.assignment)
+        return matching, lambda outputs: self.criterion.losses(outputs, own, assignment)
+
+    @staticmethod
+    def matcher_records(matching: Any, case: CaseInputs) -> Any:
+        """Name → array of the group "matcher"."""
+        fields = _numpy(matching._asdict())
+        for layer in range(fields["assignment"].shape[0]):
+            for image, target in enumerate(case.targets):
+                prefix, count = f"{'final' if layer == 0 else layer - 1}/{image}", len(target["labels"])
+                for name in ("cost_class", "cost_mask", "cost_dice", "total"):
+                    yield f"{prefix}/{name}", fields[name][layer, image, :, :count]
+                yield f"{prefix}/assignment", fields["assignment"][layer, image, :count]
+
+
+class _PerPixelTask:
+    """Losses of each pixel; nothing is matched. See :class:`_MaskFormerTask`."""
+
+    outputs = ("sem_seg",)
+
+    def __init__(self, config: MaskFormerConfig):
+        from tfmaskformer.per_pixel_criterion import PerPixelCriterion
+
+        self.criterion = PerPixelCriterion(config)
+
+    def targets(self, case: CaseInputs, height: int, width: int) -> Any:
+        sem_seg = np.full((len(case.targets), height, width), self.criterion.ignore_value, np.int32)
+        for index, target in enumerate(case.targets):
+            rows, columns = target["sem_seg"].shape
+            sem_seg[index, :rows, :columns] = target["sem_seg"]
+        return {"sem_seg": sem_seg}
+
+    def match(self, outputs: Mapping[str, Any], targets: Any) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
+        return (), lambda outputs: self.criterion(outputs, targets)
+
+    @staticmethod
+    def matcher_records(matching: Any, case: CaseInputs) -> Any:
+        return ()
+
+
+def _task(config: MaskFormerConfig) -> _MaskFormerTask | _PerPixelTask:
+    return _MaskFormerTask(config) if config.head == "MaskFormerHead" else _PerPixelTask(config)
 
 
 @contextlib.contextmanager
@@ -195,46 +276,12 @@ def _padded_images(images: Sequence[np.ndarray], canvas: Sequence[int]) -> np.nd
     return batch
 
 
-def _padded_targets(case: CaseInputs, height: int, width: int) -> dict[str, np.ndarray]:
-    """The criterion's ``targets``, on a canvas of (height, width) px."""
-    counts = np.array([len(target["labels"]) for target in case.targets], np.int32)
-    labels = np.zeros((len(counts), counts.max()), np.int32)
-    masks = np.zeros((*labels.shape, height, width), bool)
-    for index, target in enumerate(case.targets):
-        labels[index, : counts[index]] = target["labels"]
-        rows, columns = target["masks"].shape[1:]
-        masks[index, : counts[index], :rows, :columns] = target["masks"]
-    return {"labels": labels, "masks": masks, "num_objects": counts}
-
-
-def _padded_assignments(case: CaseInputs, config: MaskFormerConfig) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [layers, batch, max_objects] and bool [layers, batch]: the forced assignments, and where they are."""
-    layers = config.predictor.dec_layers if config.predictor.deep_supervision else 1
-    most = max(len(target["labels"]) for target in case.targets)
-    assignment = np.full((layers, len(case.targets), most), -1, np.int32)
-    is_forced = np.zeros(assignment.shape[:2], bool)
-    for (layer, image), queries in case.forced.items():
-        assignment[layer, image, : len(queries)] = queries
-        is_forced[layer, image] = True
-    return assignment, is_forced
-
-
-def _flat_outputs(outputs: Mapping[str, Any]) -> Any:
-    for key in ("pred_logits", "pred_masks"):
+def _flat_outputs(outputs: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    for key in keys:
         yield key, outputs[key]
     for layer, auxiliary in enumerate(outputs.get("aux_outputs", ())):
-        for key in ("pred_logits", "pred_masks"):
+        for key in keys:
             yield f"aux_outputs.{layer}.{key}", auxiliary[key]
-
-
-def _matcher_records(matching: Any, case: CaseInputs) -> Any:
-    fields = _numpy(matching._asdict())
-    for layer in range(fields["assignment"].shape[0]):
-        for image, target in enumerate(case.targets):
-            prefix, count = f"{'final' if layer == 0 else layer - 1}/{image}", len(target["labels"])
-            for name in ("cost_class", "cost_mask", "cost_dice", "total"):
-                yield f"{prefix}/{name}", fields[name][layer, image, :, :count]
-            yield f"{prefix}/assignment", fields["assignment"][layer, image, :count]
 
 
 def _inference(outputs: Mapping[str, Any], config: MaskFormerConfig, case: CaseInputs) -> Any:

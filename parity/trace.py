@@ -24,12 +24,15 @@ Each HDF5 file is complete or absent: it is written as ``<name>.partial``, synce
 Records are grouped:
 
 ``inputs``     float64 file only: ``images/{i}`` uint8 [H, W, 3] RGB; ``targets/{i}/labels`` int64 [K]; ``targets/{i}/masks`` bool [K, H, W]
+               and, of a per-pixel baseline, ``targets/{i}/sem_seg`` int32 [H, W]
 ``taps``       ``<module>#<call>[<item>]``, and ``images#0``, the normalised, padded batch
-``outputs``    ``pred_logits``, ``pred_masks``, ``aux_outputs.{layer}.pred_logits``, ``aux_outputs.{layer}.pred_masks``
-``matcher``    below ``{layer}/{i}/`` (layer: ``final``, ``0``, ``1``, …; i: image) ``cost_class``, ``cost_mask``, ``cost_dice``, ``total``
-               [Q, K]; ``assignment`` int64 [K], the query of each object, -1 for none; float64 file: ``gap``, by how much the best
-               *other* assignment costs more (inf: there is none); float32 file: ``cost_noise``, the largest error of ``total`` in any run
-``losses``     the official keys, unweighted; ``total``, their weighted sum
+``outputs``    ``pred_logits``, ``pred_masks``, ``aux_outputs.{layer}.pred_logits``, ``aux_outputs.{layer}.pred_masks``, or ``sem_seg``,
+               ``aux_outputs.{layer}.sem_seg``
+``matcher``    not of per-pixel baselines; below ``{layer}/{i}/`` (layer: ``final``, ``0``, ``1``, …; i: image) ``cost_class``,
+               ``cost_mask``, ``cost_dice``, ``total`` [Q, K]; ``assignment`` int64 [K], the query of each object, -1 for none; float64
+               file: ``gap``, by how much the best *other* assignment costs more (inf: there is none); float32 file: ``cost_noise``, the
+               largest error of ``total`` in any run
+``losses``     the official keys, as upstream's criterion or head returns them; ``total``, their weighted sum
 ``gradients``  of ``losses/total``, by parameter
 ``inference``  ``{i}/sem_seg`` [C, H, W]; with panoptic on ``{i}/panoptic_seg`` int32 [H, W] and ``{i}/segments`` int64 [segments, 3]
                (id, category_id, isthing); the same below ``{i}/resized/`` at another output size
@@ -389,9 +392,13 @@ class Case:
 
     @property
     def targets(self) -> list[dict[str, np.ndarray]]:
-        """``labels`` int64 [K] and ``masks`` bool [K, height, width] of each image."""
-        keys = ("labels", "masks")
-        return [{key: self.reference.read("inputs", f"targets/{i}/{key}") for key in keys} for i in range(self._count())]
+        """``labels`` int64 [K], ``masks`` bool [K, height, width] and, of a per-pixel baseline, ``sem_seg`` int32 [height, width]."""
+        targets: list[dict[str, np.ndarray]] = [{} for _ in range(self._count())]
+        for record in self.reference.group("inputs"):
+            kind, index, *name = record.split("/")
+            if kind == "targets":
+                targets[int(index)][name[0]] = self.reference.read("inputs", record)
+        return targets
 
     def _count(self) -> int:
         return sum(name.startswith("images/") for name in self.reference.group("inputs"))

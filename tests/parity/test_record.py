@@ -198,7 +198,7 @@ def test_hooks_that_change_the_outputs_are_noticed(folder, tmp_path, monkeypatch
         array *= 1.0000001
         return array
 
-    monkeypatch.setattr(record, "_numpy", meddling)
+    monkeypatch.setattr(record, "numpy", meddling)
     assert record.run(options(folder, tmp_path / "out", CASES[:1])) == 3
     assert "without hooks, 'pred_logits' has other bits" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["manifest.json"]
