@@ -113,7 +113,7 @@ class WindowAttention(Module):
         self.declare(
             "relative_position_bias_table",
             [(2 * window_size - 1) ** 2, num_heads],
-            initializer=keras.initializers.TruncatedNormal(stddev=0.02),
+            initializer=keras.initializers.RandomNormal(stddev=0.02),  # upstream cuts it off at ±2, a hundred deviations away
         )
         self.qkv = Linear(channels, 3 * channels)
         self.attn_drop = Dropout(attn_drop)
