@@ -50,7 +50,7 @@ def test_every_official_model_is_recognised(name):
     assert inference.origins.keys() == flatten(inference.config.to_dict()).keys() - {"name"}
 
 
-@pytest.mark.parametrize("name", ["tiny_panoptic", "tiny_semantic", "tiny_deeplab", "tiny_swin"])
+@pytest.mark.parametrize("name", ["tiny_panoptic", "tiny_semantic", "tiny_deeplab", "tiny_swin", "tiny_per_pixel", "tiny_per_pixel_plus"])
 def test_named_config(name):
     entry = registry.entry(name)
     inference = infer(tensors_of(entry), "model.pkl", named_config(name))
@@ -88,6 +88,33 @@ def test_own_classes_have_no_names_and_settings_are_assumed():
     assert inference.alternatives == ("maskformer_panoptic_R50_bs16_720k",)
     assert {"class_names", "thing_classes", "dataset", "predictor.nheads", "size_divisibility"} <= set(inference.assumed)
     assert not {"num_classes", "backbone.depth"} & set(inference.assumed)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("per_pixel_baseline_R50_bs16_160k", {"weight": (7, 256, 1, 1), "bias": (7,)}),
+        ("per_pixel_baseline_plus_R50_bs16_160k", {"query_embed__weight": (7, 256)}),
+    ],
+)
+def test_own_classes_of_a_per_pixel_baseline(name, changes):
+    inference = infer(tensors_of(registry.entry(name), **{PREDICTOR + key: shape for key, shape in changes.items()}), "model.pkl")
+    assert inference.config.num_classes == 7
+    assert inference.config.head == registry.entry(name).config["head"]
+    assert inference.origins["head"] == inference.origins["num_classes"] == "tensors"
+    assert "criterion.ignore_value" in inference.assumed
+    assert inference.origins["test.min_size"] == f"assumed from {name}"
+
+
+def test_a_head_is_told_by_what_it_has():
+    """A MaskFormer that lost its classifier is broken, not a per-pixel baseline."""
+    lost = {PREDICTOR + "class_embed__weight": None, PREDICTOR + "class_embed__bias": None}
+    with pytest.raises(ConversionError, match=r"missing: 'sem_seg_head\.predictor\.class_embed\.weight'"):
+        infer(tensors_of(registry.entry(R50_PANOPTIC), **lost), "model.pkl")
+    with pytest.raises(
+        ConversionError, match="head: the tensors say 'PerPixelBaselineHead', maskformer_R50_bs16_160k has 'MaskFormerHead'"
+    ):
+        infer(tensors_of(registry.entry("per_pixel_baseline_R50_bs16_160k")), "model.pkl", named_config("maskformer_R50_bs16_160k"))
 
 
 def test_named_config_decides_for_own_classes():

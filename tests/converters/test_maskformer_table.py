@@ -13,7 +13,8 @@ from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.model import MaskFormer
 from tfmaskformer.module import parameter_specs
 
-ENTRIES = [entry.name for entry in registry.entries()] + ["tiny_panoptic", "tiny_semantic", "tiny_deeplab", "tiny_swin"]
+TINY = ["tiny_panoptic", "tiny_semantic", "tiny_deeplab", "tiny_swin", "tiny_per_pixel", "tiny_per_pixel_plus"]
+ENTRIES = [entry.name for entry in registry.entries()] + TINY
 
 
 def shapes_only(entry):
@@ -36,7 +37,16 @@ def test_every_official_layout_fits_the_model(name):
         assert {(table.v2_key(move.source, layout), move.target) for move in moves} == {(name, name) for name in targets}
 
 
-@pytest.mark.parametrize("entry", ["maskformer_panoptic_R50_bs64_554k", "maskformer_R101c_bs16_160k", "maskformer_swin_tiny_bs16_160k"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "maskformer_panoptic_R50_bs64_554k",
+        "maskformer_R101c_bs16_160k",
+        "maskformer_swin_tiny_bs16_160k",
+        "per_pixel_baseline_R50_bs16_160k",
+        "per_pixel_baseline_plus_R50_bs16_160k",
+    ],
+)
 def test_transforms_follow_the_kind_of_tensor(entry):
     """A square matrix hides a missing transpose from every shape check, so the kinds are written out here again."""
     config = MaskFormerConfig.from_dict(registry.entry(entry).config)
@@ -52,6 +62,11 @@ def test_transforms_follow_the_kind_of_tensor(entry):
 def test_empty_weight_comes_from_the_config():
     (drop,) = table.drops(MaskFormerConfig(name="mine", num_classes=3))
     assert drop.expected.tolist() == [1, 1, 1, np.float32(0.1)]
+
+
+def test_per_pixel_baselines_have_no_empty_weight():
+    for name in ("tiny_per_pixel", "tiny_per_pixel_plus"):
+        assert table.drops(MaskFormerConfig.from_dict(registry.entry(name).config)) == []
 
 
 def test_relative_position_index_must_be_the_windows():
@@ -78,3 +93,8 @@ def test_a_file_without_a_head_is_refused():
 def test_v2_names_are_never_prefixed_twice():
     for name in ("sem_seg_head.pixel_decoder.layer_1.weight", "sem_seg_head.predictor.x", "backbone.x"):
         assert table.v2_key(name, "v2") == name
+
+
+def test_the_classifier_of_a_per_pixel_baseline_is_no_pixel_decoder():
+    for name in ("sem_seg_head.predictor.weight", "sem_seg_head.predictor.bias"):
+        assert table.v2_key(name, "v1") == registry.v1_key(name) == name
