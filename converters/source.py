@@ -2,7 +2,7 @@
 
 A file is told by its first bytes, never by its name: a pickle (``.pkl``, with arrays of NumPy or tensors of PyTorch), or what
 ``torch.save`` writes (``.pth``, ``.pt``). Its arrays are views of the memory-mapped file.
-Why no PyTorch: docs/decisions/0009-reading-torch-files.md.
+Why no PyTorch: docs/decisions/0010-reading-torch-files.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A file may name others in ``_BASE_``, over which its keys are laid; the result i
 (``official_defaults.json``, recorded from the official code by ``python -m parity.record_defaults``). Merging, the literals inside
 strings (``"(640, 640)"``) and the strictness about types and unknown keys are those of fvcore and yacs. Detectron2 evaluates Python
 that a file holds; here a parser reads the one form that the official files use, ``!!python/object/apply:eval`` of a list over a range,
-and refuses all others. Why: docs/decisions/0008-official-yaml-configs.md.
+and refuses all others. Why: docs/decisions/0009-official-yaml-configs.md.
 """
 
 from __future__ import annotations
