@@ -23,6 +23,10 @@ EPSILON = 1e-5
 GROUP_NORM_GROUPS = 32
 """Detectron2 ``layers/batch_norm.py:get_norm("GN")``."""
 
+LONGEST_SUM = 128
+"""Products that one float32 matrix product adds up. TensorFlow's matrix product on a CPU adds 384 in a row, PyTorch's 192: at 384 channels
+and more its error is 1.4 times PyTorch's (measured), which Swin's residual stream passes on. In stretches of 128 it is 0.8 times."""
+
 
 def c2_msra_fill() -> keras.initializers.Initializer:
     """fvcore ``weight_init.c2_msra_fill``: normal, fan out, gain of a ReLU."""
@@ -198,11 +202,17 @@ def _dilated_conv2d(inputs: tf.Tensor, kernel: tf.Tensor, dilation: int) -> tf.T
 def linear(inputs: tf.Tensor, weight: Any, bias: Any) -> tf.Tensor:
     """``inputs @ weight + bias`` over the last axis of ``inputs``; ``bias`` may be None.
 
-    Always one 2-D product: TensorFlow 2.20 and 2.21 with oneDNN on AVX-512 return garbage for a 4-D by a 2-D ``tf.matmul``.
+    Always 2-D products: TensorFlow 2.20 and 2.21 with oneDNN on AVX-512 return garbage for a 4-D by a 2-D ``tf.matmul``.
+    In float32 long sums are taken in stretches of :data:`LONGEST_SUM`.
     """
     *leading, channels = static_shape(inputs)
-    flat = tf.reshape(inputs, [-1, channels])
-    outputs = tf.matmul(flat, tf.cast(weight, inputs.dtype))
+    flat, weight = tf.reshape(inputs, [-1, channels]), tf.cast(weight, inputs.dtype)
+    if inputs.dtype == tf.float32 and channels > LONGEST_SUM:
+        lengths = [LONGEST_SUM] * (channels // LONGEST_SUM) + [channels % LONGEST_SUM] * (channels % LONGEST_SUM > 0)
+        parts = zip(tf.split(flat, lengths, axis=1), tf.split(weight, lengths, axis=0), strict=True)
+        outputs = tf.add_n([tf.matmul(*part) for part in parts])
+    else:
+        outputs = tf.matmul(flat, weight)
     if bias is not None:
         outputs = tf.nn.bias_add(outputs, tf.cast(bias, inputs.dtype))
     return tf.reshape(outputs, [*leading, weight.shape[-1]])
