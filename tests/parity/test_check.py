@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
-from parity import check, compare, tap_rules
+from parity import check, compare, prove, tap_rules
 from parity.check import CheckError, Settings, _judge, _loss_floors
 from parity.tap_rules import TAPS, Layout, TapRuleError, View, layout_of, official_layout
 from parity.tensorflow_run import CaseResults
-from parity.trace import Case, TraceFileWriter, write_manifest
+from parity.trace import Case, Trace, TraceFileWriter, write_manifest
 from tfmaskformer.config import MaskFormerConfig, TransformerPredictorConfig
 
 from .conftest import TRACE
@@ -165,7 +166,8 @@ def test_a_float32_loss_is_held_to_what_it_adds_and_to_the_floor_of_its_term(cas
         item = next(item for item in items if item.name == "loss_ce_0")
         assert item.passed == passes, (inherited, added, item)
         assert item.local == pytest.approx(added, abs=1e-7)
-    assert item.note.startswith("it adds 4.") and item.note.endswith("allowed 2.0e-06")
+    assert item.note.startswith("it adds 4.")
+    assert item.note.endswith("allowed 2.0e-06")
 
 
 def test_the_median_is_judged_in_float32_only(case, tensors):
@@ -207,14 +209,19 @@ def test_a_near_tie_is_labelled_and_a_bug_fails(case, tensors):
 # --- tables
 
 
-def test_every_tap_of_the_trace_has_exactly_one_line_and_every_line_is_needed():
+def test_every_tap_of_every_trace_has_exactly_one_line_and_every_line_is_needed():
+    traces = [TRACE, *(TRACE.parent / f"tiny_per_pixel{plus}" for plus in ("", "_plus"))]
+    traces += [prove.TRACES / f"maskformer_{backbone}_bs16_160k" for backbone in ("R101c", "swin_tiny")]
     used = set()
-    with Case(TRACE, "even") as case:
-        for name in case.reference.group("taps"):
-            assert len(case.reference["taps", name].shape) == len(layout_of("taps", name).expected)
-            used |= {pattern for pattern, _ in TAPS if tap_rules._matcher(pattern)(name) is not None}
-    # This model has no transformer encoder in its predictor (the lines serve both encoders), and all other lines are used.
-    assert [pattern for pattern, _ in TAPS if pattern not in used] == []
+    for trace in map(Trace, traces):
+        with trace.case(trace.cases[0]) as case:
+            for group, lines in (("taps", TAPS), ("outputs", tap_rules.OUTPUTS)):
+                for name, record in case.reference.group(group).items():
+                    layout = layout_of(group, name)
+                    assert len(record.shape) == len(re.findall(r"\(\w+\)|\w", layout.expected))
+                    used |= {pattern for pattern, _ in lines if tap_rules._matcher(pattern)(name) is not None}
+    # No model has a transformer encoder in its predictor (the lines serve both encoders), and all other lines are used.
+    assert [pattern for pattern, _ in (*TAPS, *tap_rules.OUTPUTS) if pattern not in used] == []
 
 
 def test_unknown_names_are_errors():
