@@ -6,24 +6,22 @@ function. What must be named is the broken module, or what comes directly out of
 
 from __future__ import annotations
 
-import json
 import re
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-import tfmaskformer.checkpoint
 from parity import cli
 from tfmaskformer import criterion, inference, layers, matcher, pixel_decoder, resnet, transformer
 from tfmaskformer.model import MaskFormer
-from tfmaskformer.module import named_modules, named_variables, record_taps
+from tfmaskformer.module import named_modules, record_taps
 
+from .breaks import replace, run_broken, weight
 from .conftest import TRACE
 
 PIXEL = "sem_seg_head.pixel_decoder"
 DECODER = "sem_seg_head.predictor.transformer.decoder"
-RIGHT_LOAD = tfmaskformer.checkpoint.load
 
 
 def eps(kind):
@@ -35,25 +33,12 @@ def eps(kind):
     return apply
 
 
-def weight(name, change):
-    def apply(model, monkeypatch):
-        variable = named_variables(model)[name]
-        variable.assign(change(variable.numpy()))
-
-    return apply
-
-
 def both(*breaks):
     def apply(model, monkeypatch):
         for one in breaks:
             one(model, monkeypatch)
 
     return apply
-
-
-def replace(owner, name, make):
-    """``owner.name`` becomes ``make(what it was)``."""
-    return lambda model, monkeypatch: monkeypatch.setattr(owner, name, make(getattr(owner, name)))
 
 
 def same_padding(right):
@@ -242,24 +227,10 @@ MASKED_BREAKS = {
 }
 
 
-def run_broken(broken, checkpoint, monkeypatch, capsys, *options):
-    """Exit code and JSON of a check of the broken model."""
-
-    def load(*arguments, **keywords):
-        model = RIGHT_LOAD(*arguments, **keywords)
-        broken(model, monkeypatch)
-        return model
-
-    monkeypatch.setattr(tfmaskformer.checkpoint, "load", load)
-    arguments = ["--ckpt", str(checkpoint), "--reference", str(TRACE), "--mode", "eager", "--json", "-", *options]
-    code = cli.main(arguments)
-    return code, json.loads(capsys.readouterr().out)
-
-
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_break_is_caught_and_named(name, checkpoint, monkeypatch, capsys):
     size, broken, group, culprit = BREAKS[name]
-    code, report = run_broken(broken, checkpoint, monkeypatch, capsys, "--dtype", "float64", "--case", size)
+    code, report = run_broken(broken, checkpoint, TRACE, monkeypatch, capsys, "--dtype", "float64", "--case", size)
     assert code == cli.MISMATCH
     assert not report["passed"]
     assert (report["first_failure"]["group"], report["first_failure"]["name"]) == (group, culprit)
@@ -270,7 +241,7 @@ def test_a_break_is_caught_and_named(name, checkpoint, monkeypatch, capsys):
 def test_a_break_of_masked_padding_is_caught_and_named(name, checkpoint, monkeypatch, capsys):
     broken, culprit = MASKED_BREAKS[name]
     options = ("--dtype", "float64", "--case", "odd", "--padding", "masked")
-    code, report = run_broken(broken, checkpoint, monkeypatch, capsys, *options)
+    code, report = run_broken(broken, checkpoint, TRACE, monkeypatch, capsys, *options)
     assert code == cli.MISMATCH
     assert (report["first_failure"]["group"], report["first_failure"]["name"]) == ("taps", culprit)
 
@@ -278,5 +249,5 @@ def test_a_break_of_masked_padding_is_caught_and_named(name, checkpoint, monkeyp
 @pytest.mark.parametrize("name", ["transposed 256×256 kernel", "q and k exchanged", "BGR"])
 def test_float32_alone_names_the_same(name, checkpoint, monkeypatch, capsys):
     size, broken, _, culprit = BREAKS[name]
-    code, report = run_broken(broken, checkpoint, monkeypatch, capsys, "--dtype", "float32", "--case", size)
+    code, report = run_broken(broken, checkpoint, TRACE, monkeypatch, capsys, "--dtype", "float32", "--case", size)
     assert (code, report["first_failure"]["name"]) == (cli.MISMATCH, culprit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import runpy
 from pathlib import Path
@@ -11,18 +10,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import tfmaskformer.checkpoint
 from checkpoints import registry, synthesize
 from parity import check, cli, official
 from parity.check import Settings
 from parity.inputs import make_label_map, make_targets
 from parity.trace import Trace
 from tfmaskformer import heads, inference, per_pixel_criterion
-from tfmaskformer.module import named_variables
+
+from .breaks import replace, run_broken, weight
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ("tiny_per_pixel", "tiny_per_pixel_plus")
-RIGHT_LOAD = tfmaskformer.checkpoint.load
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +89,7 @@ def test_label_maps_lay_later_objects_over_earlier_ones():
 
 @pytest.mark.skipif(not all(os.environ.get(name) for name in official.FOLDERS.values()), reason="no official code: MASKFORMER_SOURCE, …")
 def test_the_golden_traces_are_what_the_official_code_computes(tmp_path):
-    runpy.run_path(str(GOLDEN / "record_per_pixel.py"))["main"](tmp_path)
+    runpy.run_path(str(GOLDEN / "record_tiny.py"))["main"](tmp_path, *NAMES)
     for name in NAMES:
         for case in Trace(tmp_path / name):
             with Trace(GOLDEN / name).case(case.name) as golden:
@@ -103,19 +101,6 @@ def test_the_golden_traces_are_what_the_official_code_computes(tmp_path):
 
 
 # --- breaks
-
-
-def replace(owner, name, make):
-    """``owner.name`` becomes ``make(what it was)``."""
-    return lambda model, monkeypatch: monkeypatch.setattr(owner, name, make(getattr(owner, name)))
-
-
-def weight(name, change):
-    def apply(model, monkeypatch):
-        variable = named_variables(model)[name]
-        variable.assign(change(variable.numpy()))
-
-    return apply
 
 
 def other_order(right):
@@ -238,21 +223,10 @@ BREAKS = {
 }
 
 
-def run_broken(name, padding, broken, checkpoints, monkeypatch, capsys):
-    def load(*arguments, **keywords):
-        model = RIGHT_LOAD(*arguments, **keywords)
-        broken(model, monkeypatch)
-        return model
-
-    monkeypatch.setattr(tfmaskformer.checkpoint, "load", load)
-    arguments = ["--ckpt", str(checkpoints[name]), "--reference", str(GOLDEN / name), "--mode", "eager", "--dtype", "float64"]
-    code = cli.main([*arguments, "--case", "odd", "--padding", padding, "--json", "-"])
-    return code, json.loads(capsys.readouterr().out)
-
-
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_break_is_caught_and_named(name, checkpoints, monkeypatch, capsys):
     model, padding, broken, culprit = BREAKS[name]
-    code, report = run_broken(model, padding, broken, checkpoints, monkeypatch, capsys)
+    options = ("--dtype", "float64", "--case", "odd", "--padding", padding)
+    code, report = run_broken(broken, checkpoints[model], GOLDEN / model, monkeypatch, capsys, *options)
     assert code == cli.MISMATCH
     assert (report["first_failure"]["group"], report["first_failure"]["name"]) == culprit

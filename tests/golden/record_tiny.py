@@ -1,6 +1,6 @@
-"""Records ``tiny_per_pixel`` and ``tiny_per_pixel_plus`` beside this file: the official per-pixel baselines at small widths.
+"""Records the traces ``tiny_…`` beside this file: official architectures at small widths.
 
-MASKFORMER_SOURCE=… DETECTRON2_SOURCE=… python tests/golden/record_per_pixel.py [FOLDER]
+MASKFORMER_SOURCE=… DETECTRON2_SOURCE=… python tests/golden/record_tiny.py [NAME…]
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from parity.inputs import parse_case
 
 PHOTOS = Path(registry.__file__).parent / "photos"
 CASES = {
+    "tiny_swin": ("even=astronaut.png@96x128:3", "odd=chelsea.png@75x101:3"),
+    "tiny_deeplab": ("even=astronaut.png@128x160:3", "odd=chelsea.png@101x139:3"),
     "tiny_per_pixel": ("odd=chelsea.png@75x93:5",),
     "tiny_per_pixel_plus": ("odd=chelsea.png@75x93:5", "batch=astronaut.png@67x90:4,coffee.png@81x70:0"),
 }
-"""Heights and widths that are no multiples of 4, and one image without objects."""
+"""Of each model. Odd ones are no multiples of 4; one image has no objects."""
 
 
-def main(folder: Path) -> None:
-    for name, cases in CASES.items():
+def main(folder: Path, *names: str) -> None:
+    for name in names or CASES:
         entry = registry.entry(name)
         with tempfile.TemporaryDirectory() as scratch:
             source = Path(scratch) / "model_final.pkl"
@@ -31,13 +33,13 @@ def main(folder: Path) -> None:
                 official.load(),
                 entry.official_config.removeprefix("configs/"),
                 source,
-                [parse_case(case.replace("=", f"={PHOTOS}/").replace(",", f",{PHOTOS}/")) for case in cases],
+                [parse_case(case.replace("=", f"={PHOTOS}/").replace(",", f",{PHOTOS}/")) for case in CASES[name]],
                 folder / name,
                 options=entry.official_options,
                 samples=32,
-                command=["python", "tests/golden/record_per_pixel.py"],
+                command=["python", "tests/golden/record_tiny.py"],
             )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent)
+    main(Path(__file__).parent, *sys.argv[1:])
