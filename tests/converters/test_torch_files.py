@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from converters.convert import convert
 from converters.errors import ConversionError
 from converters.source import check_source, open_source
 
@@ -264,3 +265,11 @@ def test_truncated_and_damaged_files_end_in_clear_errors(name, tmp_path):
             data[at : at + generator.integers(0, 3)] = generator.bytes(generator.integers(0, 3))
         found += refused(bytes(data))
     assert found > 60
+
+
+def test_whole_checkpoints_are_converted_from_them_too(tensors, checkpoint_file, torch_zip, tmp_path):
+    torch_zip(tensors, tmp_path / "model_final.pth")
+    convert(tmp_path / "model_final.pth", tmp_path / "a", "tiny_panoptic")
+    convert(checkpoint_file(tensors), tmp_path / "b", "tiny_panoptic")
+    for file in ("ckpt.index", "ckpt.data-00000-of-00001", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
