@@ -379,7 +379,7 @@ def _judge_one(
 ) -> Item:
     record = case.reference[group, name]
     try:
-        actual = results.official(group, partner)
+        actual = np.asarray(results.official(group, partner), order="C")
     except tap_rules.TapRuleError as error:
         return Item(group, name, False, comparison=compare.incomparable(str(error)), note=str(error))
     if group == "matcher" and name.endswith("/assignment"):

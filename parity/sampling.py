@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -57,10 +57,30 @@ def sketch(name: str, tensor: np.ndarray, count: int) -> np.ndarray:
     Returns:
         float64 [count].
     """
-    values = np.asarray(tensor, np.float64).ravel()
-    values = np.where(np.isfinite(values), values, 0)
-    words = hashed_numbers(f"{name}{list(tensor.shape)} signs", -(-values.size // 64)).astype("<u8")
-    negative = np.unpackbits(words.view(np.uint8), count=values.size).view(bool)
-    np.negative(values, out=values, where=negative)
-    values = np.pad(values, (0, -values.size % count))
-    return values.reshape(-1, count).sum(0)
+    words = hashed_numbers(f"{name}{list(tensor.shape)} signs", -(-tensor.size // 64)).astype("<u8")
+    sums = np.zeros(count)
+    for start, values in blocks(tensor, 64 * count):
+        values[~np.isfinite(values)] = 0
+        bits = words[start // 64 : -(-(start + values.size) // 64)].view(np.uint8)
+        sign_bits = values.view(np.uint64)
+        sign_bits ^= np.unpackbits(bits, count=values.size).astype(np.uint64) << np.uint64(63)
+        whole = values.size // count * count
+        sums += values[:whole].reshape(-1, count).sum(0)
+        sums[: values.size - whole] += values[whole:]
+    return sums
+
+
+def blocks(tensor: np.ndarray, multiple: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+    """(start, float64 copy) of one stretch of a tensor's elements after the other, small enough to stay in a processor's cache.
+
+    Args:
+        tensor: any shape and dtype; its elements are taken row-major.
+        multiple: every start is a multiple of this.
+    """
+    flat = np.asarray(tensor).ravel()
+    length = max(_BLOCK // multiple, 1) * multiple
+    for start in range(0, flat.size, length):
+        yield start, flat[start : start + length].astype(np.float64)
+
+
+_BLOCK = 1 << 16

@@ -58,7 +58,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from parity.sampling import sample_indices, sketch
+from parity.sampling import blocks, sample_indices, sketch
 
 FORMAT = "tfmaskformer-trace"
 VERSION = 3
@@ -92,14 +92,18 @@ def statistics(array: np.ndarray) -> Statistics:
     >>> statistics(np.array([3.0, -4.0, np.inf]))
     Statistics(l2=5.0, sum=-1.0, min=-4.0, max=3.0, nonfinite=1)
     """
-    values = np.asarray(array, np.float64).ravel()
-    finite = np.isfinite(values)
-    nonfinite = int(values.size - np.count_nonzero(finite))
-    if nonfinite:
-        values = values[finite]
-    if not values.size:
+    square, total, smallest, largest, nonfinite = 0.0, 0.0, math.inf, -math.inf, 0
+    for _, values in blocks(array):
+        finite = np.isfinite(values)
+        if missing := values.size - int(np.count_nonzero(finite)):
+            nonfinite += missing
+            values = values[finite]
+        square += float(np.dot(values, values))
+        total += float(values.sum())
+        smallest, largest = float(values.min(initial=smallest)), float(values.max(initial=largest))
+    if smallest > largest:
         return Statistics(0.0, 0.0, 0.0, 0.0, nonfinite)
-    return Statistics(math.sqrt(np.dot(values, values)), float(values.sum()), float(values.min()), float(values.max()), nonfinite)
+    return Statistics(math.sqrt(square), total, smallest, largest, nonfinite)
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
