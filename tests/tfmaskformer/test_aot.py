@@ -50,6 +50,21 @@ def test_forward_and_losses_compile_for_v5e():
 
 
 @needs_compiler
+@pytest.mark.parametrize("name", ["tiny_swin", "tiny_deeplab"])
+def test_other_backbones_compile_with_masked_padding(name):
+    """Windows of the true size of every image, and dilated convolutions, at static shapes and with stochastic depth."""
+    model = MaskFormer(MaskFormerConfig.from_dict(registry.entry(name).config), "mixed_bfloat16")
+    model.build_parameters()
+    stats = compile_for_tpu(
+        lambda images, sizes: model.backbone(images, sizes, training=True),
+        tf.TensorSpec([2, 101, 139, 3], tf.bfloat16),
+        tf.TensorSpec([2, 2], tf.int32),
+    )
+    backbone = sum(variable.numpy().nbytes for variable in model.backbone.variables)
+    assert backbone <= stats.argument_bytes < stats.peak_hbm_bytes < 2**28
+
+
+@needs_compiler
 def test_variables_may_be_updated():
     variable = tf.Variable(tf.zeros([128]))
     stats = compile_for_tpu(lambda x: variable.assign_add(x) + 1, VECTOR)
