@@ -55,8 +55,6 @@ _UNCENTRED = re.compile(
     r"stem\.conv1|patch_embed|qkv|attn\.proj|relative_position|mlp\.fc1|reduction|in_proj_weight|out_proj|linear1|class_embed"
     r"|mask_embed\.layers\.0|query_embed|norm|bias|empty_weight"
 )
-    r"stem\.conv1|patch_embed|qkv|attn\.proj|relative_position|mlp\.fc1|reduction|in_proj_weight|out_proj|linear1|class_embed|mask_embed\.layers\.0|query_embed|norm|bias|empty_weight"
-)
 
 # First pattern that fits: gain and offset before calibration. Norms of FPN laterals weigh 0.4 against 0.8 from above, so that masks
 # are coherent; LayerNorms weigh 0.32, so that the next LayerNorm sees a variance near 0.1.

@@ -38,7 +38,8 @@ def checkpoints(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("padding", ["official", "masked"])
 def test_matches_the_official_code(checkpoints, name, padding):
-    result = check.check(Settings(str(checkpoints[name]), str(GOLDEN / name), padding=padding))
+    dtypes = ("float32", "float64") if padding == "official" else ("float64",)
+    result = check.check(Settings(str(checkpoints[name]), str(GOLDEN / name), dtypes, padding=padding))
     assert [item for case in result.cases for item in case.failures] == []
     assert result.passed
     plus = name == "tiny_per_pixel_plus"
