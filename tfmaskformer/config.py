@@ -181,7 +181,8 @@ class MaskFormerConfig:
 
     ``thing_classes`` are contiguous class indices (0 … num_classes − 1); every other class is stuff. ``class_names`` is empty
     or has ``num_classes`` names. ``size_divisibility``: images are padded to a multiple of it; 0 means no padding
-    (Detectron2 ``ImageList.from_tensors``). ``PerPixelBaselineHead`` has no use for ``predictor``. ``pixel_mean`` and ``pixel_std`` are in RGB order, 0…255.
+    (Detectron2 ``ImageList.from_tensors``). ``PerPixelBaselineHead`` has no use for ``predictor``. ``pixel_mean`` and ``pixel_std``
+    are in RGB order, 0…255.
     """
 
     name: str
