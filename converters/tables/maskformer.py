@@ -127,7 +127,9 @@ def drops(config: MaskFormerConfig) -> list[Drop]:
     if config.head == "MaskFormerHead":
         empty_weight = np.ones(config.num_classes + 1, np.float32)
         empty_weight[-1] = config.criterion.no_object_weight
-        found.append(Drop("criterion.empty_weight", "class weights of the loss, derived from the config; checked to be equal", empty_weight))
+        found.append(
+            Drop("criterion.empty_weight", "class weights of the loss, derived from the config; checked to be equal", empty_weight)
+        )
     if isinstance(config.backbone, SwinConfig):
         from tfmaskformer.swin import relative_position_index
 

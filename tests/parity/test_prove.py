@@ -23,7 +23,9 @@ from parity import prove
 )
 def test_checkpoint_matches_the_official_code(name, padding, assigns):
     proof = prove.prove(registry.entry(name), [padding])
-    assert [(check.settings.padding, len(check.cases)) for check in proof.checks] == [(padding, 4)]
+    assert [(check.settings.padding, check.settings.dtypes, len(check.cases)) for check in proof.checks] == [
+        (padding, (dtype,), 2) for dtype in ("float32", "float64")
+    ]
     sizes = {size for check in proof.checks for case in check.cases for size in case.sizes_px}
     assert any(height % 2 and width % 2 for height, width in sizes)
     assert bool(prove.summary(proof)["assignments"][1]) == assigns
