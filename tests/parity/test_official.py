@@ -75,11 +75,29 @@ def test_the_official_code_is_imported_and_identified(code):
 
 @needs_official
 def test_a_stand_in_that_is_used_raises(code):
+    from detectron2.layers.nms import nms
+
+    if "torchvision.ops" in code.stand_ins:
+        with pytest.raises(OfficialError, match=r"called torchvision\.ops\.nms, which is a stand-in \(see torchvision\); install torchvision"):
+            nms(None, None, 0.5)
+
+
+@needs_official
+def test_stand_ins_of_what_swin_calls_work(code):
+    import torch
     from mask_former.modeling.backbone import swin
 
-    if "timm.models.layers" in code.stand_ins:
-        with pytest.raises(OfficialError, match=r"called timm\.models\.layers\.to_2tuple, which is a stand-in \(see timm\); install timm"):
-            swin.to_2tuple(3)
+    if "timm.models.layers" not in code.stand_ins:
+        pytest.skip("timm is installed")
+    assert (swin.to_2tuple(3), swin.to_2tuple((3, 4))) == ((3, 3), (3, 4))
+    drop = swin.DropPath(0.25)
+    images = torch.ones(4000, 2, 3)
+    assert torch.equal(drop.eval()(images), images)
+    torch.manual_seed(0)
+    dropped = drop.train()(images)
+    assert set(dropped.flatten().tolist()) == {0.0, float(torch.tensor(1) / 0.75)}
+    assert torch.equal(dropped.amin((1, 2)), dropped.amax((1, 2)))
+    assert 0.72 < (dropped[:, 0, 0] > 0).double().mean() < 0.78
 
 
 @needs_official
