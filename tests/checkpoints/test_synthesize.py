@@ -136,6 +136,9 @@ def test_recipe_fits_its_layout_and_is_not_trivial(name):
         if key == "criterion.empty_weight":
             assert draw == synthesize.Draw(0.0, 1.0, replace={-1: entry.config["criterion"]["no_object_weight"]})
             continue
+        if key.endswith("relative_position_index"):
+            assert synthesize.draw(key, layout[key], draw, 0).dtype == np.int64
+            continue
         assert draw.gain > 0, key
         if key.endswith("running_var"):
             assert 0.02 <= draw.offset - draw.gain < draw.offset + draw.gain <= 0.3, "an eps of 1e-5 must show"
