@@ -143,7 +143,7 @@ def layout_of(group: str, name: str) -> Layout:
     """The layout of a tap (group "taps") or a model output (group "outputs").
 
     >>> layout_of("taps", "backbone#0[res3]")
-    Layout(actual='BHWC', expected='BCHW')
+    Layout(actual='BHWC', expected='BCHW', stride=0)
 
     Raises:
         TapRuleError: no line fits, or several do.

@@ -78,7 +78,9 @@ def test_a_stand_in_that_is_used_raises(code):
     from detectron2.layers.nms import nms
 
     if "torchvision.ops" in code.stand_ins:
-        with pytest.raises(OfficialError, match=r"called torchvision\.ops\.nms, which is a stand-in \(see torchvision\); install torchvision"):
+        with pytest.raises(
+            OfficialError, match=r"called torchvision\.ops\.nms, which is a stand-in \(see torchvision\); install torchvision"
+        ):
             nms(None, None, 0.5)
 
 

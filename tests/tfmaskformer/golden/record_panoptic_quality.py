@@ -12,8 +12,6 @@ import pathlib
 import tempfile
 
 import numpy as np
-from panopticapi.evaluation import pq_compute_single_core
-from panopticapi.utils import id2rgb
 from PIL import Image
 
 COMMIT = "cocodataset/panopticapi 7bb4655548f98f3fedc07bf37e9040a992b054b0"
@@ -49,6 +47,9 @@ def _case(random):
 
 def main() -> None:
     """Writes panoptic_quality.npz beside this file."""
+    from panopticapi.evaluation import pq_compute_single_core
+    from panopticapi.utils import id2rgb
+
     random = np.random.default_rng(0)
     cases = [_case(random) for _ in range(IMAGES)]
     categories = {index: {"id": index, "isthing": int(index < THINGS)} for index in range(CLASSES)}
