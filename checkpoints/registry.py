@@ -14,6 +14,8 @@ import json
 import math
 from typing import Any
 
+import numpy as np
+
 _V2_PREFIX = "sem_seg_head.pixel_decoder."
 _V1_PREFIX = "sem_seg_head."
 
@@ -137,6 +139,20 @@ def layout(of: Entry) -> dict[str, TensorSpec]:
         key: TensorSpec(tuple(symbols.get(dimension, dimension) for dimension in shape), dtype, kind)
         for key, shape, dtype, kind in _read("layouts", of.layout)["tensors"]
     }
+
+
+def relative_position_index(window_size: int) -> np.ndarray:
+    """int64 [window_size², window_size²]: for a query and a key of one window, the row of Swin's table that has their bias.
+
+    Rows count the offset from key to query, first down, then right, each from 1 − window_size.
+
+    >>> relative_position_index(2).tolist()
+    [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
+    """
+    row, column = np.divmod(np.arange(window_size**2), window_size)
+    down = row[:, None] - row + window_size - 1
+    right = column[:, None] - column + window_size - 1
+    return (down * (2 * window_size - 1) + right).astype(np.int64)
 
 
 def v1_key(key: str) -> str:

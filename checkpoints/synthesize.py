@@ -87,7 +87,7 @@ def bits(name: str, seed: int, size: int) -> np.ndarray:
 def draw(name: str, spec: registry.TensorSpec, how: Draw, seed: int) -> np.ndarray:
     """The tensor ``name`` of ``spec``'s shape and dtype: float32, or int64 for ``relative_position_index``."""
     if name.endswith(".relative_position_index"):
-        return relative_position_index(math.isqrt(spec.shape[0]))
+        return registry.relative_position_index(math.isqrt(spec.shape[0]))
     integers = bits(name, seed, spec.size).reshape(spec.shape)
     if how.centred:
         integers -= (integers.sum(axis=1, keepdims=True, dtype=np.int64) // spec.shape[1]).astype(np.int32)
@@ -98,20 +98,6 @@ def draw(name: str, spec: registry.TensorSpec, how: Draw, seed: int) -> np.ndarr
     for index, value in how.replace.items():
         values.flat[index] = np.float32(value)
     return values
-
-
-def relative_position_index(window_size: int) -> np.ndarray:
-    """int64 [window_size², window_size²]: for a query and a key of one window, the row of Swin's table that has their bias.
-
-    Rows count the offset from key to query, first down, then right, each from 1 − window_size.
-
-    >>> relative_position_index(2).tolist()
-    [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
-    """
-    row, column = np.divmod(np.arange(window_size**2), window_size)
-    down = row[:, None] - row + window_size - 1
-    right = column[:, None] - column + window_size - 1
-    return (down * (2 * window_size - 1) + right).astype(np.int64)
 
 
 def synthesize(of: registry.Entry, seed: int = 0, with_recipe: Recipe | None = None) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints import registry, synthesize
+from parity.meta_architectures import META_ARCHITECTURES
 
 SEED = 0
 """The seed that the recipes are made for."""
@@ -140,14 +141,10 @@ def network(model: Any, images: list[np.ndarray]) -> dict[str, Any]:
     from detectron2.structures import ImageList
 
     tensors = [torch.from_numpy(image.transpose(2, 0, 1).copy()).to(model.pixel_mean.dtype) for image in images]
-    per_pixel = not hasattr(model, "criterion")
-    divisor = model.backbone.size_divisibility if per_pixel else model.size_divisibility
+    task = META_ARCHITECTURES[type(model).__name__](model)
+    divisor = getattr(model, "size_divisibility", model.backbone.size_divisibility)
     batch = ImageList.from_tensors([(tensor - model.pixel_mean) / model.pixel_std for tensor in tensors], divisor)
-    features = model.backbone(batch.tensor)
-    if not per_pixel:
-        return model.sem_seg_head(features)
-    logits = model.sem_seg_head.layers(features)
-    return {"sem_seg": logits[0] if isinstance(logits, tuple) else logits}
+    return task.outputs(getattr(model.sem_seg_head, task.method)(model.backbone(batch.tensor)))
 
 
 class Calibration:

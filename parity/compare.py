@@ -39,8 +39,8 @@ losses are sums over 1e5 pixels. 1e-7 is usual."""
 
 LOSS_FACTOR = 3
 """Times the floor of a float32 loss. A loss is one number, into which the outputs' rounding errors add up with either sign: of four
-official runs one has up to 1.9 × the largest error of the other three, its term's losses over all layers and cases taken together
-(docs/parity.md)."""
+official runs one has up to 1.9 × the largest error of the other three, its term's losses over all layers and cases taken together, where
+that is more than :data:`LOSS_RESOLUTION` (docs/parity.md)."""
 
 PIXEL_SHARE = {"float32": 1e-3, "float64": 1e-5}
 """Share of the pixels of a panoptic segmentation that may go to another segment beyond what official float32 runs do themselves: pixels

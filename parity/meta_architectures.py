@@ -8,6 +8,7 @@ PyTorch and the official code are imported when they are needed, not before.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ class RecordError(RuntimeError):
     """The official code did not do what a trace relies on; the message says what."""
 
 
-class Task:
+class Task(abc.ABC):
     """One official model to be recorded.
 
     Attributes:
@@ -42,15 +43,16 @@ class Task:
         self.model = model
 
     @staticmethod
+    @abc.abstractmethod
     def targets(labels: np.ndarray, masks: np.ndarray, config: Any, key: str) -> Targets:
         """What is recorded of an image's made-up objects (:func:`parity.inputs.make_targets`)."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def outputs(returned: Any) -> dict[str, Any]:
         """The outputs by name, of what the head's method returned."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def losses(self, returned: Any, images: Any, targets: Sequence[Targets], emit: Emit) -> tuple[dict[str, Any], Any]:
         """The official losses and the weighted sum that is trained; what else belongs to them goes to ``emit``.
 
@@ -60,7 +62,6 @@ class Task:
             targets: of each image.
             emit: takes records.
         """
-        raise NotImplementedError
 
     @contextlib.contextmanager
     def watched(self, see: Callable[[Any], None]) -> Iterator[None]:

@@ -194,12 +194,12 @@ def write_results(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     path.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
 
 
-def write_table(page: Path, summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Replaces what stands between the two :data:`MARKS` of a Markdown page."""
+def write_table(page: Path, results: Path) -> None:
+    """Replaces what stands between the two :data:`MARKS` of a Markdown page by the table of a file of summaries."""
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
-    page.write_text(f"{before}{MARKS[0]}\n{table(summaries)}\n{MARKS[1]}{after}", encoding="utf-8")
+    page.write_text(f"{before}{MARKS[0]}\n{table(list(read_results(results).values()))}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -211,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, metavar="FILE", help="JSON file in which the rows of these entries are replaced")
     parser.add_argument("--page", type=Path, metavar="FILE", help="Markdown page whose table is then made anew of --results")
     arguments = parser.parse_args(argv)
+    if arguments.page and not arguments.results:
+        parser.error("--page is made of --results; give both")
     from parity import report
 
     try:
@@ -232,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results = read_results(arguments.results) | {entry.name: summaries[-1]}
             write_results(arguments.results, results)
             if arguments.page:
-                write_table(arguments.page, list(read_results(arguments.results).values()))
+                write_table(arguments.page, arguments.results)
     print(table(summaries))
     return 0 if passed else 1
 

@@ -253,9 +253,9 @@ def trained_metrics(name: str) -> dict[str, float]:
 
 def layout_name(cfg: Any) -> str:
     """Name of the architecture, which entries that differ only in their number of classes share."""
-    encoder = encoder_layers(cfg)
-    name = backbone_name(cfg).lower().replace("-", "_") + (f"_encoder{encoder}" if encoder else "")
-    return name.replace("r1", "resnet1").replace("r5", "resnet5") + SUFFIXES[cfg.MODEL.SEM_SEG_HEAD.NAME]
+    encoder, backbone = encoder_layers(cfg), backbone_name(cfg)
+    name = f"resnet{backbone[1:]}" if backbone.startswith("R") else backbone.lower().replace("-", "_")
+    return name + (f"_encoder{encoder}" if encoder else "") + SUFFIXES[cfg.MODEL.SEM_SEG_HEAD.NAME]
 
 
 def main(argv: list[str] | None = None) -> int:

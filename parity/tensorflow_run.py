@@ -126,7 +126,8 @@ def _step(model: MaskFormer, task: _MaskFormerTask | _PerPixelTask, padding: str
     variables = {name: variable.value for name, variable in named_variables(model).items() if variable.trainable}
 
     def step(batch: Any, sizes: Any, targets: Sequence[Any]) -> tuple[Any, ...]:
-        matchings, losses, exact_losses, totals = [], [], [], []
+        matchings, losses, totals = [], [], []
+        exact_losses: list[dict[str, Any]] = []
         with tf.GradientTape(persistent=len(targets) > 1) as tape:
             with record_taps() as taps:
                 outputs = model(batch, sizes, padding=padding)
@@ -138,9 +139,11 @@ def _step(model: MaskFormer, task: _MaskFormerTask | _PerPixelTask, padding: str
                 case_losses = losses_of(own)
                 totals.append(weighted_total(case_losses))
                 losses.append(case_losses | {"total": totals[-1]})
-                with tape.stop_recording():
-                    exact = losses_of(_in_float64(own))
-                    exact_losses.append(exact | {"total": weighted_total(exact)})
+                exact_losses.append({})
+                if model.compute_dtype == "float32":
+                    with tape.stop_recording():
+                        exact = losses_of(_in_float64(own))
+                        exact_losses[-1] = exact | {"total": weighted_total(exact)}
                 matchings.append(matching)
         gradients = [tape.gradient(total, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO) for total in totals]
         return dict(taps), outputs, matchings, losses, exact_losses, gradients

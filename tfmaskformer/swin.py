@@ -19,6 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from checkpoints.registry import relative_position_index
 from tfmaskformer.config import SwinConfig
 from tfmaskformer.layers import Dropout, LayerNorm, Linear, halved, torch_bias_fill, torch_linear_fill, zero_outside
 from tfmaskformer.module import Module, ModuleSequence
@@ -251,20 +252,6 @@ class D2SwinTransformer(Module):
             features[f"res{stage + 2}"] = getattr(self, f"norm{stage}")(of_stage[0])
             outputs, sizes = of_stage[3], halved(sizes)
         return features
-
-
-def relative_position_index(window_size: int) -> np.ndarray:
-    """int64 ``[positions, positions]``: which row of the bias table belongs to a query and a key of a window.
-
-    >>> relative_position_index(2)
-    array([[4, 3, 1, 0],
-           [5, 4, 2, 1],
-           [7, 6, 4, 3],
-           [8, 7, 5, 4]])
-    """
-    rows, columns = np.divmod(np.arange(window_size**2), window_size)
-    offsets = [axis[:, None] - axis[None, :] + window_size - 1 for axis in (rows, columns)]
-    return offsets[0] * (2 * window_size - 1) + offsets[1]
 
 
 def pad_to_multiple(grid: tf.Tensor, multiple: int) -> tf.Tensor:

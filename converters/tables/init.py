@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from checkpoints.synthesize import relative_position_index
+from checkpoints.registry import relative_position_index
 from converters.rules import Drop, Rule
 from converters.transforms import CONV2D, IDENTITY, LINEAR, Transform
 from tfmaskformer.config import MaskFormerConfig, SwinConfig

@@ -131,10 +131,8 @@ def drops(config: MaskFormerConfig) -> list[Drop]:
             Drop("criterion.empty_weight", "class weights of the loss, derived from the config; checked to be equal", empty_weight)
         )
     if isinstance(config.backbone, SwinConfig):
-        from tfmaskformer.swin import relative_position_index
-
         reason = "which bias belongs to which two patches of a window, derived from the window's size; checked to be equal"
-        index = relative_position_index(config.backbone.window_size)
+        index = registry.relative_position_index(config.backbone.window_size)
         for stage, depth in enumerate(config.backbone.depths):
             found += [Drop(f"backbone.layers.{stage}.blocks.{block}.attn.relative_position_index", reason, index) for block in range(depth)]
     return found

@@ -13,7 +13,6 @@ import tensorflow as tf
 
 import tfmaskformer
 from checkpoints import registry
-from checkpoints.synthesize import relative_position_index
 from converters import cli
 from converters.convert import parameter_specs_of
 from converters.errors import ConversionError
@@ -43,7 +42,7 @@ def file_tensors(entry, seed=0):
     tensors = {name: generator.standard_normal(shape, np.float32) for name, shape in init_layout(entry).items()}
     for name in tensors:
         if name.endswith(".relative_position_index"):
-            tensors[name] = relative_position_index(entry.config["backbone"]["window_size"])
+            tensors[name] = registry.relative_position_index(entry.config["backbone"]["window_size"])
     return tensors
 
 
@@ -70,7 +69,7 @@ def test_the_map_is_what_the_official_loader_does(name):
     tensors = {key: np.broadcast_to(np.float32(0), shape) for key, shape in init_layout(entry).items()}
     tensors |= {key: file for key, file in file_tensors(registry.entry("tiny_swin")).items() if key in tensors and "index" in key}
     if config.backbone.name != "ResNet":
-        index = relative_position_index(config.backbone.window_size)
+        index = registry.relative_position_index(config.backbone.window_size)
         tensors |= {key: index for key in tensors if key.endswith(".relative_position_index")}
     specs = parameter_specs_of(config)
     filled = {key: specs[key].shape for key in table.filled(config, specs)}
@@ -158,7 +157,7 @@ FAULTS = {
     "half": (lambda t: t.update({"patch_embed.norm.weight": t["patch_embed.norm.weight"].astype(np.float16)}), "is <f2, expected <f4"),
     "NaN": (lambda t: t["layers.1.blocks.0.attn.qkv.bias"].fill(np.nan), "the first is nan"),
     "other window": (
-        lambda t: t.update({"layers.0.blocks.0.attn.relative_position_index": relative_position_index(5)[::-1]}),
+        lambda t: t.update({"layers.0.blocks.0.attn.relative_position_index": registry.relative_position_index(5)[::-1]}),
         "which it must be to be dropped",
     ),
     "names of a whole model": (

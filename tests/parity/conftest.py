@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,18 @@ def checkpoint(source) -> Path:
     from converters.convert import convert
 
     return Path(convert(source, source.parent / "tf_ckpt").destination)
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """Name of a test model → its synthetic checkpoint, as a TensorFlow checkpoint."""
+    from converters.convert import convert
+
+    folder = tmp_path_factory.mktemp("converted")
+
+    @functools.cache
+    def make(name: str) -> Path:
+        synthesize.write_pickle(synthesize.synthesize(registry.entry(name)), folder / f"{name}.pkl")
+        return Path(convert(folder / f"{name}.pkl", folder / name, config=name).destination)
+
+    return make

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import runpy
 from pathlib import Path
 from unittest import mock
 
@@ -11,10 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from checkpoints import registry, synthesize
-from parity import check, cli, official
+from checkpoints import registry
+from parity import check, cli
 from parity.check import Settings
-from parity.trace import Trace
 from tfmaskformer import swin
 from tfmaskformer.module import named_modules
 from tfmaskformer.resnet import DeepLabStem
@@ -25,22 +22,10 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SWIN, R101C = NAMES = ("tiny_swin", "tiny_deeplab")
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """Name → converted synthetic checkpoint."""
-    from converters.convert import convert
-
-    folder, found = tmp_path_factory.mktemp("backbones"), {}
-    for name in NAMES:
-        synthesize.write_pickle(synthesize.synthesize(registry.entry(name)), folder / f"{name}.pkl")
-        found[name] = convert(folder / f"{name}.pkl", folder / name, config=name).destination
-    return found
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("padding", "mode"), [("official", "graph"), ("masked", "eager")])
-def test_matches_the_official_code(checkpoints, name, padding, mode):
-    result = check.check(Settings(str(checkpoints[name]), str(GOLDEN / name), padding=padding, mode=mode))
+def test_matches_the_official_code(converted, name, padding, mode):
+    result = check.check(Settings(str(converted(name)), str(GOLDEN / name), padding=padding, mode=mode))
     assert [item for case in result.cases for item in case.failures] == []
     assert result.passed
     assert [(case.case, case.dtype) for case in result.cases] == [
@@ -58,19 +43,6 @@ def test_matches_the_official_code(checkpoints, name, padding, mode):
             errors = [item.error for item in case.items if item.tolerance == pytest.approx(1e-9, rel=0.1)]
             assert len(errors) > 300
             assert max(errors) < 1e-9
-
-
-@pytest.mark.skipif(not all(os.environ.get(name) for name in official.FOLDERS.values()), reason="no official code: MASKFORMER_SOURCE, …")
-def test_the_golden_traces_are_what_the_official_code_computes(tmp_path):
-    runpy.run_path(str(GOLDEN / "record_tiny.py"))["main"](tmp_path, *NAMES)
-    for name in NAMES:
-        for case in Trace(tmp_path / name):
-            with Trace(GOLDEN / name).case(case.name) as golden:
-                assert list(case.reference.records) == list(golden.reference.records)
-                for group, record in case.reference.records:
-                    actual, expected = (each.reference.read(group, record) for each in (case, golden))
-                    scale = max(golden.reference[group, record].statistics.l2, 1e-9)
-                    assert np.abs(actual.astype(np.float64) - expected).max(initial=0) <= 1e-9 * scale, (group, record)
 
 
 # --- breaks
@@ -246,9 +218,9 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_break_is_caught_and_named(name, checkpoints, monkeypatch, capsys):
+def test_a_break_is_caught_and_named(name, converted, monkeypatch, capsys):
     model, padding, broken, culprit = BREAKS[name]
     options = ("--dtype", "float64", "--case", "odd", "--padding", padding)
-    code, report = run_broken(broken, checkpoints[model], GOLDEN / model, monkeypatch, capsys, *options)
+    code, report = run_broken(broken, converted(model), GOLDEN / model, monkeypatch, capsys, *options)
     assert code == cli.MISMATCH
     assert (report["first_failure"]["group"], report["first_failure"]["name"]) == ("taps", culprit)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from checkpoints import registry, synthesize
-from parity import check, cli, official
+from checkpoints import registry
+from parity import check, cli
 from parity.check import Settings
 from parity.inputs import make_label_map, make_targets
 from parity.trace import Trace
@@ -23,23 +21,11 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ("tiny_per_pixel", "tiny_per_pixel_plus")
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """Name → converted synthetic checkpoint."""
-    from converters.convert import convert
-
-    folder, found = tmp_path_factory.mktemp("per_pixel"), {}
-    for name in NAMES:
-        synthesize.write_pickle(synthesize.synthesize(registry.entry(name)), folder / f"{name}.pkl")
-        found[name] = convert(folder / f"{name}.pkl", folder / name, config=name).destination
-    return found
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("padding", ["official", "masked"])
-def test_matches_the_official_code(checkpoints, name, padding):
+def test_matches_the_official_code(converted, name, padding):
     dtypes = ("float32", "float64") if padding == "official" else ("float64",)
-    result = check.check(Settings(str(checkpoints[name]), str(GOLDEN / name), dtypes, padding=padding))
+    result = check.check(Settings(str(converted(name)), str(GOLDEN / name), dtypes, padding=padding))
     assert [item for case in result.cases for item in case.failures] == []
     assert result.passed
     plus = name == "tiny_per_pixel_plus"
@@ -86,19 +72,6 @@ def test_label_maps_lay_later_objects_over_earlier_ones():
     assert nobodys[-1] < 19
     empty = make_label_map(labels[:0], masks[:0], 19, 255, "k")
     assert set(np.unique(empty)) == {255, empty[-1, -1]}
-
-
-@pytest.mark.skipif(not all(os.environ.get(name) for name in official.FOLDERS.values()), reason="no official code: MASKFORMER_SOURCE, …")
-def test_the_golden_traces_are_what_the_official_code_computes(tmp_path):
-    runpy.run_path(str(GOLDEN / "record_tiny.py"))["main"](tmp_path, *NAMES)
-    for name in NAMES:
-        for case in Trace(tmp_path / name):
-            with Trace(GOLDEN / name).case(case.name) as golden:
-                assert list(case.reference.records) == list(golden.reference.records)
-                for group, record in case.reference.records:
-                    actual, expected = (each.reference.read(group, record) for each in (case, golden))
-                    scale = max(golden.reference[group, record].statistics.l2, 1e-9)
-                    assert np.abs(actual.astype(np.float64) - expected).max(initial=0) <= 1e-9 * scale, (group, record)
 
 
 # --- breaks
@@ -225,9 +198,9 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_break_is_caught_and_named(name, checkpoints, monkeypatch, capsys):
+def test_a_break_is_caught_and_named(name, converted, monkeypatch, capsys):
     model, padding, broken, culprit = BREAKS[name]
     options = ("--dtype", "float64", "--case", "odd", "--padding", padding)
-    code, report = run_broken(broken, checkpoints[model], GOLDEN / model, monkeypatch, capsys, *options)
+    code, report = run_broken(broken, converted(model), GOLDEN / model, monkeypatch, capsys, *options)
     assert code == cli.MISMATCH
     assert (report["first_failure"]["group"], report["first_failure"]["name"]) == culprit

@@ -45,3 +45,26 @@ def test_readme_has_the_table_of_the_last_runs():
     assert list(results) == [entry.name for entry in registry.entries() if entry.name in results]
     assert all(row["passed"] for row in results.values())
     assert f"{prove.MARKS[0]}\n{prove.table(list(results.values()))}\n{prove.MARKS[1]}" in (root / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_new_row_takes_its_place_in_the_file_and_on_the_page(tmp_path):
+    root, results, page = Path(__file__).parents[2], tmp_path / "zoo.json", tmp_path / "page.md"
+    rows = prove.read_results(root / "docs" / "zoo.json")
+    first, *_, last = rows
+    page.write_text(f"before\n{prove.MARKS[0]}\nold\n{prove.MARKS[1]}\nafter\n")
+    for names in ([last], [last, first]):
+        prove.write_results(results, {name: rows[name] for name in names})
+        prove.write_table(page, results)
+    assert list(prove.read_results(results)) == [first, last]  # the order of the model zoo
+    text = page.read_text()
+    assert text.startswith(f"before\n{prove.MARKS[0]}\n| entry")
+    assert text.endswith(f"\n{prove.MARKS[1]}\nafter\n")
+    assert "old" not in text
+    assert text.index(f"| {first} |") < text.index(f"| {last} |")
+
+
+def test_a_page_needs_results(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        prove.main(["--page", "README.md"])
+    assert exit_info.value.code == 2
+    assert "give both" in capsys.readouterr().err

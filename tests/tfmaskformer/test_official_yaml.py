@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from parity.record_defaults import changes
 from tfmaskformer.config import ConfigError
 from tfmaskformer.official_yaml import MAX_FILE_BYTES, decode, defaults, evaluate, read_tree
 
@@ -22,16 +23,6 @@ def value_of(tree, key):
     for part in key.split("."):
         tree = tree[part]
     return tree
-
-
-def changes(values, base, where=""):
-    found = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= changes(value, base[key], f"{where}{key}.")
-        elif value != base[key]:
-            found[where + key] = value
-    return found
 
 
 def assert_same(found, expected, where=""):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from checkpoints import registry
 from tests.tfmaskformer.conftest import random_values
 from tfmaskformer.config import MaskFormerConfig, SwinConfig
 from tfmaskformer.model import _dtype_policy
@@ -19,7 +20,6 @@ from tfmaskformer.swin import (
     PatchEmbed,
     PatchMerging,
     SwinTransformerBlock,
-    relative_position_index,
     shift_mask,
 )
 
@@ -124,7 +124,7 @@ def test_every_second_block_shifts_by_half_a_window():
 
 def test_relative_position_index_by_hand():
     """Window of 3 × 3: the middle patch (4) sees the top left one (0) one row and one column before it."""
-    index = relative_position_index(3)
+    index = registry.relative_position_index(3)
     assert index.shape == (9, 9)
     assert (np.diag(index) == 12).all()
     assert (index[4, 0], index[0, 4], index[4, 1], index[4, 3]) == (12 + 5 + 1, 12 - 5 - 1, 12 + 5, 12 + 1)
