@@ -18,8 +18,9 @@ import math
 import mmap
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 
 from converters.errors import ConversionError, quoted
@@ -63,7 +64,7 @@ def read_model(data: bytes | mmap.mmap) -> PickledModel:
     return _model(root, {}, len(data))
 
 
-def read_model_in_parts(data: bytes, storages: Mapping[str, memoryview], byte_order: str, total_bytes: int) -> PickledModel:
+def read_model_in_parts(data: bytes, storages: Mapping[str, memoryview], byte_order: Literal["<", ">"], total_bytes: int) -> PickledModel:
     """As :func:`read_model`, where the bytes of PyTorch's storages lie elsewhere.
 
     Args:
@@ -155,7 +156,7 @@ class _Bytes:
     """The bytes of a storage, "<" or ">" for their order."""
 
     view: memoryview
-    byte_order: str
+    byte_order: Literal["<", ">"]
 
 
 class _Storage:
@@ -193,11 +194,10 @@ class _Tensor:
         found = storage.found or storages.get(storage.key)
         if found is None:
             raise ConversionError(f"{quoted(name)}: the file has no storage {quoted(storage.key)}", "the file is damaged; copy it again")
-        if storage.element.dtype is None:
-            raise ConversionError(
-                f"{quoted(name)} has elements of {storage.element.name}, which NumPy has not", "in PyTorch: tensor.float()"
-            )
-        dtype = np.dtype(found.byte_order + storage.element.dtype)
+        dtype = storage.element.dtype.newbyteorder(found.byte_order)
+        if dtype.kind == "V" and dtype != storage.element.dtype:
+            what = f"{quoted(name)} has elements of {storage.element.dtype} with their bytes swapped, which are not supported"
+            raise ConversionError(what, "in PyTorch: tensor.float()")
         if len(found.view) != storage.count * dtype.itemsize:
             what = f"{quoted(name)}: its storage has {len(found.view)} bytes, expected {storage.count} elements of {dtype.name}"
             raise ConversionError(what, "the file is damaged; copy it again")
@@ -221,12 +221,11 @@ class _Global:
 
 
 class _StorageType(_Global):
-    """``torch.FloatStorage`` and the like, which stand for an element type; ``dtype`` None where NumPy has no such type."""
+    """``torch.FloatStorage`` and the like, which stand for an element type."""
 
-    def __init__(self, name: str, dtype: str | None):
+    def __init__(self, name: str, dtype: np.dtype):
         super().__init__(name, _not_callable)
         self.dtype = dtype
-        self.item_bytes = np.dtype(dtype or "f2").itemsize
 
 
 def _dtype(machine: _Machine, name: Any, align: Any = False, copy: Any = False) -> _Dtype:
@@ -311,22 +310,26 @@ _CALLS: dict[Callable[..., Any], tuple[str, ...]] = {
     _load_storage: ("torch.storage._load_from_bytes",),
 }
 
-_STORAGE_DTYPES = {
-    "Float": "f4",
-    "Double": "f8",
-    "Half": "f2",
-    "BFloat16": None,
-    "Long": "i8",
-    "Int": "i4",
-    "Short": "i2",
-    "Char": "i1",
-    "Byte": "u1",
-    "Bool": "b1",
+STORAGE_DTYPES = {
+    f"{name}Storage": np.dtype(dtype)
+    for name, dtype in {
+        "Float": "f4",
+        "Double": "f8",
+        "Half": "f2",
+        "BFloat16": ml_dtypes.bfloat16,
+        "Long": "i8",
+        "Int": "i4",
+        "Short": "i2",
+        "Char": "i1",
+        "Byte": "u1",
+        "Bool": "b1",
+    }.items()
 }
+"""PyTorch's types of storages → their elements."""
 
 ALLOWED = {name: _Global(name, call) for call, names in _CALLS.items() for name in names}
 """Every global that a pickle may name."""
-ALLOWED |= {f"torch.{name}Storage": _StorageType(f"torch.{name}Storage", dtype) for name, dtype in _STORAGE_DTYPES.items()}
+ALLOWED |= {f"torch.{name}": _StorageType(f"torch.{name}", dtype) for name, dtype in STORAGE_DTYPES.items()}
 
 
 def _text(value: Any) -> str:
@@ -603,13 +606,13 @@ def _torch_sequence(header: bytes | mmap.mmap, data: memoryview) -> tuple[Any, d
     magic, protocol, system, root, keys = roots
     if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(system, dict):
         raise ConversionError("the file begins like one of torch.save, but is none")
-    byte_order = "<" if system.get("little_endian", True) is True else ">"
+    byte_order: Literal["<", ">"] = "<" if system.get("little_endian", True) is True else ">"
     known, at, storages = machines[3].storages, machines[4].end, {}
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in known for key in keys):
         raise ConversionError("the list of storages names others than the tensors do", "the file is damaged; copy it again")
     for key in keys:
         count = int.from_bytes(data[at : at + 8], "little" if byte_order == "<" else "big")
-        start, at = at + 8, at + 8 + count * known[key].element.item_bytes
+        start, at = at + 8, at + 8 + count * known[key].element.dtype.itemsize
         if count != known[key].count or at > len(data):
             what = f"the storage {quoted(key)} has {known[key].count} elements, but {count} follow at byte {start} of {len(data)}"
             raise ConversionError(what, "the file is truncated or damaged; copy it again")

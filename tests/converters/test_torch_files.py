@@ -14,7 +14,7 @@ import pytest
 
 from converters.convert import convert
 from converters.errors import ConversionError
-from converters.source import check_source, open_source
+from converters.source import open_source
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "torch"
 FILES = sorted(path.name for path in GOLDEN.iterdir())
@@ -38,7 +38,6 @@ EXPECTED = {
 
 def read(path):
     """Copies of the tensors in a file, and their author."""
-    check_source(path)
     with open_source(path) as source:
         return {name: tensor.copy() for name, tensor in source.tensors.items()}, source.author
 
@@ -199,9 +198,9 @@ REFUSED = {
         archive(b"\x80\x02}(" + text("x") + tensor(storage()) + b"q\x00" + b"".join(text(f"{n}") + b"h\x00" for n in range(1000)) + b"u."),
         "larger than the file",
     ),
-    "bfloat16": (
-        archive(state(tensor(storage(kind="BFloat16Storage"))), [("data/0", bytes(8))]),
-        "torch.BFloat16Storage, which NumPy has not",
+    "bfloat16 of a big-endian machine": (
+        archive(state(tensor(storage(kind="BFloat16Storage"))), [("data/0", bytes(8)), ("byteorder", b"big")]),
+        "'a' has elements of bfloat16 with their bytes swapped",
     ),
     "no pickle in the archive": (archive(b"", name="deep/archive"), "a zip archive that torch.save did not write"),
     "TorchScript": (archive(SMALL, [("constants.pkl", b"")]), "a TorchScript program"),
