@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from converters.errors import ConversionError, quoted
+from converters.tensor import Tensor, is_float
 from converters.transforms import IDENTITY, Shape, Transform
 
 _PLACEHOLDER = re.compile(r"\{(\w+)(?::([^{}]+))?\}")
@@ -27,12 +28,16 @@ _LISTED = 12
 class Rule:
     """Every tensor whose name fits ``source`` becomes the variable ``target``, in the layout that ``transform`` gives.
 
-    Patterns are names with placeholders: ``{n}`` stands for an index (0, 1, …), ``{param:weight|bias}`` for one of some words. Both
-    patterns have the same placeholders, so a rule also leads back.
+    Patterns are names with placeholders: ``{n}`` stands for an index (0, 1, …), ``{param:weight|bias}`` for one of some words, and
+    ``{norm:before→1|after→2}`` for words that are others on the other side. Both patterns have the same placeholders, so a rule also
+    leads back; where several words become one, to the first.
 
     >>> rule = Rule("layers.{n}.w", "block{n}.kernel", Transform("LINEAR", (1, 0)))
     >>> rule.target_of("layers.12.w"), rule.source_of("block12.kernel"), rule.target_of("layers.x.w")
     ('block12.kernel', 'layers.12.w', None)
+    >>> rule = Rule("stages.{n:0→2|1→3}.w", "res{n}.kernel")
+    >>> rule.target_of("stages.1.w"), rule.source_of("res2.kernel"), rule.target_of("stages.2.w")
+    ('res3.kernel', 'stages.0.w', None)
     """
 
     source: str
@@ -55,11 +60,11 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
-    """The tensor ``source`` has no variable, for ``reason``; its value must be ``expected``."""
+    """The tensor ``source`` has no variable, for ``reason``; its value must be ``expected``, where that is known."""
 
     source: str
     reason: str
-    expected: np.ndarray
+    expected: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +79,8 @@ class Move:
 def plan(
     rules: Sequence[Rule],
     drops: Sequence[Drop],
-    sources: Mapping[str, np.ndarray],
+    sources: Mapping[str, Tensor],
     targets: Mapping[str, Shape],
-    dtype: str = "float32",
 ) -> list[Move]:
     """What is to be done with each source tensor, in their order; dropped ones are left out.
 
@@ -85,11 +89,11 @@ def plan(
         drops: tensors without a variable.
         sources: name → tensor.
         targets: name → shape of every variable of the model.
-        dtype: of every source tensor and variable.
 
     Raises:
         ConversionError: a tensor without a rule or with several, a variable that is not filled or filled twice, an unused rule, a
-            wrong rank, shape, dtype or dropped value. All of them are listed, with the nearest names.
+            wrong rank or shape, elements that are no floating numbers, or a wrong dropped value. All of them are listed, with the
+            nearest names.
     """
     moves, problems, unmatched = [], [], []
     used: Counter[str] = Counter()
@@ -99,42 +103,47 @@ def plan(
         patterns = [rule.source for rule, _ in fitting] + [name] * (name in dropped)
         used.update(patterns)
         if len(patterns) > 1:
-            problems.append(f"{len(patterns)} rules for {_told(name, tensor)}: {', '.join(patterns)}")
+            problems.append(f"{len(patterns)} rules for {told(name, tensor)}: {', '.join(patterns)}")
         elif not patterns:
             unmatched.append(name)
         elif fitting:
             moves.append(Move(name, fitting[0][1], fitting[0][0].transform))
-        elif not np.array_equal(tensor, dropped[name].expected):
-            problems.append(f"{_told(name, tensor)} is not {_brief(dropped[name].expected)}, which it must be to be dropped")
+        elif (expected := dropped[name].expected) is not None and not _is_expected(np.asarray(tensor), expected):
+            problems.append(f"{told(name, tensor)} is not {_brief(expected)}, which it must be to be dropped")
 
     filled = Counter(move.target for move in moves)
     for move in moves:
-        problems += _check(move, sources[move.source], targets, filled[move.target], dtype)
+        problems += _check(move, sources[move.source], targets, filled[move.target])
     missing = [name for name in targets if name not in filled]
     wanted = {name: [source for rule in rules if (source := rule.source_of(name)) is not None] for name in missing}
-    problems += _first(_missing(name, targets[name], wanted[name], unmatched) for name in missing)
-    problems += _first(_unmatched(name, sources[name], rules, dropped) for name in unmatched)
+    problems += first(_missing(name, targets[name], wanted[name], unmatched) for name in missing)
+    problems += first(no_rule_for(name, sources[name], rules, dropped) for name in unmatched)
     covered = {rule.source for rule in rules if any(rule.source_of(name) is not None for name in missing)}
     unused = [pattern for pattern in (*(rule.source for rule in rules), *dropped) if not used[pattern] and pattern not in covered]
     problems += [f"no tensor for the rule '{pattern}'" for pattern in unused]
     if problems:
-        raise ConversionError(f"the tensors do not fit the model: {_count(problems, 'problem')}", *_first(problems, 4 * _LISTED))
+        raise ConversionError(f"the tensors do not fit the model: {counted(problems, 'problem')}", *first(problems, 4 * _LISTED))
     return moves
 
 
-def _check(move: Move, tensor: np.ndarray, targets: Mapping[str, Shape], times: int, dtype: str) -> Iterable[str]:
-    told = _told(move.source, tensor)
-    if tensor.dtype != np.dtype(dtype):
-        yield f"{told} is {tensor.dtype.str}, expected {np.dtype(dtype).str} ({dtype}); convert it before pickling: array.astype('{dtype}')"
+def _is_expected(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Equal values; of another floating type, the same after rounding."""
+    return np.array_equal(found, expected.astype(found.dtype) if is_float(found.dtype) and is_float(expected.dtype) else expected)
+
+
+def _check(move: Move, tensor: Tensor, targets: Mapping[str, Shape], times: int) -> Iterable[str]:
+    what = told(move.source, tensor)
+    if not is_float(tensor.dtype):
+        yield f"{what} is {tensor.dtype.name}, expected floating numbers"
     if times > 1:
-        yield f"{told} is one of {times} tensors for the variable '{move.target}'"
+        yield f"{what} is one of {times} tensors for the variable '{move.target}'"
     if move.target not in targets:
         nearest = difflib.get_close_matches(move.target, targets, n=1, cutoff=0.0)
-        yield f"{told} would become '{move.target}', which the model does not have; nearest: {', '.join(map(repr, nearest))}"
+        yield f"{what} would become '{move.target}', which the model does not have; nearest: {', '.join(map(repr, nearest))}"
     elif not move.transform.fits(tensor.shape):
-        yield f"{told} has {tensor.ndim} axes, {move.transform.name} needs {len(move.transform.permutation or ())}"
+        yield f"{what} has {tensor.ndim} axes, {move.transform.name} needs {len(move.transform.permutation or ())}"
     elif (shape := move.transform.shape(tensor.shape)) != tuple(targets[move.target]):
-        yield f"{told} becomes {shape} through {move.transform.name}, but '{move.target}' is {tuple(targets[move.target])}"
+        yield f"{what} becomes {shape} through {move.transform.name}, but '{move.target}' is {tuple(targets[move.target])}"
 
 
 def _missing(name: str, shape: Shape, sources: list[str], unmatched: list[str]) -> str:
@@ -144,15 +153,20 @@ def _missing(name: str, shape: Shape, sources: list[str], unmatched: list[str]) 
     return f"missing: '{sources[0]}', for the variable {shape}" + (f"; nearest in the file: {quoted(nearest[0])}" if nearest else "")
 
 
-def _unmatched(name: str, tensor: np.ndarray, rules: Sequence[Rule], dropped: Iterable[str]) -> str:
+def no_rule_for(name: str, tensor: Tensor, rules: Sequence[Rule], dropped: Iterable[str]) -> str:
+    """A line for a tensor that no rule fits, with the nearest rule."""
     indexed = re.sub(r"(?<=[.])\d+(?=[.])", "0", name[:200])
-    examples = {_PLACEHOLDER.sub(lambda match: (match[2] or "0").split("|")[0], rule.source): rule.source for rule in rules}
-    examples |= {name: name for name in dropped}
+    examples = {_example(pattern): pattern for pattern in (*(rule.source for rule in rules), *dropped)}
     nearest = difflib.get_close_matches(indexed, examples, n=1, cutoff=0.0)
-    return f"no rule for {_told(name, tensor)}; nearest rule: {', '.join(repr(examples[name]) for name in nearest)}"
+    return f"no rule for {told(name, tensor)}; nearest rule: {', '.join(repr(examples[name]) for name in nearest)}"
 
 
-def _first(items: Iterable[str], limit: int = _LISTED) -> list[str]:
+def _example(pattern: str) -> str:
+    """A name that fits: every placeholder's first word."""
+    return _PLACEHOLDER.sub(lambda match: re.split("[|→]", match[2] or "0")[0], pattern)
+
+
+def first(items: Iterable[str], limit: int = _LISTED) -> list[str]:
     """The first items; the others, which need not be made, are only counted."""
     listed, count = [], 0
     for count, item in enumerate(items, 1):
@@ -161,7 +175,8 @@ def _first(items: Iterable[str], limit: int = _LISTED) -> list[str]:
     return listed + [f"… and {count - limit} more of this kind"] * (count > limit)
 
 
-def _told(name: str, tensor: np.ndarray) -> str:
+def told(name: str, tensor: Tensor) -> str:
+    """A tensor by name and shape."""
     return f"{quoted(name)} {tensor.shape}"
 
 
@@ -170,22 +185,36 @@ def _brief(values: np.ndarray) -> str:
     return f"[{', '.join(f'{value:g}' for value in flat[:2])}, …, {flat[-1]:g}] {values.shape}"
 
 
-def _count(items: Sequence[str], noun: str) -> str:
+def counted(items: Sequence[str], noun: str) -> str:
+    """How many: "1 problem", "2 problems"."""
     return f"{len(items)} {noun}{'s' * (len(items) != 1)}"
 
 
 @functools.cache
-def _compiled(pattern: str, other: str) -> re.Pattern[str]:
-    """``pattern`` as a regular expression; the words of a placeholder may be written in ``other``, the rule's other side."""
-    choices = {name: "|".join(map(re.escape, words.split("|"))) for name, words in _PLACEHOLDER.findall(pattern + other) if words}
+def _compiled(pattern: str, other: str) -> tuple[re.Pattern[str], dict[str, dict[str, str]]]:
+    """``pattern`` as a regular expression, and placeholder → word in it → word in ``other``, the rule's other side.
+
+    The words may be written on either side.
+    """
+    words: dict[str, dict[str, str]] = {}
+    for side, step in ((other, -1), (pattern, 1)):
+        for name, listed in _PLACEHOLDER.findall(side):
+            if listed:
+                pairs = [tuple(word.split("→"))[::step] for word in listed.split("|")]
+                words[name] = {pair[0]: pair[-1] for pair in reversed(pairs)}
     expression, end = "", 0
     for match in _PLACEHOLDER.finditer(pattern):
-        choice = choices.get(match[1], "0|[1-9][0-9]*")
+        choice = "|".join(map(re.escape, words[match[1]])) if match[1] in words else "0|[1-9][0-9]*"
         expression += f"{re.escape(pattern[end : match.start()])}(?P<{match[1]}>{choice})"
         end = match.end()
-    return re.compile(expression + re.escape(pattern[end:]))
+    return re.compile(expression + re.escape(pattern[end:])), words
 
 
 def _translate(name: str, pattern: str, into: str) -> str | None:
-    match = _compiled(pattern, into).fullmatch(name)
-    return match and _PLACEHOLDER.sub(lambda placeholder: match[placeholder[1]], into)
+    expression, words = _compiled(pattern, into)
+    match = expression.fullmatch(name)
+
+    def word(placeholder: re.Match[str]) -> str:
+        return words.get(placeholder[1], {}).get(match[placeholder[1]], match[placeholder[1]])
+
+    return match and _PLACEHOLDER.sub(word, into)
