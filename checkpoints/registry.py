@@ -65,6 +65,7 @@ class Entry:
     ``config``: the fields of ``tfmaskformer.config.MaskFormerConfig``, as plain JSON types.
     ``official_config``: the YAML file in facebookresearch/MaskFormer; ``official_options``: keys and values that change it (Detectron2's
     ``merge_from_list``), empty for all but the test models. ``url`` and ``model_id`` are empty for those.
+    ``sha256``: of the file at ``url``, in hex digits; empty where nobody has recorded it.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Entry:
     weights_license: str
     layout: str
     config: dict[str, Any]
+    sha256: str = ""
 
     @property
     def num_parameters(self) -> int:
