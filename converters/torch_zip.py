@@ -21,8 +21,10 @@ from converters.unpickle import STORAGE_DTYPES, PickledModel, read_model_in_part
 
 MAGIC = b"PK\x03\x04"
 _HEADER_BYTES = 30
+_UTF_8 = 1 << 11
 _ALIGNMENT_BYTES = 64
 _ZIP64_BYTES = 1 << 30
+_UNTRUSTED = "the file was made by something else than torch.save; do not open it with other tools unless you trust its source"
 
 
 def read_zip(data: mmap.mmap) -> PickledModel:
@@ -33,37 +35,57 @@ def read_zip(data: mmap.mmap) -> PickledModel:
     """
     try:
         with zipfile.ZipFile(cast(IO[bytes], data)) as archive:
-            entries = {entry.filename: entry for entry in archive.infolist()}
+            listed = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, EOFError, OSError) as error:
         raise ConversionError(f"the zip archive is damaged: {error}", "download or copy the file again") from None
-    pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
+    contents = _contents(data, listed)
+    pickles = [name for name in contents if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
         raise ConversionError(
             "a zip archive that torch.save did not write: it has no file NAME/data.pkl", "expected a .pth or .pt checkpoint"
         )
     folder = pickles[0].removesuffix("data.pkl")
-    if f"{folder}constants.pkl" in entries:
+    if f"{folder}constants.pkl" in contents:
         raise ConversionError("the file is a TorchScript program", "expected a checkpoint: torch.save(model.state_dict(), file)")
     prefix = f"{folder}data/"
-    storages = {name.removeprefix(prefix): _content(data, entry) for name, entry in entries.items() if name.startswith(prefix)}
-    order = _content(data, entries[f"{folder}byteorder"]) if f"{folder}byteorder" in entries else b"little"
-    if bytes(order[:10]) not in (b"little", b"big"):
+    storages = {name.removeprefix(prefix): content for name, content in contents.items() if name.startswith(prefix)}
+    order = contents.get(f"{folder}byteorder", b"little")
+    if order not in (b"little", b"big"):
         raise ConversionError(f"the byte order {quoted(bytes(order[:10]))}, expected little or big")
-    return read_model_in_parts(bytes(_content(data, entries[pickles[0]])), storages, "<" if bytes(order) == b"little" else ">", len(data))
+    return read_model_in_parts(bytes(contents[pickles[0]]), storages, "<" if order == b"little" else ">", len(data))
 
 
-def _content(data: mmap.mmap, entry: zipfile.ZipInfo) -> memoryview:
-    """A file of the archive: a view."""
-    name = quoted(entry.filename)
-    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-        raise ConversionError(f"{name} in the archive is compressed or encrypted, which torch.save never does", "save the checkpoint again")
-    header = data[entry.header_offset : entry.header_offset + _HEADER_BYTES]
-    if len(header) < _HEADER_BYTES or header[:4] != MAGIC:
-        raise ConversionError(f"{name} is not where the archive says", "download or copy the file again")
-    start = entry.header_offset + _HEADER_BYTES + sum(struct.unpack("<HH", header[26:30]))
-    if start + entry.file_size > len(data):
-        raise ConversionError(f"{name} reaches beyond the end of the archive", "download or copy the file again")
-    return memoryview(data)[start : start + entry.file_size]
+def _contents(data: mmap.mmap, listed: list[zipfile.ZipInfo]) -> dict[str, memoryview]:
+    """Name → view of each file in the archive. Names are only looked up, never used as paths.
+
+    Raises:
+        ConversionError: one is compressed, listed twice, not where it should be, or shares bytes with another.
+    """
+    view = memoryview(data)
+    contents: dict[str, memoryview] = {}
+    end = 0
+    for entry in sorted(listed, key=lambda entry: entry.header_offset):
+        name = quoted(entry.orig_filename)
+        at, start = entry.header_offset, entry.header_offset + _HEADER_BYTES
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size:
+            what = f"{name} in the archive is compressed or encrypted, which torch.save never does"
+            raise ConversionError(what, "save the checkpoint again")
+        if entry.filename != entry.orig_filename or not {"", ".."}.isdisjoint(entry.filename.rstrip("/").split("/")):
+            raise ConversionError(f"the archive has the name {name}, which torch.save never writes", _UNTRUSTED)
+        if entry.filename in contents:
+            raise ConversionError(f"the archive has {name} twice", _UNTRUSTED)
+        if at < end:
+            raise ConversionError(f"{name} begins at byte {at} of the archive, inside of another file", _UNTRUSTED)
+        name_bytes, more_bytes = struct.unpack("<HH", data[start - 4 : start]) if start <= len(data) else (0, 0)
+        stored_name = data[start : start + name_bytes].decode("utf-8" if entry.flag_bits & _UTF_8 else "cp437", "replace")
+        if data[at : at + 4] != MAGIC or stored_name != entry.filename:
+            raise ConversionError(f"{name} is not where the archive says", "download or copy the file again")
+        start += name_bytes + more_bytes
+        end = start + entry.file_size
+        if end > len(data):
+            raise ConversionError(f"{name} reaches beyond the end of the archive", "download or copy the file again")
+        contents[entry.filename] = view[start:end]
+    return contents
 
 
 def write_zip(file: BinaryIO, tensors: Mapping[str, Tensor], versions: Mapping[str, int]) -> None:
@@ -73,7 +95,7 @@ def write_zip(file: BinaryIO, tensors: Mapping[str, Tensor], versions: Mapping[s
     modules know how old their tensors are.
 
     Args:
-        file: is written from its start on, and must be able to move back.
+        file: is written from its start on.
         tensors: name → array of one of ``STORAGE_DTYPES``, or what becomes one when it is written.
         versions: path of a module, "" for the model itself → its version; all others, as far as names of tensors tell them, have 1.
 

@@ -3,8 +3,8 @@
 A pickle is a sequence of opcodes for a small stack machine. This module is such a machine with everything left out that could
 do harm: there is no import, no attribute lookup and no call. The few names that files with NumPy arrays need (``ALLOWED``) are
 looked up in a table and stand for functions of this module, which check their arguments and only describe an array. All others
-are refused by name. Dictionary keys are text, so that nothing is hashed that could be nested, and no memory is allocated from a
-number in the file: payloads are views of the file's own bytes.
+are refused by name. Dictionary keys are text or small integers, so that nothing is hashed that could be nested, no memory is allocated
+from a number in the file (payloads are views of the file's own bytes), and nothing that the file says once is copied more than once.
 
 Reads protocols 0 to 5, Python 2 strings (latin-1) and the module names of NumPy 1 and 2. Why not a restricted
 ``pickle.Unpickler``: docs/decisions/0002-reading-pickles.md. Opcodes: CPython ``Lib/pickletools.py``.
@@ -18,29 +18,40 @@ import math
 import mmap
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import ml_dtypes
 import numpy as np
 
 from converters.errors import ConversionError, quoted
 
-DTYPES = frozenset(f"{kind}{size}" for kind, sizes in {"f": (2, 4, 8), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8)}.items() for size in sizes) | {
-    "b1"
-}
+DTYPES = {name: np.dtype(name) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")}
 """The element types that an array may have: numbers and booleans, never objects, records or strings."""
+DTYPES |= {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 MAX_DIMENSIONS = 32
+MAX_ELEMENTS = 1 << 48
+MAX_OPERATIONS = 10_000_000
+"""Of one pickle. A checkpoint of MaskFormer with the state of its optimizer has 200 000."""
+
+ByteOrder = Literal["<", ">", "=", "|"]
 
 _UNTRUSTED = "checkpoints hold arrays, tensors and text only; do not open this file with other tools unless you trust its source"
 
 
 @dataclasses.dataclass(frozen=True)
 class PickledModel:
-    """Name → tensor in the order of the file, and the ``__author__`` that Detectron2 writes beside them, empty where there is none."""
+    """What a pickle holds.
+
+    Attributes:
+        tensors: name → tensor, in the order of the file.
+        author: the ``__author__`` that Detectron2 writes beside them, empty where there is none.
+        others: keys of what else there is beside the model: "optimizer", "scheduler", "iteration", …
+    """
 
     tensors: dict[str, np.ndarray]
     author: str
+    others: tuple[str, ...]
 
 
 def read_model(data: bytes | mmap.mmap) -> PickledModel:
@@ -64,7 +75,7 @@ def read_model(data: bytes | mmap.mmap) -> PickledModel:
     return _model(root, {}, len(data))
 
 
-def read_model_in_parts(data: bytes, storages: Mapping[str, memoryview], byte_order: Literal["<", ">"], total_bytes: int) -> PickledModel:
+def read_model_in_parts(data: bytes, storages: Mapping[str, memoryview], byte_order: ByteOrder, total_bytes: int) -> PickledModel:
     """As :func:`read_model`, where the bytes of PyTorch's storages lie elsewhere.
 
     Args:
@@ -84,17 +95,19 @@ def _model(root: Any, storages: Mapping[str, _Bytes], total_bytes: int) -> Pickl
     model = root.get("model", root)
     if not isinstance(model, dict) or not model:
         raise ConversionError(f"the pickle's 'model' is {_kind(model)}, expected a dict of arrays that is not empty")
-    wrong = [f"{quoted(name)} is {_kind(value)}" for name, value in model.items() if not isinstance(value, _Array | _Tensor)]
-    wrong += [f"the key {name}, expected a name" for name in model if not isinstance(name, str)]
+    wrong = [name for name, value in model.items() if not isinstance(name, str) or not isinstance(value, _Array | _Tensor)]
     if wrong:
+        lines = [f"{quoted(name)} is {_kind(model[name])}" for name in wrong[:10] if isinstance(name, str)]
+        lines += [f"the key {name}, expected a name" for name in wrong[:10] if not isinstance(name, str)]
         more = [f"… and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-        raise ConversionError("the pickle's 'model' must hold arrays only", *wrong[:10], *more)
+        raise ConversionError("the pickle's 'model' must hold arrays only", *lines, *more)
     tensors = {name: value.ndarray() if isinstance(value, _Array) else value.ndarray(name, storages) for name, value in model.items()}
     tensor_bytes = sum(tensor.nbytes for tensor in tensors.values())
     if tensor_bytes > total_bytes:
         raise ConversionError(f"the tensors ({tensor_bytes} bytes) are larger than the file ({total_bytes} bytes): they share their data")
     author = root.get("__author__", "")
-    return PickledModel(tensors, _text(author) if isinstance(author, str | memoryview) else "")
+    others = tuple(str(key) for key in root if key not in ("model", "__author__")) if "model" in root else ()
+    return PickledModel(tensors, _text(author) if isinstance(author, str | memoryview) else "", others)
 
 
 class _Dtype:
@@ -102,25 +115,25 @@ class _Dtype:
 
     def __init__(self, name: str):
         self.name = name
-        self.byte_order = "="
+        self.byte_order: ByteOrder = "="
 
     def build(self, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) not in (8, 9) or any(part is not None for part in state[2:5]):
             raise _RefusedError("a dtype with fields, a sub-array or an unknown state")
         byte_order = _text(state[1])
-        if byte_order not in ("<", ">", "|", "="):
+        if byte_order not in ("<", ">", "|", "=") or (byte_order == ">" and self.name == "bfloat16"):
             raise _RefusedError(f"the byte order {quoted(byte_order)}")
-        self.byte_order = byte_order.replace("|", "=")
+        self.byte_order = cast(ByteOrder, byte_order)
 
     def numpy(self) -> np.dtype:
-        return np.dtype(self.byte_order + self.name)
+        return DTYPES[self.name].newbyteorder(self.byte_order)
 
 
 class _Array:
     """An array described by a pickle: a dtype, a shape, an order and the bytes."""
 
     def __init__(self) -> None:
-        self._parts: tuple[_Dtype, tuple[int, ...], str, memoryview] | None = None
+        self._parts: tuple[_Dtype, tuple[int, ...], Literal["C", "F"], memoryview] | None = None
 
     def build(self, state: Any) -> None:
         if isinstance(state, tuple) and len(state) == 5 and state[0] in (0, 1):
@@ -135,20 +148,20 @@ class _Array:
             raise _RefusedError("an array that is filled twice")
         if not isinstance(dtype, _Dtype):
             raise _RefusedError("an array without a dtype")
-        if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape) or len(shape) > MAX_DIMENSIONS:
-            raise _RefusedError("an array whose shape is not a short tuple of sizes")
+        if not _are_sizes(shape) or order not in ("C", "F"):
+            raise _RefusedError("an array whose shape is not a short tuple of sizes, or in an unknown order")
         if not isinstance(data, memoryview):
             raise _RefusedError(f"an array whose data is {_kind(data)} instead of bytes")
         expected_bytes = math.prod(shape) * dtype.numpy().itemsize
         if len(data) != expected_bytes:
             raise _RefusedError(f"an array of shape {shape} and dtype {dtype.name} with {len(data)} bytes instead of {expected_bytes}")
-        self._parts = dtype, shape, order, data
+        self._parts = dtype, shape, cast(Literal["C", "F"], order), data
 
     def ndarray(self) -> np.ndarray:
         if self._parts is None:
             raise ConversionError("the pickle holds an array without data")
         dtype, shape, order, data = self._parts
-        return np.frombuffer(data, dtype.numpy()).reshape(shape, order="F" if order == "F" else "C")
+        return np.frombuffer(data, dtype.numpy()).reshape(shape, order=order)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +169,7 @@ class _Bytes:
     """The bytes of a storage, "<" or ">" for their order."""
 
     view: memoryview
-    byte_order: Literal["<", ">"]
+    byte_order: ByteOrder
 
 
 class _Storage:
@@ -175,13 +188,7 @@ class _Tensor:
     def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any):
         if not isinstance(storage, _Storage):
             raise _RefusedError(f"a tensor whose storage is {_kind(storage)}")
-        sizes = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else ()
-        if (
-            not sizes
-            or not all(type(size) is int and size >= 0 for size in sizes)
-            or len(shape) != len(strides)
-            or len(shape) > MAX_DIMENSIONS
-        ):
+        if not _are_sizes(shape) or type(strides) is not tuple or len(strides) != len(shape) or not all(map(_is_size, (offset, *strides))):
             raise _RefusedError("a tensor whose offset, shape or strides are not whole numbers that belong together")
         count = math.prod(shape)
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if count else 0
@@ -208,6 +215,16 @@ class _Tensor:
         return np.lib.stride_tricks.as_strided(flat[self._offset :], self._shape, strides, writeable=False)
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_ELEMENTS
+
+
+def _are_sizes(shape: Any) -> bool:
+    if type(shape) is not tuple or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
+        return False
+    return math.prod(size or 1 for size in shape) < MAX_ELEMENTS
+
+
 class _RefusedError(Exception):
     """Something that the file must not contain; the machine adds where."""
 
@@ -229,7 +246,7 @@ class _StorageType(_Global):
 
 
 def _dtype(machine: _Machine, name: Any, align: Any = False, copy: Any = False) -> _Dtype:
-    name = _text(name)
+    name = "bfloat16" if name is ALLOWED["ml_dtypes.bfloat16"] else _text(name)
     if name not in DTYPES:
         raise _RefusedError(f"the dtype {quoted(name)}; allowed are {', '.join(sorted(DTYPES))}")
     return _Dtype(name)
@@ -256,7 +273,8 @@ def _scalar(machine: _Machine, dtype: Any, data: Any) -> _Array:
 def _encode(machine: _Machine, text: Any, encoding: Any) -> memoryview:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise _RefusedError("a _codecs.encode of something else than text to latin1")
-    return machine.decoded(text.encode("latin1"))
+    machine.charge(len(text))  # a pickle can name one text many times
+    return memoryview(text.encode("latin1"))
 
 
 def _empty_bytes(machine: _Machine) -> memoryview:
@@ -264,7 +282,20 @@ def _empty_bytes(machine: _Machine) -> memoryview:
 
 
 def _ordered_dict(machine: _Machine, items: Any = ()) -> dict[str | int, Any]:
-    return {_key(key): value for key, value in items}
+    machine.charge(len(items))
+    return {machine.key(key): value for key, value in items}
+
+
+def _counter(machine: _Machine, counts: Any) -> dict[str | int, Any]:
+    if type(counts) is not dict:
+        raise _RefusedError(f"a Counter of {_kind(counts)}")
+    return counts
+
+
+def _default_dict(machine: _Machine, default: Any = None) -> dict[str | int, Any]:
+    if default is not None and (not isinstance(default, _Global) or default.call is not _not_callable):
+        raise _RefusedError(f"a defaultdict whose default is {_kind(default)}")
+    return {}
 
 
 def _rebuild_tensor(
@@ -283,6 +314,10 @@ def _load_storage(machine: _Machine, data: Any) -> _Storage:
     """A storage inside a plain pickle: the bytes that ``torch.save`` would write of it to a file of its own, in its old format."""
     if machine.storage_keys or not isinstance(data, memoryview):
         raise _RefusedError("a torch storage inside of another, or without bytes")
+    return machine.once(_lone_storage, data)
+
+
+def _lone_storage(data: memoryview) -> _Storage:
     try:
         root, storages = _torch_sequence(bytes(data[:_STORAGE_HEADER_BYTES]), data)
     except ConversionError as error:
@@ -300,11 +335,17 @@ _CALLS: dict[Callable[..., Any], tuple[str, ...]] = {
     _reconstruct: ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
     _scalar: ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
     _frombuffer: ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"),
-    _not_callable: ("numpy.ndarray",),
+    _not_callable: (
+        "numpy.ndarray",
+        "ml_dtypes.bfloat16",
+        *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("dict", "list", "int", "long", "float")),
+    ),
     _dtype: ("numpy.dtype",),
     _encode: ("_codecs.encode",),
     _empty_bytes: ("builtins.bytes", "__builtin__.bytes"),
     _ordered_dict: ("collections.OrderedDict",),
+    _counter: ("collections.Counter",),
+    _default_dict: ("collections.defaultdict",),
     _rebuild_tensor: ("torch._utils._rebuild_tensor_v2",),
     _rebuild_parameter: ("torch._utils._rebuild_parameter",),
     _load_storage: ("torch.storage._load_from_bytes",),
@@ -341,15 +382,6 @@ def _text(value: Any) -> str:
     return value
 
 
-def _key(value: Any) -> str | int:
-    """Text, or an integer as in the state of an optimizer."""
-    if type(value) is int and abs(value) < 1 << 32:
-        return value
-    if not isinstance(value, str | memoryview):
-        raise _RefusedError(f"a dict key that is {_kind(value)}; keys must be text or small integers")
-    return _text(value)
-
-
 def _kind(value: Any) -> str:
     """What ``value`` is, in words that never look into it."""
     names = {dict: "a dict", list: "a list", tuple: "a tuple", str: "text", memoryview: "bytes", type(None): "None", _Array: "an array"}
@@ -369,14 +401,15 @@ class _Machine:
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
-        self._decoded_bytes = 0
+        self._charged = 0
+        self._once: dict[tuple[int, Callable[[memoryview], Any]], tuple[memoryview, Any]] = {}
 
     def run(self) -> Any:
         """The object that the pickle describes."""
         data, operations = self._data, _OPERATIONS
         start = 0
         try:
-            while True:
+            for _ in range(MAX_OPERATIONS):
                 start = self._at
                 if start >= len(data):
                     raise _TruncatedError
@@ -387,6 +420,8 @@ class _Machine:
                 if operation is _Machine._stop:
                     break
                 operation(self)
+            else:
+                raise _RefusedError(f"more than {MAX_OPERATIONS} operations")
             root = self._stack.pop()
         except _TruncatedError:
             raise ConversionError(
@@ -407,12 +442,29 @@ class _Machine:
         """Where the pickle ended."""
         return self._at
 
-    def decoded(self, data: bytes) -> memoryview:
-        """A view of ``data``, which was decoded from the file; bounded, since a pickle can name one text many times."""
-        self._decoded_bytes += len(data)
-        if self._decoded_bytes > len(self._data):
-            raise _RefusedError("text that decodes to more bytes than the file has")
-        return memoryview(data)
+    def charge(self, count: int) -> None:
+        """Counts bytes or items that are copied, which may be no more than the pickle has bytes: it can name one of them many times."""
+        self._charged += count
+        if self._charged > len(self._data):
+            raise _RefusedError("copies of more than it has")
+
+    def once(self, read: Callable[[memoryview], Any], data: memoryview) -> Any:
+        """``read(data)``, the same object whenever the pickle names the same ``data`` again."""
+        key = id(data), read
+        if key not in self._once:
+            self._once[key] = data, read(data)  # with the data, so that no others get their id
+        return self._once[key][1]
+
+    def key(self, value: Any) -> str | int:
+        """Text, or an integer as in the state of an optimizer."""
+        if type(value) is int and abs(value) < 1 << 32:
+            return value
+        if not isinstance(value, str | memoryview):
+            raise _RefusedError(f"a dict key that is {_kind(value)}; keys must be text or small integers")
+        return self._text_once(value)
+
+    def _text_once(self, value: Any) -> str:
+        return self.once(_text, value) if isinstance(value, memoryview) else _text(value)
 
     def _take(self, count: int) -> memoryview:
         start, end = self._at, self._at + count
@@ -472,10 +524,12 @@ class _Machine:
         line = self._line().strip()
         if len(line) < 2 or line[:1] not in (b"'", b'"') or line[-1:] != line[:1]:
             raise _RefusedError("a string without quotes")
-        self._stack.append(self.decoded(codecs.escape_decode(line[1:-1])[0]))
+        self._stack.append(memoryview(codecs.escape_decode(line[1:-1])[0]))
 
     def _unicode(self) -> None:
-        self._stack.append(self._line().decode("raw-unicode-escape"))
+        text = self._line().decode("raw-unicode-escape")
+        text.encode()  # raises for half a surrogate, which no file or terminal would take as a name
+        self._stack.append(text)
 
     def _mark(self) -> None:
         self._marked.append(self._stack)
@@ -529,13 +583,16 @@ class _Machine:
         if type(target) is not dict:
             raise _RefusedError(f"an item set on {_kind(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            name = _key(key)
+            name = self.key(key)
             if name in target:
                 raise _RefusedError(f"the key {quoted(name)} twice")
             target[name] = value
 
     def _memoize(self, index: int | None = None) -> None:
-        self._memo[len(self._memo) if index is None else index] = self._stack[-1]
+        index = len(self._memo) if index is None else index
+        if not 0 <= index < 1 << 32:  # larger ones can be chosen so that all have the same hash
+            raise _RefusedError(f"the memo index {quoted(index)}")
+        self._memo[index] = self._stack[-1]
 
     def _global(self) -> None:
         module, name = self._line().decode("latin1"), self._line().decode("latin1")
@@ -560,7 +617,7 @@ class _Machine:
             raise _RefusedError("a persistent id that is no storage of its own")
         if not isinstance(name[1], _StorageType) or type(name[4]) is not int or name[4] < 0:
             raise _RefusedError("a storage of an unknown type or size")
-        storage = _Storage(name[1], _text(name[2]), name[4])
+        storage = _Storage(name[1], self._text_once(name[2]), name[4])
         self.storages[storage.key] = storage
         self._stack.append(storage)
 
@@ -606,7 +663,7 @@ def _torch_sequence(header: bytes | mmap.mmap, data: memoryview) -> tuple[Any, d
     magic, protocol, system, root, keys = roots
     if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(system, dict):
         raise ConversionError("the file begins like one of torch.save, but is none")
-    byte_order: Literal["<", ">"] = "<" if system.get("little_endian", True) is True else ">"
+    byte_order: ByteOrder = "<" if system.get("little_endian", True) is True else ">"
     known, at, storages = machines[3].storages, machines[4].end, {}
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in known for key in keys):
         raise ConversionError("the list of storages names others than the tensors do", "the file is damaged; copy it again")

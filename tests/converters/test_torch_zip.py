@@ -16,7 +16,7 @@ import pytest
 from converters import torch_zip
 from converters.errors import ConversionError
 from converters.torch_zip import read_zip, write_zip
-from converters.unpickle import STORAGE_DTYPES
+from converters.unpickle import STORAGE_DTYPES, read_model
 
 
 def read(data):
@@ -125,3 +125,46 @@ def test_pytorch_writes_the_same_state_dict(tmp_path):
     assert ours._metadata == theirs._metadata
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("kind", ["zip", "zip, protocol 4", "legacy"])
+def test_checkpoints_of_a_training_are_read(kind, tmp_path):
+    """As Detectron2's DetectionCheckpointer saves them: AdamW, a schedule with milestones, a warm-up, the iteration."""
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.BatchNorm2d(4)).to(torch.float64)
+    model[1].half()
+    optimizer = torch.optim.AdamW([{"params": [parameter], "lr": 1e-4} for parameter in model.parameters()])
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), torch.optim.lr_scheduler.MultiStepLR(optimizer, [7, 9])]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    saved = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": schedulers[1].state_dict(),
+        "iteration": 7,
+        "trainer": {
+            "hooks": {"LRScheduler": schedulers[0].state_dict()},
+            "_trainer": {"grad_scaler": torch.amp.GradScaler("cpu").state_dict()},
+        },
+    }
+    torch.save(saved, tmp_path / "a.pth", _use_new_zipfile_serialization=kind != "legacy", pickle_protocol=4 if "4" in kind else 2)
+    data = (tmp_path / "a.pth").read_bytes()
+    found = read_model(data) if kind == "legacy" else read(data)
+    assert found.others == ("optimizer", "scheduler", "iteration", "trainer")
+    assert list(found.tensors) == list(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert (found.tensors[name].dtype, found.tensors[name].shape) == (tensor.numpy().dtype, tensor.shape)
+        assert np.array_equal(found.tensors[name], tensor.numpy()), name
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_bfloat16_of_pytorch(zipped, tmp_path):
+    torch = pytest.importorskip("torch")
+    values = torch.arange(6).to(torch.bfloat16).reshape(2, 3)
+    torch.save({"model": {"a": values, "t": values.T}}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    data = (tmp_path / "a.pth").read_bytes()
+    found = (read(data) if zipped else read_model(data)).tensors
+    assert {tensor.dtype.name for tensor in found.values()} == {"bfloat16"}
+    assert found["a"].astype(np.float32).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert found["t"].astype(np.float32).tolist() == [[0, 3], [1, 4], [2, 5]]

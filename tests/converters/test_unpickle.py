@@ -10,6 +10,7 @@ import struct
 import sys
 import tracemalloc
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -47,7 +48,39 @@ def assert_same(found, expected):
 def test_every_protocol(protocol, wrap):
     model = read_model(pickle.dumps(wrap(ARRAYS), protocol))
     assert_same(model.tensors, ARRAYS)
-    assert model.author in ("me", "")
+    assert (model.author, model.others) in (("me", ("n", "b")), ("", ()))
+
+
+TRAINING = {
+    "optimizer": {
+        "state": {0: {"step": np.float32(7), "exp_avg": ARRAYS["matrix"]}, 1: {}},
+        "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999), "fused": None, "amsgrad": False, "params": [0, 1, 300, 70_000]}],
+        "counts": collections.defaultdict(int, a=1),
+    },
+    "scheduler": {
+        "milestones": collections.Counter({327_778: 1, 355_092: 1}),
+        "base_lrs": [np.float64(1e-4)],
+        "_last_lr": [1e-5],
+        "big": 2**40,
+        "negative": -3,
+    },
+    "iteration": 368_749,
+    "trainer": collections.OrderedDict(hooks=collections.defaultdict(dict, x={"y": (1, (2, ()))}), none=collections.defaultdict(None)),
+}
+"""Of the types that the state of an optimizer, a scheduler and a trainer is made of."""
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_the_state_of_a_training(protocol):
+    model = read_model(pickle.dumps({"model": ARRAYS, **TRAINING, "__author__": "me"}, protocol))
+    assert_same(model.tensors, ARRAYS)
+    assert model.others == ("optimizer", "scheduler", "iteration", "trainer")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_bfloat16(protocol):
+    arrays = {"a": np.arange(6).astype(ml_dtypes.bfloat16).reshape(2, 3)}
+    assert_same(read_model(pickle.dumps(arrays, protocol)).tensors, arrays)
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2])
