@@ -25,6 +25,7 @@ import pickle
 import struct
 import tempfile
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -134,7 +135,7 @@ def write_pickle(tensors: Mapping[str, np.ndarray], destination: pathlib.Path, a
     descriptor, beside = tempfile.mkstemp(prefix=f".{destination.name}.", dir=destination.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            _write(tensors, file, author)
+            write_pickle_to(file, tensors, author)
             os.fchmod(descriptor, 0o666 & ~_umask())
         os.replace(beside, destination)
     except BaseException:
@@ -145,7 +146,7 @@ def write_pickle(tensors: Mapping[str, np.ndarray], destination: pathlib.Path, a
 def pickle_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
     """The bytes that :func:`write_pickle` writes."""
     buffer = io.BytesIO()
-    _write(tensors, buffer, AUTHOR)
+    write_pickle_to(buffer, tensors, AUTHOR)
     return buffer.getvalue()
 
 
@@ -156,10 +157,16 @@ def _umask() -> int:
 
 
 # Memo slots of what every array needs again.
-_RECONSTRUCT, _NDARRAY, _DTYPE, _FLOAT32, _INT64 = (bytes([slot]) for slot in range(5))
+_RECONSTRUCT, _NDARRAY, _DTYPE = (bytes([slot]) for slot in range(3))
+_DTYPES = {code: bytes([slot]) for slot, code in enumerate(("f4", "i8", "f2"), 3)}
 
 
-def _write(tensors: Mapping[str, np.ndarray], file: io.BufferedIOBase | io.BufferedWriter, author: str) -> None:
+def _code(dtype: np.dtype) -> str:
+    return dtype.str.lstrip("<>|=")
+
+
+def write_pickle_to(file: io.BufferedIOBase, tensors: Mapping[str, Any], author: str) -> None:
+    """As :func:`write_pickle`, to an open file. A tensor has a shape and a dtype, and becomes an array when it is its turn."""
     put, get = pickle.BINPUT, pickle.BINGET
     # The shared objects, memoised and popped again.
     head = pickle.PROTO + b"\x03"
@@ -170,14 +177,14 @@ def _write(tensors: Mapping[str, np.ndarray], file: io.BufferedIOBase | io.Buffe
     ):
         head += pickle.GLOBAL + module + b"\n" + name + b"\n" + put + slot + pickle.POP
     state = _integer(3) + _text("<") + 3 * pickle.NONE + 2 * _integer(-1) + _integer(0)
-    dtypes = {"f4": _FLOAT32}
-    if any(array.dtype.kind == "i" for array in tensors.values()):
-        dtypes["i8"] = _INT64
+    codes = {"f4"} | {_code(tensor.dtype) for tensor in tensors.values()}
+    dtypes = {code: slot for code, slot in _DTYPES.items() if code in codes}
     for code, slot in dtypes.items():
         head += get + _DTYPE + _text(code) + pickle.NEWFALSE + pickle.NEWTRUE + pickle.TUPLE3 + pickle.REDUCE + put + slot
         head += pickle.MARK + state + pickle.TUPLE + pickle.BUILD + pickle.POP
     file.write(head + pickle.EMPTY_DICT + pickle.MARK + _text("model") + pickle.EMPTY_DICT + pickle.MARK)
-    for key, array in tensors.items():
+    for key, tensor in tensors.items():
+        code = _code(tensor.dtype)
         empty = (
             get
             + _RECONSTRUCT
@@ -190,11 +197,10 @@ def _write(tensors: Mapping[str, np.ndarray], file: io.BufferedIOBase | io.Buffe
             + pickle.TUPLE3
             + pickle.REDUCE
         )
-        shape = pickle.MARK + b"".join(_integer(dimension) for dimension in array.shape) + pickle.TUPLE
-        code = "i8" if array.dtype.kind == "i" else "f4"
+        shape = pickle.MARK + b"".join(_integer(dimension) for dimension in tensor.shape) + pickle.TUPLE
         file.write(_text(registry.v1_key(key)) + empty + pickle.MARK + _integer(1) + shape + get + dtypes[code] + pickle.NEWFALSE)
-        file.write(pickle.BINBYTES + struct.pack("<I", array.nbytes))
-        file.write(np.ascontiguousarray(array, f"<{code}").data)
+        file.write(pickle.BINBYTES + struct.pack("<I", tensor.nbytes))
+        file.write(np.ascontiguousarray(tensor, f"<{code}").data)
         file.write(pickle.TUPLE + pickle.BUILD)
     file.write(pickle.SETITEMS + _text("__author__") + _text(author) + pickle.SETITEMS + pickle.STOP)
 

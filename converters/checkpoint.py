@@ -1,29 +1,36 @@
-"""Writes and re-reads the TensorFlow checkpoint of a model that never exists: arrays and official names are enough.
+"""Reads, writes and re-reads the TensorFlow checkpoint of a model that never exists: arrays and official names are enough.
 
-The result is what ``tf.train.Checkpoint(model=model).save`` writes for the Keras model: the same keys, the same object graph. No
+What is written is what ``tf.train.Checkpoint(model=model).save`` writes for the Keras model: the same keys, the same object graph. No
 variable is made, and arrays with aligned memory are written without a copy. TensorFlow is imported when it is first needed, so that bad
 files are told without it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.errors import ConversionError
+from converters.errors import ConversionError, quoted
+from converters.tensor import BFLOAT16, LazyTensor
 from converters.transforms import Shape
 
 if TYPE_CHECKING:
+    import tensorflow as tf
     from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
 PREFIX = "ckpt"
 FILES = ("checkpoint", f"{PREFIX}.index", f"{PREFIX}.data-00000-of-00001")
 """What :func:`write` writes."""
+
+CONFIG_FILE = "config.json"
+"""As ``tfmaskformer.checkpoint`` reads it; repeated here because that module imports TensorFlow."""
+MANIFEST_FILE = "manifest.json"
 
 _GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 _VALUE = "VARIABLE_VALUE"
@@ -32,16 +39,74 @@ _SAVE_COUNTER_KEY = f"{_SAVE_COUNTER}/.ATTRIBUTES/{_VALUE}"
 _ALIGNMENT_BYTES = 64
 
 
-def aligned_empty(shape: Shape) -> np.ndarray:
-    """float32 of this shape, uninitialised, at an address that TensorFlow takes over without a copy."""
-    count = int(np.prod(shape, dtype=np.int64))
-    buffer = np.empty(4 * count + _ALIGNMENT_BYTES, np.uint8)
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """A checkpoint of TensorFlow: name → variable in TensorFlow's layout, the kinds of other things in it, and the bytes of its files."""
+
+    tensors: dict[str, LazyTensor]
+    others: tuple[str, ...]
+    size_bytes: int
+
+
+def is_checkpoint(directory: pathlib.Path) -> bool:
+    """Whether a directory looks like that of a TensorFlow checkpoint; needs no TensorFlow."""
+    return (directory / "checkpoint").is_file() or any(directory.glob("*.index"))
+
+
+def read(directory: pathlib.Path) -> Contents:
+    """The variables of the newest checkpoint in a directory: what ``convert`` or ``tf.train.CheckpointManager`` wrote there.
+
+    Raises:
+        ConversionError: there is none, it is damaged, or it holds no MaskFormer.
+    """
+    import tensorflow as tf
+
+    from tfmaskformer.checkpoint import official_name
+
+    name = quoted(directory)
+    try:
+        prefix = tf.train.latest_checkpoint(str(directory))
+        if prefix is None:
+            raise ConversionError(f"{name}: no TensorFlow checkpoint is complete in it", "its files are missing: copy the directory again")
+        reader = tf.train.load_checkpoint(prefix)
+        shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+        size_bytes = sum(file.stat().st_size for file in pathlib.Path(prefix).parent.glob(f"{pathlib.Path(prefix).name}.*"))
+    except (tf.errors.OpError, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(f"{name}: the TensorFlow checkpoint cannot be read: {error}", "copy the directory again") from None
+
+    def lazy(key: str) -> LazyTensor:
+        return LazyTensor(tuple(shapes[key]), np.dtype(dtypes[key].as_numpy_dtype), lambda: _get(reader, key, name))
+
+    names = {key: official_name(key) for key in shapes}
+    slots = "/.OPTIMIZER_SLOT/"
+    tensors = {found: lazy(key) for key, found in names.items() if found is not None and slots not in key}
+    others = {key.split("/")[0] for key, found in names.items() if found is None} - {_SAVE_COUNTER, _GRAPH_KEY}
+    if not tensors:
+        raise ConversionError(f"{name}: the TensorFlow checkpoint has no variables under 'model/'", "save tf.train.Checkpoint(model=model)")
+    return Contents(dict(sorted(tensors.items())), tuple(sorted(others)), size_bytes)
+
+
+def _get(reader: Any, key: str, name: str) -> np.ndarray:
+    import tensorflow as tf
+
+    try:
+        return reader.get_tensor(key)
+    except (tf.errors.OpError, RuntimeError, ValueError) as error:
+        raise ConversionError(f"{name}: {quoted(key)} cannot be read: {error}", "copy the directory again") from None
+
+
+def aligned_empty(shape: Shape, dtype: np.dtype = np.dtype("float32")) -> np.ndarray:  # noqa: B008
+    """An uninitialised array at an address that TensorFlow takes over without a copy."""
+    size_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = np.empty(size_bytes + _ALIGNMENT_BYTES, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT_BYTES
-    return buffer[start : start + 4 * count].view(np.float32).reshape(shape)
+    return buffer[start : start + size_bytes].view(dtype).reshape(shape)
 
 
 def write(directory: pathlib.Path, variables: Mapping[str, np.ndarray]) -> None:
-    """Writes ``variables`` (official name → float32 array in TensorFlow's layout) as the checkpoint of ``directory``.
+    """Writes ``variables`` (official name → float array in TensorFlow's layout) as the checkpoint of ``directory``.
 
     Raises:
         OSError: TensorFlow could not write.
@@ -50,8 +115,7 @@ def write(directory: pathlib.Path, variables: Mapping[str, np.ndarray]) -> None:
 
     from tfmaskformer.checkpoint import checkpoint_key
 
-    # DLPack shares the arrays' memory; tf.constant would copy it twice.
-    tensors = {checkpoint_key(name): tf.experimental.dlpack.from_dlpack(value.__dlpack__()) for name, value in variables.items()}
+    tensors = {checkpoint_key(name): _shared(value) for name, value in variables.items()}
     tensors[_SAVE_COUNTER_KEY] = tf.constant(1, tf.int64)
     tensors[_GRAPH_KEY] = tf.constant(_object_graph(variables).SerializeToString())
     try:
@@ -67,6 +131,15 @@ def write(directory: pathlib.Path, variables: Mapping[str, np.ndarray]) -> None:
         raise (OSError(code, os.strerror(code)) if code else OSError(f"TensorFlow says: {error.message}")) from None
     # As tf.train.update_checkpoint_state writes it, without the time.
     (directory / "checkpoint").write_text(f'model_checkpoint_path: "{PREFIX}"\nall_model_checkpoint_paths: "{PREFIX}"\n')
+
+
+def _shared(value: np.ndarray) -> tf.Tensor:
+    """A tensor of TensorFlow in the array's memory; tf.constant would copy it twice. DLPack has no bfloat16, which goes through as bits."""
+    import tensorflow as tf
+
+    if value.dtype == BFLOAT16:
+        return tf.bitcast(tf.experimental.dlpack.from_dlpack(value.view(np.uint16).__dlpack__()), tf.bfloat16)
+    return tf.experimental.dlpack.from_dlpack(value.__dlpack__())
 
 
 def verify(directory: pathlib.Path, variables: Mapping[str, np.ndarray], progress: Callable[[float], None]) -> None:
@@ -90,7 +163,7 @@ def verify(directory: pathlib.Path, variables: Mapping[str, np.ndarray], progres
             value = reader.get_tensor(key)
             done_bytes += value.nbytes
             progress(done_bytes / total_bytes)
-            if value.dtype != np.float32 or value.shape != expected[key].shape or not _same_bytes(value, expected[key]):
+            if value.dtype != expected[key].dtype or value.shape != expected[key].shape or not same_bytes(value, expected[key]):
                 wrong.append(key)
     except (tf.errors.OpError, RuntimeError) as error:
         raise ConversionError(f"the checkpoint just written cannot be read: {error}", "the disk may be full or failing") from None
@@ -98,8 +171,9 @@ def verify(directory: pathlib.Path, variables: Mapping[str, np.ndarray], progres
         raise ConversionError("the checkpoint just written holds other values than intended", *wrong[:10], "the disk may be failing")
 
 
-def _same_bytes(first: np.ndarray, second: np.ndarray) -> bool:
-    return bool(np.array_equal(first.reshape(-1).view(np.uint32), second.reshape(-1).view(np.uint32)))
+def same_bytes(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two contiguous arrays of one dtype and shape have the same bits: −0 is not 0, and a NaN is itself."""
+    return bool(np.array_equal(first.reshape(-1).view(np.uint8), second.reshape(-1).view(np.uint8)))
 
 
 def _object_graph(names: Mapping[str, object]) -> TrackableObjectGraph:

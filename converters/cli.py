@@ -15,52 +15,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from converters.convert import Conversion
 
-OK, BAD_INPUT, COULD_NOT_RUN = 0, 2, 3
+OK, DIFFERENT, BAD_INPUT, COULD_NOT_RUN = 0, 1, 2, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert an official checkpoint, or the weights of a backbone, into a TensorFlow checkpoint.
+    """Convert a checkpoint into one of another kind, look at one, or compare two.
 
-    Returns 0; 2 for bad input or usage (nothing was written); 3 where the conversion could not run.
+    Returns 0; 1 where ``diff`` found differences; 2 for bad input or usage (nothing was written); 3 where it could not run.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _arguments(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from converters.convert import convert
     from converters.errors import ConversionError, quoted
-    from converters.init import initialize
 
-    start_s = time.monotonic()
     progress = _Progress(sys.stderr.isatty())
     try:
-        json_file = _writable(arguments.json)
-        if arguments.init:
-            seed = arguments.seed or 0
-            conversion = initialize(arguments.init, arguments.dst, arguments.config, seed, force=arguments.force, progress=progress)
-        else:
-            conversion = convert(arguments.src, arguments.dst, arguments.config, force=arguments.force, progress=progress)
+        return arguments.run(arguments, progress)
     except ConversionError as error:
         return _failed(progress, str(error), BAD_INPUT)
     except ImportError as error:
         return _failed(progress, f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
     except MemoryError:
-        return _failed(
-            progress, f"{quoted(arguments.src or arguments.init)} needs more memory than there is: about 2.2 times its size", COULD_NOT_RUN
-        )
+        return _failed(progress, f"{quoted(arguments.what)} needs more memory than there is: about 1.3 times its size", COULD_NOT_RUN)
     except KeyboardInterrupt:
         return _failed(progress, "interrupted; nothing was written", COULD_NOT_RUN)
-    progress.end()
-    if arguments.json == "-":
-        print(json.dumps(conversion.manifest))
-    else:
-        if json_file is not None:
-            json_file.write_text(json.dumps(conversion.manifest) + "\n", encoding="utf-8")
-        print(_summary(conversion, time.monotonic() - start_s))
-    return OK
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    command, *rest = argv or [""]
+    if command == "inspect":
+        return _inspect_parser().parse_args(rest)
+    if command == "diff":
+        return _diff_parser().parse_args(rest)
     parser = _parser()
     arguments = parser.parse_args(argv)
+    arguments.what = arguments.src or arguments.init
+    if bool(arguments.dst) == arguments.dry_run:
+        parser.error("--dst or --dry-run, one of the two")
     if arguments.init and not arguments.config:
         parser.error("--init needs --config: the model that is to be trained")
     if arguments.seed is not None and not arguments.init:
@@ -71,24 +62,115 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convert",
-        description="Converts an official MaskFormer checkpoint (.pkl or .pth) into a TensorFlow checkpoint. The architecture is "
-        "told from the tensors; the result is re-read and compared before it appears. With --init: makes the checkpoint that training "
-        "starts from, of a backbone's weights.",
-        epilog="exit codes: 0 converted, 2 usage or bad input (nothing was written), 3 could not run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Converts a MaskFormer checkpoint of any kind into one of any other: official ones (.pkl, .pth) into TensorFlow's, and "
+        "back.\nThe model is told from the tensors; the result is re-read and compared before it appears.",
+        epilog="convert inspect FILE     what a checkpoint is, and what in it looks wrong\n"
+        "convert diff A B         two checkpoints of any kinds, tensor by tensor\n\n"
+        "exit codes: 0 converted, 2 usage or bad input (nothing was written), 3 could not run",
     )
     sources = parser.add_mutually_exclusive_group(required=True)
-    sources.add_argument("--src", metavar="FILE", help="the checkpoint, e.g. model_final_6f60dc.pkl")
+    sources.add_argument(
+        "--src",
+        metavar="FILE",
+        help=".pkl, .pth, .safetensors, .h5, .weights.h5, a directory with a TensorFlow checkpoint, a file of Hugging Face, a zoo entry or "
+        "a URL (downloaded), or gs://…",
+    )
     sources.add_argument("--init", metavar="FILE", help="weights of a backbone to train from, e.g. R-50.pkl; needs --config")
-    parser.add_argument("--dst", required=True, metavar="DIR", help="directory to make; tfmaskformer.load reads it")
+    parser.add_argument(
+        "--dst",
+        metavar="PATH",
+        help="what to make; its name says which kind: .pkl, .pth, .safetensors, .weights.h5, .h5, else a directory that tfmaskformer.load "
+        "reads. Also gs://…",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything and tell what would be converted, but write nothing")
+    _add_config(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="round the weights, and tell the loss of each tensor; default: float32, if that holds them exactly",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="with --init: of the initial values that are random; default: 0")
+    parser.add_argument("--force", action="store_true", help="replace what an earlier conversion wrote to PATH")
+    parser.add_argument("--json", metavar="FILE", help="also write the manifest as JSON to FILE, or to stdout only (-)")
+    parser.set_defaults(run=_convert)
+    return parser
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert inspect",
+        description="Tells what a checkpoint is: its kind, the model, the zoo entry that it fits, its tensors, and those that look wrong "
+        "(NaN, infinite, all zero or all the same). Files need no TensorFlow.",
+        epilog="exit codes: 0 it can be read, 2 it cannot, 3 could not run",
+    )
+    parser.add_argument("what", metavar="FILE", help="as convert --src")
+    _add_config(parser)
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=_inspect)
+    return parser
+
+
+def _diff_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert diff",
+        description="Compares two checkpoints of any kinds, tensor by tensor, under their official names and in PyTorch's layout.",
+        epilog="exit codes: 0 the same bits, 1 differences, 2 one of them cannot be read, 3 could not run",
+    )
+    parser.add_argument("what", metavar="A", help="as convert --src")
+    parser.add_argument("other", metavar="B", help="the same")
+    _add_config(parser)
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=_diff)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="NAME",
-        help="zoo entry, official YAML file or config.json, for what tensors cannot tell; default: the entry that fits",
+        help="zoo entry, official YAML file or config.json, for what tensors cannot tell; default: what lies beside them, or the entry "
+        "that fits",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="with --init: of the initial values that are random; default: 0")
-    parser.add_argument("--force", action="store_true", help="replace what an earlier conversion wrote to DIR")
-    parser.add_argument("--json", metavar="FILE", help="also write the manifest as JSON to FILE, or to stdout only (-)")
-    return parser
+
+
+def _convert(arguments: argparse.Namespace, progress: _Progress) -> int:
+    from converters.convert import convert
+    from converters.init import initialize
+
+    start_s = time.monotonic()
+    json_file = _writable(arguments.json)
+    how = {"dtype": arguments.dtype, "force": arguments.force, "progress": progress}
+    if arguments.init:
+        conversion = initialize(arguments.init, arguments.dst, arguments.config, arguments.seed or 0, **how)
+    else:
+        conversion = convert(arguments.src, arguments.dst, arguments.config, **how)
+    progress.end()
+    if arguments.json == "-":
+        print(json.dumps(conversion.manifest))
+    else:
+        if json_file is not None:
+            json_file.write_text(json.dumps(conversion.manifest) + "\n", encoding="utf-8")
+        print(_summary(conversion, time.monotonic() - start_s))
+    return OK
+
+
+def _inspect(arguments: argparse.Namespace, progress: _Progress) -> int:
+    from converters.inspection import inspect
+
+    found = inspect(arguments.what, arguments.config, progress)
+    progress.end()
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found.text())
+    return OK
+
+
+def _diff(arguments: argparse.Namespace, progress: _Progress) -> int:
+    from converters.difference import diff
+
+    found = diff(arguments.what, arguments.other, arguments.config, progress)
+    progress.end()
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found.text())
+    return OK if found.same else DIFFERENT
 
 
 def _writable(path: str | None) -> pathlib.Path | None:
@@ -109,13 +191,16 @@ def _summary(conversion: Conversion, seconds: float) -> str:
     dropped: dict[str, list[str]] = {}
     for drop in manifest["dropped"]:
         dropped.setdefault(drop["reason"], []).append(drop["source"])
+    done = "; re-read, every byte equal" if conversion.destination else "; a dry run, nothing was written"
     rows = {
         "source": f"{source['file']}, {source['bytes'] / 1e6:.1f} MB, key layout {source['key_layout']}, SHA-256 {source['sha256']}",
         "model": f"{config.name}" + (" (the tensors fit exactly)" if entry else ""),
-        "": f"{_backbone(config.to_dict()['backbone'])}, {config.pixel_decoder.name}, "
-        f"{config.predictor.num_queries} queries, {config.num_classes} classes",
-        "written": f"{len(manifest['tensors'])} variables, {elements / 1e6:.2f} M elements; re-read, every byte equal",
-        "dropped": "; ".join(f"{_listed(names)} ({reason})" for reason, names in dropped.items()),
+        "": _architecture(config.to_dict()),
+        "weights": f"{len(manifest['tensors'])} tensors, {elements / 1e6:.2f} M elements, {manifest['dtype']}{done}",
+        "rounded": _rounding(manifest["tensors"]),
+        "no weight": "; ".join(f"{_listed(names)} ({reason})" for reason, names in dropped.items()),
+        "left out": ", ".join(conversion.left_out),
+        "origin": conversion.origin,
     }
     if initial := [line["target"] for line in manifest.get("initial", [])]:
         rows["initial"] = f"{len(initial)} more variables at their initial values, seed {manifest['seed']}: {', '.join(_parts(initial))}"
@@ -125,9 +210,26 @@ def _summary(conversion: Conversion, seconds: float) -> str:
             rows["or take"] = "these settings from another model: " + ", ".join(f"--config {name}" for name in alternatives)
     rows["licence"] = manifest["weights_license"]
     rows["time"] = f"{seconds:.1f} s"
-    wrap = textwrap.TextWrapper(width=120, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)
-    lines = [wrap.fill(f"  {label:<9}{text}") for label, text in rows.items()]
-    return "\n".join([f"{source['file']} → {conversion.destination}", *lines])
+    wrap = textwrap.TextWrapper(width=120, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)
+    lines = [wrap.fill(f"  {label:<11}{text}") for label, text in rows.items() if text]
+    return "\n".join([f"{source['file']} → {conversion.destination or 'nothing'}", *lines])
+
+
+def _rounding(tensors: Sequence[Mapping[str, Any]]) -> str:
+    """What rounding lost, over all tensors; each tensor's loss is in the manifest."""
+    losses = [(tensor["loss"], tensor["source"]) for tensor in tensors if "loss" in tensor]
+    if not losses:
+        return ""
+    worst, name = max(losses, key=lambda item: item[0]["relative_l2"])
+    zeros = sum(loss["underflows"] for loss, _ in losses)
+    return f"{len(losses)} tensors; the largest relative L2 error is {worst['relative_l2']:.1e}, of {name}; {zeros} values became 0"
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    parts = [_backbone(config["backbone"]), config["head"], config["pixel_decoder"]["name"]]
+    if config["head"] != "PerPixelBaselineHead":
+        parts.append(f"{config['predictor']['num_queries']} queries")
+    return ", ".join([*parts, f"{config['num_classes']} classes"])
 
 
 def _listed(names: Sequence[str]) -> str:

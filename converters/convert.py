@@ -1,4 +1,4 @@
-"""A checkpoint of a MaskFormer → a directory that ``tfmaskformer.load`` and ``tf.train.Checkpoint`` read."""
+"""A checkpoint of a MaskFormer of any kind → one of any other kind, whole and verified, or nothing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import gc
 import hashlib
-import json
-import mmap
 import os
 import pathlib
 import shutil
@@ -15,17 +13,22 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
-from converters import checkpoint
+from checkpoints import registry
+from converters import checkpoint, target
 from converters.destination import Destination
 from converters.errors import ConversionError, quoted
 from converters.infer import Inference, infer
-from converters.manifest import CONFIG_FILE, MANIFEST_FILE, encoded, manifest
+from converters.manifest import Loss, manifest
 from converters.named_config import named_config
+from converters.official import official, v2_names
+from converters.remote import local_copy, upload
 from converters.rules import Drop, Move, plan
-from converters.source import Source, check_source, open_source
+from converters.source import TENSORFLOW, Source, kind_of, open_source
 from converters.tables import maskformer as table
+from converters.tensor import Tensor, cast, inverted, is_exact, rounded
 from tfmaskformer.config import MaskFormerConfig
 
 if TYPE_CHECKING:
@@ -33,35 +36,54 @@ if TYPE_CHECKING:
 
 THREADS = 2
 
+DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+"""What a converted checkpoint can have."""
+
+_BLOCK_BYTES = 1 << 20
+
 Progress = Callable[[str, float], None]
 """Told the step and the share of it that is done, 0 … 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What was converted: the destination, the manifest in it, and the config with its origins."""
+    """What was converted.
 
-    destination: pathlib.Path
+    Attributes:
+        destination: None of a dry run.
+        manifest: where everything comes from.
+        inference: the config, with its origins.
+        left_out: what the source has beside the model: "optimizer", …
+        origin: whether the weights are still those of the file that the source was converted from; "" where that is not known.
+    """
+
+    destination: pathlib.Path | str | None
     manifest: dict[str, Any]
     inference: Inference
+    left_out: tuple[str, ...] = ()
+    origin: str = ""
 
 
 def convert(
     source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    destination: str | os.PathLike[str] | None,
     config: str | None = None,
     *,
+    dtype: str | None = None,
     force: bool = False,
     progress: Progress = lambda step, share: None,
 ) -> Conversion:
-    """Converts the checkpoint ``source`` into the new directory ``destination``.
+    """Converts the checkpoint ``source`` into the new file or directory ``destination``.
 
     Args:
-        source: a checkpoint, ``{"model": {name: float32 tensor}}`` or the inner dict alone, in either key layout: a pickle with arrays
-            of NumPy or tensors of PyTorch, or a file of ``torch.save``.
-        destination: appears whole, after it was re-read and found equal, or not at all.
-        config: name of the zoo entry, official YAML file or JSON file to take the settings from that tensors cannot tell. None: the
-            entry that fits.
+        source: a pickle with arrays of NumPy or tensors of PyTorch, a file of ``torch.save``, safetensors, HDF5, Keras weights or a
+            directory with a TensorFlow checkpoint; of the official code, of ``convert``, or of Hugging Face. Also the name of a zoo entry
+            or a URL, which are downloaded, or a path that TensorFlow can read (``gs://…``).
+        destination: a name that ends in .pkl, .pth, .pt, .safetensors, .weights.h5 or .h5 makes such a file, any other a directory with a
+            TensorFlow checkpoint. It appears whole, after it was re-read and found equal, or not at all. None: a dry run.
+        config: name of the zoo entry, official YAML file or JSON file to take the settings from that tensors cannot tell. None: what lies
+            beside the tensors, else the entry that fits.
+        dtype: "float32", "float16" or "bfloat16", to which the weights are rounded. None: float32, which must hold every value exactly.
         force: whether to replace what an earlier conversion wrote there.
         progress: told what is being done.
 
@@ -69,7 +91,7 @@ def convert(
         ConversionError: the source, the config or the destination cannot be used. Nothing was written.
     """
     base = named_config(config) if config else None
-    return run(source, destination, lambda file: _plan(file, base), force=force, progress=progress)
+    return run(source, destination, lambda file: _plan(file, base), dtype=dtype, force=force, progress=progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +102,17 @@ class Plan:
         table: name and version of the rule table.
         key_layout: of the file.
         inference: the config of the model, with its origins.
+        tensors: name → tensor in PyTorch's layout.
         moves: what becomes a variable.
         drops: what does not.
-        initial: name → value of the variables that the file does not fill.
+        initial: name → value of the variables that the file does not fill, in TensorFlow's layout.
         more: further lines of the manifest.
     """
 
     table: str
     key_layout: str
     inference: Inference
+    tensors: Mapping[str, Tensor]
     moves: list[Move]
     drops: list[Drop]
     initial: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -97,23 +121,28 @@ class Plan:
 
 def run(
     source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    destination: str | os.PathLike[str] | None,
     planner: Callable[[Source], Plan],
     *,
+    dtype: str | None = None,
     force: bool,
     progress: Progress,
 ) -> Conversion:
     """Does with ``source`` what ``planner`` says; see :func:`convert`."""
-    source = pathlib.Path(source)
-    size_bytes = check_source(source)
-    target = Destination(destination, force, (MANIFEST_FILE, CONFIG_FILE, *checkpoint.FILES))
-    with target.staging() as directory, _no_garbage_collection():
-        if (free_bytes := shutil.disk_usage(directory).free) < size_bytes:
-            what = f"cannot write {quoted(target.path)}: {free_bytes} bytes are free, the checkpoint has about {size_bytes}"
-            raise ConversionError(what, "free space on the disk, or choose another --dst")
-        conversion = _convert(source, directory, planner, progress)
-        target.commit(directory)
-    return dataclasses.replace(conversion, destination=target.path)
+    with local_copy(source, progress) as path, _no_garbage_collection():
+        kind_of(path)
+        if destination is None:
+            with ThreadPoolExecutor(THREADS) as pool, open_source(path) as file:
+                return _Run(file, planner(file), target.DIRECTORY, dtype, pool, progress).examined()
+        with upload(destination, force) as place:
+            form = target.format_of(str(destination))
+            staged = Destination(place, force, form.files, lambda path: _is_kind(path, form.kind))
+            with staged.staging() as directory:
+                with ThreadPoolExecutor(THREADS) as pool, open_source(path) as file:
+                    _check_space(staged.path, directory, file.size_bytes)
+                    conversion = _Run(file, planner(file), form, dtype, pool, progress).written(directory, staged.path.name)
+                staged.commit(directory)
+    return dataclasses.replace(conversion, destination=staged.path if place == pathlib.Path(destination) else os.fspath(destination))
 
 
 def parameter_specs_of(config: MaskFormerConfig) -> dict[str, ParameterSpec]:
@@ -125,67 +154,173 @@ def parameter_specs_of(config: MaskFormerConfig) -> dict[str, ParameterSpec]:
 
 
 def _plan(file: Source, base: MaskFormerConfig | None) -> Plan:
-    key_layout = table.key_layout(file.tensors)
-    inference = infer({table.v2_key(name, key_layout): tensor for name, tensor in file.tensors.items()}, file.path.name, base)
+    tensors, key_layout = official(file, base)
+    origin = "" if base else f"the config in {file.path.name}"
+    inference = infer(v2_names(tensors, key_layout), file.path.name, base or file.config, origin)
     shapes = {name: spec.shape for name, spec in parameter_specs_of(inference.config).items()}
     drops = table.drops(inference.config)
-    moves = plan(table.rules(inference.config, key_layout), drops, file.tensors, shapes)
-    return Plan(table.TABLE, key_layout, inference, moves, drops)
+    moves = plan(table.rules(inference.config, key_layout), drops, tensors, shapes)
+    return Plan(table.TABLE, key_layout, inference, tensors, moves, drops)
 
 
-def _convert(source: pathlib.Path, directory: pathlib.Path, planner: Callable[[Source], Plan], progress: Progress) -> Conversion:
-    """Fills the staging directory. What needs no interpreter lock (hashing, copying, TensorFlow's writing) goes on side by side."""
-    progress("reading", 0)
-    with ThreadPoolExecutor(THREADS) as pool, open_source(source) as file:
-        file_digest = pool.submit(_sha256, file.data)
-        todo = planner(file)
-        tensors = file.tensors
-        progress("transforming", 0)
-        _check_finite({move.source: tensors[move.source] for move in todo.moves}, pool)
-        variables = dict(todo.initial)
-        variables |= pool.map(lambda move: (move.target, _transformed(move, tensors[move.source])), todo.moves)
-        progress("writing", 0)
-        digests = {name: pool.submit(lambda tensor: _sha256(np.ascontiguousarray(tensor).data), tensor) for name, tensor in tensors.items()}
-        checkpoint.write(directory, variables)
-    config = todo.inference.config
-    contents = manifest(
-        source={
-            "file": source.name,
-            "bytes": len(file.data),
-            "sha256": file_digest.result(),
-            "author": file.author,
-            "key_layout": todo.key_layout,
-        },
-        table=todo.table,
-        inference=todo.inference,
-        tensors=tensors,
-        digests={name: digest.result() for name, digest in digests.items()},
-        moves=todo.moves,
-        drops=todo.drops,
-    )
-    contents |= todo.more
-    (directory / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (directory / MANIFEST_FILE).write_text(encoded(contents), encoding="utf-8")
-    checkpoint.verify(directory, variables, lambda share: progress("verifying", share))
-    return Conversion(directory, contents, todo.inference)
+class _Run:
+    """One conversion. What needs no interpreter lock (hashing, copying, TensorFlow's writing) goes on side by side."""
 
+    def __init__(self, file: Source, todo: Plan, form: target.Format, dtype: str | None, pool: ThreadPoolExecutor, progress: Progress):
+        self.file = file
+        self.todo = todo
+        self.form = form
+        self.dtype = DTYPES[dtype or "float32"]
+        self.pool = pool
+        self.progress = progress
+        self.done = 0
+        self.losses: dict[str, Loss] = {}
+        self.digests: dict[str, str] = {}
+        self.variables: dict[str, np.ndarray] = {}
+        self.problems: dict[str, str] = {}
+        inexact = [move.source for move in todo.moves if not is_exact(todo.tensors[move.source].dtype, self.dtype)]
+        if inexact and dtype is None:
+            lines = [f"{quoted(name)} is {todo.tensors[name].dtype.name}" for name in inexact[:10]]
+            more = [f"… and {len(inexact) - 10} more"] * (len(inexact) > 10)
+            raise ConversionError(
+                "float32 does not hold these tensors exactly", *lines, *more, "--dtype float32 rounds them, and tells the loss"
+            )
 
-def _transformed(move: Move, tensor: np.ndarray) -> np.ndarray:
-    variable = checkpoint.aligned_empty(move.transform.shape(tensor.shape))
-    move.transform.copy(tensor, variable)
-    return variable
-
-
-def _check_finite(tensors: Mapping[str, np.ndarray], pool: ThreadPoolExecutor) -> None:
-    """Raises where a value is NaN or infinite; tells every such tensor."""
-    all_finite = pool.map(lambda tensor: bool(np.isfinite(tensor).all()), tensors.values())
-    wrong = [name for name, finite in zip(tensors, all_finite, strict=True) if not finite]
-    if wrong:
-        lines = [_not_finite(name, tensors[name]) for name in wrong[:20]]
-        more = [f"… and {len(wrong) - 20} more"] * (len(wrong) > 20)
-        raise ConversionError(
-            f"{len(wrong)} of {len(tensors)} tensors have values that are not finite", *lines, *more, "use an earlier file"
+    def examined(self) -> Conversion:
+        """Everything but the writing: every tensor is read once, hashed, checked, and, for formats with variables, transposed."""
+        todo = self.todo
+        self.progress("reading", 0)
+        file_digest = self.pool.submit(self._file_digest)
+        list(self.pool.map(self._examine, [*todo.moves, *todo.drops]))
+        self.variables = {move.target: self.variables[move.target] for move in todo.moves if move.target in self.variables}
+        if self.problems:
+            names = [name for name in todo.tensors if name in self.problems]
+            lines = [self.problems[name] for name in names[:20]]
+            more = [f"… and {len(names) - 20} more"] * (len(names) > 20)
+            what = f"{len(names)} of {len(todo.tensors)} tensors have values that are not finite"
+            overflow = any(name in self.losses for name in names)
+            raise ConversionError(what, *lines, *more, "choose another --dtype" if overflow else "use an earlier file")
+        contents = manifest(
+            source={
+                "file": self.file.path.name,
+                "bytes": self.file.size_bytes,
+                "sha256": file_digest.result(),
+                "author": self.file.author,
+                "key_layout": todo.key_layout,
+            },
+            table=todo.table,
+            inference=todo.inference,
+            tensors=todo.tensors,
+            digests=self.digests,
+            moves=todo.moves,
+            drops=todo.drops,
+            losses=self.losses,
+            dtype=self.dtype.name,
+            license=self.file.manifest.get("weights_license"),
         )
+        return Conversion(None, contents | dict(todo.more), todo.inference, self.file.others, self._origin())
+
+    def written(self, directory: pathlib.Path, name: str) -> Conversion:
+        """Fills the staging directory, and reads it again."""
+        conversion = self.examined()
+        config = conversion.inference.config
+        transforms = table.transforms(config, self.todo.initial)
+        self.variables |= {name: value.astype(self.dtype) for name, value in self.todo.initial.items()}
+        tensors = {move.target: cast(self.todo.tensors[move.source], self.dtype) for move in self.todo.moves}
+        tensors |= {name: cast(inverted(value, transforms[name]), self.dtype) for name, value in self.todo.initial.items()}
+        tensors |= {drop.source: drop.expected for drop in table.drops(config) if drop.expected is not None}
+        tensors = {key: tensors[key] for key in _official_order(config, tensors)}
+        contents = target.Contents(config, tensors, self.variables, conversion.manifest)
+        self.progress("writing", 0)
+        self.form.write(directory / name if not self.form.files else directory, contents)
+        if self.form.kind == TENSORFLOW:
+            checkpoint.verify(directory, self.variables, lambda share: self.progress("verifying", share))
+        else:
+            _verify(directory / name, tensors, lambda share: self.progress("verifying", share))
+        return conversion
+
+    def _examine(self, item: Move | Drop) -> None:
+        """Hashes and checks a tensor, and makes it a variable; afterwards its part of the file leaves the memory."""
+        tensor = self.todo.tensors[item.source]
+        array = np.asarray(tensor)
+        self.digests[item.source] = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+        if isinstance(item, Move):
+            if not np.isfinite(array).all():
+                self.problems[item.source] = _not_finite(item.source, array)
+            elif array.dtype != self.dtype:
+                array = self._rounded(item.source, array)
+            if self.form.holds_variables and item.source not in self.problems:
+                variable = checkpoint.aligned_empty(item.transform.shape(array.shape), array.dtype)
+                item.transform.copy(array, variable)
+                self.variables[item.target] = variable
+        self.file.release(tensor)
+        self.done += 1
+        self.progress("reading", self.done / len(self.todo.tensors))
+
+    def _rounded(self, name: str, array: np.ndarray) -> np.ndarray:
+        result = rounded(array, self.dtype)
+        if is_exact(array.dtype, self.dtype):
+            return result
+        self.losses[name] = loss = Loss.of(array, result)
+        if loss.overflows:
+            self.problems[name] = f"{quoted(name)} {array.shape}: {loss.overflows} of {array.size} values are beyond {self.dtype.name}"
+        return result
+
+    def _origin(self) -> str:
+        """Compares the tensors' digests with those in the source's own manifest, whatever that may be."""
+        with contextlib.suppress(KeyError, TypeError, AttributeError):
+            earlier = self.file.manifest
+            known = {line["target"]: line["sha256"] for line in earlier["tensors"] if "loss" not in line}
+            changed = sum(known[name] != self.digests[name] for name in known.keys() & self.digests.keys())
+            told = f"{len(known) - changed} of {len(known)} tensors have the bytes" if changed else "every tensor has the bytes"
+            return f"{told} that it had in {earlier['source']['file']}" if known else ""
+        return ""
+
+    def _file_digest(self) -> str:
+        """SHA-256 of the file. Of a directory: of its files' names and digests, in the order of their names."""
+        if self.file.data is not None:
+            return _sha256(self.file.path)
+        files = sorted(file for file in self.file.path.iterdir() if file.is_file())
+        return hashlib.sha256("".join(f"{_sha256(file)}  {file.name}\n" for file in files).encode()).hexdigest()
+
+
+def _verify(path: pathlib.Path, tensors: Mapping[str, Tensor], progress: Callable[[float], None]) -> None:
+    """Reads the file just written as any source, and compares every tensor with what it should be, byte by byte."""
+    with open_source(path) as file:
+        found = v2_names(*official(file))
+        wrong = sorted(found.keys() ^ tensors.keys())
+        for count, (name, tensor) in enumerate(tensors.items(), 1):
+            if name in found:
+                expected, actual = np.ascontiguousarray(tensor), np.ascontiguousarray(found[name])
+                same = (expected.dtype, expected.shape) == (actual.dtype, actual.shape) and checkpoint.same_bytes(expected, actual)
+                wrong += [name] * (not same)
+            file.release(found.get(name, tensor))
+            progress(count / len(tensors))
+    if wrong:
+        raise ConversionError("the file just written holds other values than intended", *wrong[:10], "the disk may be failing")
+
+
+def _official_order(config: MaskFormerConfig, names: Mapping[str, Any]) -> list[str]:
+    """As the official ``state_dict`` has them; for a model that the zoo does not know, as they come."""
+    with contextlib.suppress(registry.ZooError):
+        order = list(registry.layout(registry.entry(config.name)))
+        if set(order) == set(names):
+            return order
+    return list(names)
+
+
+def _is_kind(path: pathlib.Path, kind: str) -> bool:
+    try:
+        with open_source(path) as file:
+            return file.kind == kind
+    except ConversionError:
+        return False
+
+
+def _check_space(path: pathlib.Path, directory: pathlib.Path, size_bytes: int) -> None:
+    if (free_bytes := shutil.disk_usage(directory).free) < size_bytes:
+        what = f"cannot write {quoted(path)}: {free_bytes} bytes are free, the checkpoint has about {size_bytes}"
+        raise ConversionError(what, "free space on the disk, or choose another --dst")
 
 
 def _not_finite(name: str, tensor: np.ndarray) -> str:
@@ -194,8 +329,15 @@ def _not_finite(name: str, tensor: np.ndarray) -> str:
     return f"{quoted(name)} {tensor.shape}: {len(indices)} of {tensor.size} values, the first is {tensor[first]} at {first}"
 
 
-def _sha256(data: bytes | mmap.mmap | memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _sha256(path: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise ConversionError(f"cannot read {quoted(path)}: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

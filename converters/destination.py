@@ -1,9 +1,9 @@
-"""A directory that appears whole or not at all.
+"""A file or a directory that appears whole or not at all.
 
-Everything is written into a sibling directory, which is renamed into place at the end. Replacing swaps the two names in one step
-(Linux ``renameat2``; where that is missing, the old directory is first renamed, and the next run undoes a break in between). A
-killed run leaves a sibling called ``.NAME.converting-…`` or ``.NAME.replaced-…``, which the next run into the same destination
-removes; a lock, which the kernel frees when a process dies, tells it from a run that is alive.
+Everything is written into a sibling directory, which is renamed into place at the end, or out of which the file is. Replacing a directory
+swaps the two names in one step (Linux ``renameat2``; where that is missing, the old directory is first renamed, and the next run undoes a
+break in between). A killed run leaves a sibling called ``.NAME.converting-…`` or ``.NAME.replaced-…``, which the next run into the same
+destination removes; a lock, which the kernel frees when a process dies, tells it from a run that is alive.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from converters.errors import ConversionError, quoted
 
@@ -25,31 +25,43 @@ _AT_FDCWD = -100
 
 
 class Destination:
-    """A directory to be made, or to be replaced.
+    """A file or a directory to be made, or to be replaced.
 
     Args:
-        path: of the directory. Its parent must exist.
-        force: whether a directory that ``convert`` wrote before is replaced; others never are.
-        own_files: names that such a directory has; ``own_files[0]`` tells it from others.
+        path: of it. Its parent must exist.
+        force: whether what ``convert`` wrote there before is replaced; other things never are.
+        own_files: names that such a directory has; ``own_files[0]`` tells it from others. Empty for a file.
+        is_own: whether the file that is there is one that ``convert`` may have written.
 
     Raises:
         ConversionError: it exists, or cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], force: bool, own_files: tuple[str, ...]):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        force: bool,
+        own_files: tuple[str, ...],
+        is_own: Callable[[pathlib.Path], bool] = lambda path: False,
+    ):
         self.path = pathlib.Path(os.path.abspath(path))
         self.force = force
         self.own_files = own_files
+        self._is_own = is_own
         parent = self.path.parent
         if not parent.is_dir():
             raise ConversionError(f"cannot write {quoted(path)}: the directory {quoted(parent)} does not exist", f"mkdir -p {parent}")
         if self.path.is_symlink():
-            raise ConversionError(f"cannot write {quoted(path)}: it is a symbolic link", "name the directory itself")
+            what = "directory" if own_files else "file"
+            raise ConversionError(f"cannot write {quoted(path)}: it is a symbolic link", f"name the {what} itself")
         self._check_existing()
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[pathlib.Path]:
-        """A new directory beside the destination. It is removed at the end unless :meth:`commit` moved it into place."""
+        """A new directory beside the destination. It is removed at the end unless :meth:`commit` moved it into place.
+
+        A file is to be written there under the destination's name.
+        """
         try:
             self._remove_leftovers()
             directory, lock = self._make()
@@ -64,11 +76,13 @@ class Destination:
             os.close(lock)
 
     def commit(self, directory: pathlib.Path) -> None:
-        """Moves the staging directory into place; after a crash of the machine too, there is the old state or the new one."""
+        """Moves what was staged into place; after a crash of the machine too, there is the old state or the new one."""
         for file in (*directory.iterdir(), directory):
             _sync(file)
         self._check_existing()
-        if not self._exists():
+        if not self.own_files:
+            self._commit_file(directory / self.path.name)
+        elif not self._exists():
             directory.rename(self.path)  # refuses to replace a directory that has files
         elif not _exchange(directory, self.path):
             old = self._sibling("replaced")
@@ -77,22 +91,45 @@ class Destination:
             shutil.rmtree(old)
         _sync(self.path.parent)
 
+    def _commit_file(self, file: pathlib.Path) -> None:
+        if self.force:
+            file.replace(self.path)
+            return
+        try:
+            os.link(file, self.path)  # unlike a rename, it refuses to replace
+        except FileExistsError:
+            self._check_existing()
+            raise
+        except OSError:  # a file system without links
+            file.replace(self.path)
+
     def _exists(self) -> bool:
+        if not self.own_files:
+            return self.path.exists()
         return self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir()))
 
     def _check_existing(self) -> None:
         if not self._exists():
             return
         name = quoted(self.path)
-        if not self.path.is_dir():
+        if not self.own_files:
+            if self.path.is_dir():
+                raise ConversionError(f"{name} is a directory, and the name asks for a file", "choose another --dst")
+            if self.force and not self._is_own(self.path):
+                raise ConversionError(
+                    f"{name} exists and is no such checkpoint",
+                    "choose another --dst; --force replaces only what 'convert' could have written",
+                )
+        elif not self.path.is_dir():
             raise ConversionError(f"{name} exists and is no directory", "choose another --dst")
-        names = sorted(os.listdir(self.path))
-        foreign = [name for name in names if name not in self.own_files]
-        if self.own_files[0] not in names or foreign:
-            raise ConversionError(
-                f"{name} exists and holds other files than a converted checkpoint: {', '.join(map(quoted, (foreign or names)[:3]))}",
-                "choose another --dst; --force replaces only what 'convert' wrote",
-            )
+        else:
+            names = sorted(os.listdir(self.path))
+            foreign = [name for name in names if name not in self.own_files]
+            if self.own_files[0] not in names or foreign:
+                raise ConversionError(
+                    f"{name} exists and holds other files than a converted checkpoint: {', '.join(map(quoted, (foreign or names)[:3]))}",
+                    "choose another --dst; --force replaces only what 'convert' wrote",
+                )
         if not self.force:
             raise ConversionError(f"{name} exists", "choose another --dst, or add --force to replace it")
 
@@ -136,6 +173,7 @@ class Destination:
             errno.EDQUOT: "free space within your quota, or choose another --dst",
             errno.EFBIG: "raise the limit on file sizes (ulimit -f), or choose another --dst",
             errno.ENOTEMPTY: "another conversion finished first; add --force to replace it",
+            errno.EROFS: "the file system is read-only; choose another --dst",
             errno.ENAMETOOLONG: "choose a shorter --dst",
         }
         what = f"cannot write {quoted(self.path)}: {error.strerror or error}"

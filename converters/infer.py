@@ -17,6 +17,7 @@ import numpy as np
 
 from checkpoints import registry
 from converters.errors import ConversionError
+from converters.tensor import Tensor
 from tfmaskformer.config import RESNET_BLOCKS, ConfigError, MaskFormerConfig
 
 OWN = ("num_classes", "predictor.num_queries", "criterion.no_object_weight")
@@ -52,13 +53,14 @@ class Inference:
         return {field: values[field] for field, origin in self.origins.items() if origin.startswith(("assumed", "unknown"))}
 
 
-def infer(tensors: Mapping[str, np.ndarray], file_name: str, base: MaskFormerConfig | None = None) -> Inference:
+def infer(tensors: Mapping[str, Tensor], file_name: str, base: MaskFormerConfig | None = None, origin: str = "") -> Inference:
     """The config of a checkpoint.
 
     Args:
         tensors: v2 name → tensor in PyTorch's layout.
         file_name: of the source; the six digits in an official name decide between entries with the same tensors.
-        base: the config that the user names, instead of what the zoo offers.
+        base: the config that the user names, or that lies beside the tensors, instead of what the zoo offers.
+        origin: where ``base`` comes from; default: "config NAME".
 
     Raises:
         ConversionError: no MaskFormer that is known, tensors that contradict ``base``, or several entries that fit.
@@ -70,7 +72,9 @@ def infer(tensors: Mapping[str, np.ndarray], file_name: str, base: MaskFormerCon
     if base is not None:
         values = flatten(base.to_dict())
         _check_base(base.name, values, observed, exact)
-        return _merge(values, observed, entries[base.name][0] if base.name in exact else None, f"config {base.name}", base.name, ())
+        return _merge(
+            values, observed, entries[base.name][0] if base.name in exact else None, origin or f"config {base.name}", base.name, ()
+        )
     if len(exact) > 1:
         exact = [name for name in exact if entries[name][0].file_hash and entries[name][0].file_hash in file_name] or exact
         if len(exact) > 1:
@@ -114,7 +118,7 @@ def unflatten(values: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _observe(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _observe(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Dotted field → value of everything that tensors tell."""
     file = _File(tensors)
     observations = _OBSERVATIONS | (_SWIN if file.has("backbone.patch_embed.") else _RESNET)
@@ -129,7 +133,7 @@ def _observe(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 class _File:
     """Looks into the tensors; collects what is wrong, so that it can be told at once."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray]):
+    def __init__(self, tensors: Mapping[str, Tensor]):
         self._tensors = tensors
         self.problems: list[str] = []
 
@@ -208,15 +212,17 @@ class _File:
         return self.size(f"{_PREDICTOR}input_proj.weight", 1, 4) == self.size(f"{_PREDICTOR}query_embed.weight", 1, 2) or None
 
     def no_object_weight(self) -> float | None:
-        """The float32's shortest decimal: 0.1, not 0.10000000149. None where nothing is classified."""
+        """The shortest decimal that the file's type rounds so: 0.1, not 0.10000000149. None where nothing is classified."""
         if self.head() != "MaskFormerHead":
             return None
         if not (classes := self.size("criterion.empty_weight", 0, 1)) > 1:
             return 0.0
-        weight = self._tensors["criterion.empty_weight"][classes - 1]
+        weight = np.asarray(self._tensors["criterion.empty_weight"])[classes - 1]
         if not np.isfinite(weight):
             self.problems.append(f"'criterion.empty_weight' ends with {weight}")
-        return float(str(weight))
+            return 0.0
+        decimals = (float(f"{float(weight):.{digits}g}") for digits in range(1, 18))
+        return next(decimal for decimal in decimals if weight.dtype.type(decimal) == weight)
 
 
 def _encoder_layers(file: _File) -> int:

@@ -26,10 +26,11 @@ LICENSE = "unknown: that of the file, which the initial values of the other vari
 
 def initialize(
     source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    destination: str | os.PathLike[str] | None,
     config: str,
     seed: int = 0,
     *,
+    dtype: str | None = None,
     force: bool = False,
     progress: Progress = lambda step, share: None,
 ) -> Conversion:
@@ -37,9 +38,10 @@ def initialize(
 
     Args:
         source: weights of the model's backbone, trained on ImageNet: R-50.pkl, R-101.pkl, R-103.pkl, swin_….pkl or swin_….pth.
-        destination: appears whole, after it was re-read and found equal, or not at all.
+        destination: of any kind, as :func:`converters.convert.convert` makes it. None: a dry run.
         config: the model: a zoo entry, an official YAML file or a JSON file.
         seed: of the initial values that are random. The same seed gives the same bytes.
+        dtype: to which the weights are rounded; None: float32.
         force: whether to replace what an earlier conversion wrote there.
         progress: told what is being done.
 
@@ -48,7 +50,7 @@ def initialize(
             misshapen (all of them are told). Nothing was written.
     """
     model = named_config(config)
-    return run(source, destination, lambda file: _plan(file, model, seed), force=force, progress=progress)
+    return run(source, destination, lambda file: _plan(file, model, seed), dtype=dtype, force=force, progress=progress)
 
 
 def initial_values(specs: Mapping[str, ParameterSpec], seed: int) -> dict[str, np.ndarray]:
@@ -80,6 +82,7 @@ def _plan(file: Source, config: MaskFormerConfig, seed: int) -> Plan:
         table=table.TABLE,
         key_layout="backbone",
         inference=Inference(config, None, origins),
+        tensors=file.tensors,
         moves=plan(table.rules(config), drops, file.tensors, filled),
         drops=drops,
         initial=initial,

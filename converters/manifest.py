@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,13 +13,42 @@ import tfmaskformer
 from checkpoints import synthesize
 from converters.infer import Inference
 from converters.rules import Drop, Move
+from converters.tensor import Tensor
 from converters.transforms import Transform
 
-MANIFEST_FILE = "manifest.json"
-CONFIG_FILE = "config.json"
-"""As ``tfmaskformer.checkpoint`` reads it; repeated here because that module imports TensorFlow."""
 FORMAT = "tfmaskformer-checkpoint"
 FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What rounding a tensor to another type did to it.
+
+    Attributes:
+        relative_l2: L2 norm of the differences over that of the tensor; 0 where nothing changed.
+        max_abs: the largest difference.
+        underflows: values that became 0.
+        overflows: values that became infinite.
+    """
+
+    relative_l2: float
+    max_abs: float
+    underflows: int
+    overflows: int
+
+    @classmethod
+    def of(cls, before: np.ndarray, after: np.ndarray) -> Loss:
+        """The loss from a finite array to its rounded one."""
+        exact, rounded = before.astype(np.float64), after.astype(np.float64)
+        overflows = int(np.isinf(rounded).sum())
+        difference = np.abs(np.where(np.isinf(rounded), 0, rounded) - exact)
+        norm = float(np.linalg.norm(exact))
+        return cls(
+            relative_l2=float(np.linalg.norm(difference)) / norm if norm else 0.0,
+            max_abs=float(difference.max(initial=0)),
+            underflows=int(((rounded == 0) & (exact != 0)).sum()),
+            overflows=overflows,
+        )
 
 
 def manifest(
@@ -26,10 +56,13 @@ def manifest(
     source: Mapping[str, Any],
     table: str,
     inference: Inference,
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Tensor],
     digests: Mapping[str, str],
     moves: Sequence[Move],
     drops: Sequence[Drop],
+    losses: Mapping[str, Loss],
+    dtype: str,
+    license: str | None = None,  # noqa: A002
 ) -> dict[str, Any]:
     """The manifest as JSON types.
 
@@ -41,13 +74,17 @@ def manifest(
         digests: source name → SHA-256 of the tensor's elements in C order, as hex digits.
         moves: what became a variable.
         drops: what did not.
+        losses: source name → what rounding did to it.
+        dtype: of the variables.
+        license: of the weights, where the source tells it.
     """
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "tool": {"name": "tfmaskformer", "version": tfmaskformer.__version__, "rule_table": table},
         "source": dict(source),
-        "weights_license": weights_license(inference, source["author"]),
+        "weights_license": license or weights_license(inference, source["author"]),
+        "dtype": dtype,
         "model": {
             "name": inference.config.name,
             "zoo_entry": inference.entry.name if inference.entry else None,
@@ -64,6 +101,7 @@ def manifest(
                 "target_shape": list(move.transform.shape(tensors[move.source].shape)),
                 "dtype": tensors[move.source].dtype.name,
                 "sha256": digests[move.source],
+                **({"loss": dataclasses.asdict(losses[move.source])} if move.source in losses else {}),
             }
             for move in moves
         ],

@@ -1,7 +1,8 @@
-"""Any file with tensors that is supported → their names and arrays, without copying them and without running anything.
+"""Any checkpoint that is supported → its tensors by name, read when they are needed, and without running anything in it.
 
-A file is told by its first bytes, never by its name: a pickle (``.pkl``, with arrays of NumPy or tensors of PyTorch), or what
-``torch.save`` writes (``.pth``, ``.pt``). Its arrays are views of the memory-mapped file.
+What a file is, its first bytes tell, never its name: a pickle (``.pkl``, with arrays of NumPy or tensors of PyTorch), what ``torch.save``
+writes (``.pth``, ``.pt``), safetensors or HDF5. A directory is a TensorFlow checkpoint. The arrays of a file are views of it, mapped into
+memory.
 Why no PyTorch: docs/decisions/0010-reading-torch-files.md.
 """
 
@@ -9,51 +10,101 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import mmap
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
+from converters import checkpoint, hdf5, safetensors_file, torch_zip, unpickle
 from converters.errors import ConversionError, quoted
-from converters.torch_zip import MAGIC as ZIP
-from converters.torch_zip import read_zip
-from converters.unpickle import read_model
+from converters.tensor import Tensor
+from tfmaskformer.config import ConfigError, MaskFormerConfig
 
-EXPECTED = "expected a checkpoint: a pickle such as model_final_6f60dc.pkl, or a .pth file of torch.save"
+EXPECTED = (
+    "expected a checkpoint: a pickle such as model_final_6f60dc.pkl, a .pth file of torch.save, .safetensors, .h5, or a directory with a "
+    "TensorFlow checkpoint"
+)
+
+CONFIG_KEY = "tfmaskformer.config"
+AUTHOR_KEY = "tfmaskformer.author"
+"""Where a safetensors or HDF5 file has the model's config, as JSON, and its author."""
+
+PICKLE, TORCH, SAFETENSORS, HDF5, KERAS, TENSORFLOW = (
+    "pickle",
+    "PyTorch archive",
+    "safetensors",
+    "HDF5",
+    "Keras weights",
+    "TensorFlow checkpoint",
+)
+"""Kinds of checkpoints."""
+
+VARIABLES = (KERAS, TENSORFLOW)
+"""The kinds that hold variables of TensorFlow, in its layout."""
 
 _FOREIGN = {
     b"\x1f\x8b": "compressed with gzip",
     b"\xfd7zXZ": "compressed with xz",
     b"BZh": "compressed with bzip2",
-    b"\x89HDF": "HDF5",
     b"version https://git-lfs": "a Git LFS pointer: the file itself was not downloaded",
     b"<": "HTML or XML: probably an error page instead of the file",
     b"{": "JSON",
 }
+_PAGE = mmap.PAGESIZE
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """An open file: its path, its bytes, name → tensor (read-only, in the file's order), and the ``__author__`` in it, or ""."""
+    """An open checkpoint.
+
+    Attributes:
+        path: of the file or directory.
+        kind: one of the kinds above.
+        size_bytes: of the file, or of all files of the checkpoint.
+        data: the bytes of a file; None for a directory.
+        tensors: name → tensor, in the file's order, with the file's own names and layout.
+        author: the ``__author__`` that Detectron2 writes into its files, or "".
+        others: what else is in it: "optimizer", "iteration", …
+        config: the model's, where the file or directory has one.
+        manifest: of the conversion that wrote the directory, or empty.
+    """
 
     path: pathlib.Path
-    data: mmap.mmap
-    tensors: dict[str, np.ndarray]
-    author: str
+    kind: str
+    size_bytes: int
+    data: mmap.mmap | None
+    tensors: Mapping[str, Tensor]
+    author: str = ""
+    others: tuple[str, ...] = ()
+    config: MaskFormerConfig | None = None
+    manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def release(self, tensor: Tensor) -> None:
+        """Lets the memory go that a tensor's part of the file takes; it is read again when it is needed."""
+        if self.data is None or not isinstance(tensor, np.ndarray) or tensor.nbytes < _PAGE:
+            return
+        offset = tensor.__array_interface__["data"][0] - np.frombuffer(self.data, np.uint8).__array_interface__["data"][0]
+        if 0 <= offset < len(self.data) and tensor.flags.forc:
+            start = offset // _PAGE * _PAGE
+            self.data.madvise(mmap.MADV_DONTNEED, start, min(offset + tensor.nbytes, len(self.data)) - start)
 
 
-def check_source(path: pathlib.Path) -> int:
-    """Size of the file in bytes.
+def kind_of(path: pathlib.Path) -> str:
+    """What a file is by its first bytes; a directory is taken for a TensorFlow checkpoint.
 
     Raises:
-        ConversionError: it cannot be read, or its first bytes tell that it is something else than a checkpoint.
+        ConversionError: it cannot be read, or it is something else than a checkpoint.
     """
     name = quoted(path)
     try:
         if path.is_dir():
-            raise ConversionError(f"{name} is a directory", EXPECTED)
+            if not checkpoint.is_checkpoint(path):
+                raise ConversionError(f"{name} is a directory without a TensorFlow checkpoint", EXPECTED)
+            return TENSORFLOW
         if not path.is_file():
             raise ConversionError(f"{name} does not exist, or is no regular file")
         with path.open("rb") as file:
@@ -63,29 +114,95 @@ def check_source(path: pathlib.Path) -> int:
         raise ConversionError(f"cannot read {name}: {error.strerror}") from None
     if not head:
         raise ConversionError(f"{name} is empty", "download or copy the file again")
-    found = [what for magic, what in _FOREIGN.items() if head.lstrip().startswith(magic)]
+    for magic, what in _FOREIGN.items():
+        if head.lstrip().startswith(magic):
+            raise ConversionError(f"{name} is no checkpoint but {what}", EXPECTED)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size_bytes:
-        found.append("safetensors")
-    if not found and head[:1] not in b"\x80(}c]" and not head.startswith(ZIP):
-        found.append(f"an unknown format that begins with {head[:8]!r}")
-    if found:
-        raise ConversionError(f"{name} is no checkpoint but {found[0]}", EXPECTED)
-    return size_bytes
+        return SAFETENSORS
+    if head.startswith(torch_zip.MAGIC):
+        return TORCH
+    if head.startswith(hdf5.MAGIC):
+        return HDF5
+    if head[:1] in b"\x80(}c]":
+        return PICKLE
+    raise ConversionError(f"{name} is no checkpoint but an unknown format that begins with {head[:8]!r}", EXPECTED)
 
 
 @contextlib.contextmanager
 def open_source(path: pathlib.Path) -> Iterator[Source]:
-    """The file's tensors; what is hashed and what is converted are the same pages.
+    """The checkpoint's tensors; what is hashed and what is converted are the same bytes.
 
     Raises:
         ConversionError: the file holds something else, or changed while it was open.
     """
+    kind = kind_of(path)
+    if kind == TENSORFLOW:
+        yield _open_directory(path)
+        return
     with _mapped(path) as data:
         try:
-            model = read_zip(data) if data[: len(ZIP)] == ZIP else read_model(data)
+            source = _READERS[kind](path, data)
         except ConversionError as error:
             raise ConversionError(f"{quoted(path.name)}: {error}") from None
-        yield Source(path, data, model.tensors, model.author)
+        yield source
+
+
+def _read_pickle(path: pathlib.Path, data: mmap.mmap) -> Source:
+    model = unpickle.read_model(data)
+    return Source(path, PICKLE, len(data), data, model.tensors, model.author, model.others)
+
+
+def _read_torch(path: pathlib.Path, data: mmap.mmap) -> Source:
+    model = torch_zip.read_zip(data)
+    return Source(path, TORCH, len(data), data, model.tensors, model.author, model.others)
+
+
+def _read_safetensors(path: pathlib.Path, data: mmap.mmap) -> Source:
+    contents = safetensors_file.read_safetensors(data)
+    config = _config(contents.metadata.get(CONFIG_KEY), "its metadata")
+    return Source(path, SAFETENSORS, len(data), data, contents.tensors, contents.metadata.get(AUTHOR_KEY, ""), config=config)
+
+
+def _read_hdf5(path: pathlib.Path, data: mmap.mmap) -> Source:
+    contents = hdf5.read(data)
+    kind = KERAS if any(f"/{hdf5.KERAS_VARIABLES}/" in name for name in contents.tensors) else HDF5
+    config = _config(contents.attributes.get(CONFIG_KEY), "its attributes")
+    return Source(path, kind, len(data), data, contents.tensors, contents.attributes.get(AUTHOR_KEY, ""), config=config)
+
+
+_READERS = {PICKLE: _read_pickle, TORCH: _read_torch, SAFETENSORS: _read_safetensors, HDF5: _read_hdf5}
+
+
+def _open_directory(path: pathlib.Path) -> Source:
+    contents = checkpoint.read(path)
+    config = None
+    if (file := path / checkpoint.CONFIG_FILE).is_file():
+        config = _config(_text(file), checkpoint.CONFIG_FILE)
+    manifest: Any = {}
+    if (file := path / checkpoint.MANIFEST_FILE).is_file():
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            manifest = json.loads(_text(file))
+    manifest = manifest if isinstance(manifest, dict) else {}
+    author = manifest.get("source", {}).get("author", "") if isinstance(manifest.get("source"), dict) else ""
+    return Source(
+        path, TENSORFLOW, contents.size_bytes, None, contents.tensors, str(author), contents.others, config=config, manifest=manifest
+    )
+
+
+def _text(file: pathlib.Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"cannot read {quoted(file)}: {error}") from None
+
+
+def _config(text: str | None, where: str) -> MaskFormerConfig | None:
+    if text is None:
+        return None
+    try:
+        return MaskFormerConfig.from_dict(json.loads(text))
+    except (json.JSONDecodeError, ConfigError, RecursionError, TypeError, AttributeError) as error:
+        raise ConversionError(f"the config in {where} is none: {error}", "name another with --config") from None
 
 
 @contextlib.contextmanager

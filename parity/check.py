@@ -387,21 +387,21 @@ def _judge_one(
     if record.dtype.startswith("int"):
         return _judge_ids(case, group, name, actual, dtype)
     item = _judge_floats(case, record, actual, config, dtype, loss_floors)
-    if group == "losses" and dtype == "float32":
-        item = _judge_own_rounding(item, actual, results.exact_losses[name])
+    if name in results.exact.get(group, {}):
+        item = _judge_own_rounding(item, actual, results.exact[group][name])
     return item
 
 
 def _judge_own_rounding(item: Item, actual: np.ndarray, exact: np.ndarray) -> Item:
-    """A float32 loss against the float64 loss of the same outputs: what it adds to their error is held to its own tolerance."""
+    """A float32 result against the float64 one of the same outputs: what it adds to their error is held to its own tolerance."""
     local = relative_error(actual, exact)
-    if local <= compare.LOSS_RESOLUTION:
+    if local <= compare.RESULT_RESOLUTION:
         return dataclasses.replace(item, local=local)
-    note = f"it adds {local:.1e} to the error of the outputs it is taken of, allowed {compare.LOSS_RESOLUTION:.1e}"
+    note = f"it adds {local:.1e} to the error of the outputs it is taken of, allowed {compare.RESULT_RESOLUTION:.1e}"
     return dataclasses.replace(item, local=local, passed=False, note=item.note or note)
 
 
-LAWS = {"losses": compare.loss_tolerance, "gradients": compare.gradient_tolerance}
+LAWS = {"losses": compare.result_tolerance, "gradients": compare.gradient_tolerance, "inference": compare.result_tolerance}
 """How a floor becomes a tolerance, by group; :func:`parity.compare.tolerance` for the others."""
 
 

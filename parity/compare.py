@@ -33,14 +33,14 @@ FLOAT64_FACTOR = 16
 """Times the error of a second official float64 run (another memory format). It matters for tensors that are zero but for rounding, such
 as a gradient behind a softmax that is the same for every key: nothing but noise is there to agree, and an error near 1 says so."""
 
-LOSS_RESOLUTION = 2e-6
-"""Relative error that a float32 loss may add to what it inherits from the outputs it is taken of, and the least tolerance of the whole:
-losses are sums over 1e5 pixels. 1e-7 is usual."""
+RESULT_RESOLUTION = 2e-6
+"""Relative error that a float32 loss or inference result may add to what it inherits from the outputs it is taken of, and the least
+tolerance of the whole: losses are sums over 1e5 pixels. 1e-7 is usual."""
 
-LOSS_FACTOR = 3
-"""Times the floor of a float32 loss. A loss is one number, into which the outputs' rounding errors add up with either sign: of four
-official runs one has up to 1.9 × the largest error of the other three, its term's losses over all layers and cases taken together, where
-that is more than :data:`LOSS_RESOLUTION` (docs/parity.md)."""
+RESULT_FACTOR = 3
+"""Times the floor of a float32 loss or inference result. A loss is one number, into which the outputs' rounding errors add up with either
+sign, and the scores of an image hang on the logits of a few queries: of four official runs one has up to 1.9 × the largest error of the
+other three (a loss's term over all layers and cases taken together), where that is more than :data:`RESULT_RESOLUTION` (docs/parity.md)."""
 
 PIXEL_SHARE = {"float32": 1e-3, "float64": 1e-5}
 """Share of the pixels of a panoptic segmentation that may go to another segment beyond what official float32 runs do themselves: pixels
@@ -248,12 +248,12 @@ def gradient_tolerance(dtype: str, floor: float) -> float:
     return tolerance(dtype, floor) if dtype == "float64" else math.inf
 
 
-def loss_tolerance(dtype: str, floor: float) -> float:
-    """Relative error that a loss may have; arguments as of :func:`tolerance`, with the floor of its term over all decoder layers
-    and cases. The total is a sum of them all: its relative error is no larger than the largest of theirs. In float32 what a loss
-    adds to the error of its outputs is held to :data:`LOSS_RESOLUTION` besides.
+def result_tolerance(dtype: str, floor: float) -> float:
+    """Relative error that a loss or an inference result may have; arguments as of :func:`tolerance`, of a loss with the floor of its
+    term over all decoder layers and cases. The total is a sum of them all: its relative error is no larger than the largest of theirs.
+    In float32 what is added to the error of the outputs is held to :data:`RESULT_RESOLUTION` besides.
     """
-    return tolerance(dtype, floor) if dtype == "float64" else max(LOSS_FACTOR * floor, LOSS_RESOLUTION)
+    return tolerance(dtype, floor) if dtype == "float64" else max(RESULT_FACTOR * floor, RESULT_RESOLUTION)
 
 
 def pixel_tolerance(dtype: str, floor: float) -> float:

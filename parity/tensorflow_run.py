@@ -55,12 +55,13 @@ class CaseResults:
     Attributes:
         groups: group (as in :mod:`parity.trace`) → name → array; of taps and outputs the whole batch in TensorFlow's layout.
         view: of masked padding, which image of the batch this is.
-        exact_losses: of a float32 run, the losses of its own outputs in float64: the difference is what the losses themselves round.
+        exact: of a float32 run, by group, the losses and the inference results that float64 makes of its own outputs: the difference is
+            what the losses and the inference themselves round.
     """
 
     groups: dict[str, dict[str, np.ndarray]]
     view: View | None = None
-    exact_losses: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    exact: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def official(self, group: str, name: str) -> np.ndarray:
         """One tensor in the official layout."""
@@ -110,9 +111,13 @@ def run(
             "matcher": dict(task.matcher_records(matchings[index], case)),
             "losses": _numpy(losses[index]),
             "gradients": official_gradients(_numpy(gradients[index]), model.config),
-            "inference": dict(_inference(own_outputs, model.config, case)),
+            "inference": dict(_inference(own_outputs, model.config, case, model.config.test.panoptic_on)),
         }
-        results.append(CaseResults({**whole, **own}, view, _numpy(exact_losses[index])))
+        exact = {}
+        if model.compute_dtype == "float32":
+            exact_inference = _inference(_in_float64(own_outputs), model.config, case, panoptic=False)
+            exact = {"losses": _numpy(exact_losses[index]), "inference": dict(exact_inference)}
+        results.append(CaseResults({**whole, **own}, view, exact))
     return results
 
 
@@ -287,14 +292,14 @@ def _flat_outputs(outputs: Mapping[str, Any], keys: Sequence[str]) -> Any:
             yield f"aux_outputs.{layer}.{key}", auxiliary[key]
 
 
-def _inference(outputs: Mapping[str, Any], config: MaskFormerConfig, case: CaseInputs) -> Any:
+def _inference(outputs: Mapping[str, Any], config: MaskFormerConfig, case: CaseInputs, panoptic: bool) -> Any:
     from tfmaskformer.inference import panoptic_inference, semantic_inference
 
     sizes = [image.shape[:2] for image in case.images]
     for suffix, output_sizes in (("", sizes), ("resized/", case.resized)):
         for index, scores in enumerate(semantic_inference(outputs, config, sizes, output_sizes)):
             yield f"{index}/{suffix}sem_seg", scores.numpy()
-        if not config.test.panoptic_on:
+        if not panoptic:
             continue
         for index, (segmentation, segments) in enumerate(panoptic_inference(outputs, config, sizes, output_sizes)):
             rows = [[segment["id"], segment["category_id"], segment["isthing"]] for segment in segments]

@@ -7,9 +7,7 @@ dropped for the reason given; what it has less, and everything behind the backbo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import numpy as np
+from collections.abc import Iterable, Mapping
 
 from checkpoints.registry import relative_position_index
 from converters.rules import Drop, Rule
@@ -66,13 +64,13 @@ def rules(config: MaskFormerConfig) -> list[Rule]:
     return [Rule(name, f"backbone.{name}", transform) for name, transform in lines]
 
 
-def drops(config: MaskFormerConfig, tensors: Mapping[str, np.ndarray]) -> list[Drop]:
+def drops(config: MaskFormerConfig, names: Iterable[str]) -> list[Drop]:
     """The tensors of the file without a variable. Only the position index has a value that is known."""
     known = {SWIN_POSITION_INDEX: relative_position_index(config.backbone.window_size)} if isinstance(config.backbone, SwinConfig) else {}
     patterns = SWIN_DROPS if isinstance(config.backbone, SwinConfig) else RESNET_DROPS
     return [
-        Drop(name, reason, known.get(pattern, tensor))
-        for name, tensor in tensors.items()
+        Drop(name, reason, known.get(pattern))
+        for name in names
         for pattern, reason in patterns
         if Rule(pattern, pattern).target_of(name) is not None
     ]

@@ -121,6 +121,21 @@ def _predictor(config: MaskFormerConfig) -> Lines:
     return lines
 
 
+def transforms(config: MaskFormerConfig, names: Iterable[str]) -> dict[str, Transform]:
+    """Name → transform of the variables called so; IDENTITY for a name that no rule has."""
+    table = rules(config, "v2")
+    return {name: next((rule.transform for rule in table if rule.source_of(name)), IDENTITY) for name in names}
+
+
+def versions(names: Iterable[str]) -> dict[str, int]:
+    """Module → version in ``state_dict()._metadata``, where it is not 1: the head's tells v2 names from v1; frozen batch norms have 3.
+
+    As ``state_dict()`` of the official models has them (facebookresearch/MaskFormer da3e60d, Detectron2 02b5c4e).
+    """
+    norms = {name.removesuffix(".running_mean"): 3 for name in names if name.endswith(".running_mean")}
+    return {"sem_seg_head": 2, **norms}
+
+
 def drops(config: MaskFormerConfig) -> list[Drop]:
     """Official tensors that are no variables."""
     found = []

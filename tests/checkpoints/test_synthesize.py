@@ -174,7 +174,7 @@ def test_write_is_atomic(tmp_path, tiny, monkeypatch):
     def broken(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(synthesize, "_write", broken)
+    monkeypatch.setattr(synthesize, "write_pickle_to", broken)
     with pytest.raises(OSError, match="disk full"):
         synthesize.write_pickle(tiny, destination)
     assert destination.read_bytes() == b"old"

@@ -23,10 +23,9 @@ import tensorflow as tf
 import tfmaskformer.checkpoint
 from checkpoints import registry, synthesize
 from converters import cli
-from converters.checkpoint import FILES
+from converters.checkpoint import CONFIG_FILE, FILES
 from converters.convert import convert
 from converters.errors import ConversionError
-from converters.manifest import CONFIG_FILE
 from converters.transforms import CONV2D, IDENTITY, LINEAR
 from tfmaskformer.checkpoint import checkpoint_key
 from tfmaskformer.config import MaskFormerConfig
@@ -158,10 +157,10 @@ FOREIGN = {
     "a zip archive that torch.save did not write": zip_archive(),
     "compressed with gzip": gzip.compress(b"x"),
     "HTML or XML": b"\n<!DOCTYPE html><html>404</html>",
-    "safetensors": (50).to_bytes(8, "little") + b'{"a": {"dtype": "F32"}}'.ljust(60),
+    "the header's 'a' has not exactly dtype": (50).to_bytes(8, "little") + b'{"a": {"dtype": "F32"}}'.ljust(60),
     "JSON": b'{"model": {}}',
     "a Git LFS pointer": lfs_pointer(),
-    "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(50),
+    "the HDF5 file is damaged": b"\x89HDF\r\n\x1a\n" + bytes(50),
     "an unknown format that begins with": b"GIF89a....",
     "os.system": b"cos\nsystem\n(S'mkdir was-run'\ntR.",
 }
@@ -204,8 +203,11 @@ BAD_TENSORS = {
     "misshapen": (lambda t: change(t, "backbone.res3.1.conv2.weight", np.zeros((4, 4, 3, 3), np.float32)), "(4, 4, 3, 3) becomes"),
     "NaN": (lambda t: t[QUERIES].__setitem__((3, 4), np.nan), "values, the first is nan at (3, 4)"),
     "infinite": (lambda t: t[QUERIES].fill(-np.inf), "values, the first is -inf at (0, 0)"),
-    "half": (lambda t: change(t, QUERIES, t[QUERIES].astype(np.float16)), "is <f2, expected <f4 (float32)"),
-    "double": (lambda t: change(t, QUERIES, t[QUERIES].astype(np.float64)), "is <f8, expected <f4 (float32)"),
+    "integers": (lambda t: change(t, QUERIES, t[QUERIES].astype(np.int32)), "is int32, expected floating numbers"),
+    "double": (
+        lambda t: change(t, QUERIES, t[QUERIES].astype(np.float64)),
+        "query_embed.weight' is float64\n  --dtype float32 rounds them",
+    ),
     "empty weight": (lambda t: t["criterion.empty_weight"].__setitem__(5, 2), "which it must be to be dropped"),
     "mixed layouts": (lambda t: change(t, "sem_seg_head.layer_4.weight", t.pop("sem_seg_head.pixel_decoder.layer_4.weight")), "are mixed"),
 }
@@ -337,8 +339,8 @@ def test_summary_and_json(tensors, checkpoint_file, tmp_path, capsys):
     assert cli.main(["--src", str(source), "--dst", str(tmp_path / "a"), "--config", CONFIG, "--json", str(tmp_path / "m.json")]) == 0
     output = capsys.readouterr().out
     assert output.startswith(f"model_final.pkl → {tmp_path / 'a'}\n")
-    assert f"{len(tensors) - 1} variables, " in output
-    assert " M elements; re-read, every byte equal" in output
+    assert f"{len(tensors) - 1} tensors, " in output
+    assert " M elements, float32; re-read, every byte equal" in output
     assert cli.main(["--src", str(source), "--dst", str(tmp_path / "b"), "--config", CONFIG, "--json", "-"]) == 0
     manifest = json.loads(capsys.readouterr().out)
     assert manifest == json.loads((tmp_path / "m.json").read_text()) == json.loads((tmp_path / "b" / "manifest.json").read_text())

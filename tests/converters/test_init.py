@@ -154,7 +154,10 @@ FAULTS = {
         lambda t: t.update({"norm.weight": t["norm.weight"], "patch_embed.norm.weight": np.zeros(7, np.float32)}),
         r"\(7,\) becomes",
     ),
-    "half": (lambda t: t.update({"patch_embed.norm.weight": t["patch_embed.norm.weight"].astype(np.float16)}), "is <f2, expected <f4"),
+    "double": (
+        lambda t: t.update({"patch_embed.norm.weight": t["patch_embed.norm.weight"].astype(np.float64)}),
+        "'patch_embed.norm.weight' is float64",
+    ),
     "NaN": (lambda t: t["layers.1.blocks.0.attn.qkv.bias"].fill(np.nan), "the first is nan"),
     "other window": (
         lambda t: t.update({"layers.0.blocks.0.attn.relative_position_index": registry.relative_position_index(5)[::-1]}),

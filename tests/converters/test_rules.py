@@ -105,10 +105,9 @@ def test_wrong_number_of_axes():
     assert problems(sources(stem__weight=np.zeros((8, 3), np.float32))) == ["'stem.weight' (8, 3) has 2 axes, CONV2D needs 4"]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float64", ">f4", "int32"])
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
 def test_wrong_dtype(dtype):
-    (line,) = problems(sources(layers__0__mean=np.zeros(4, dtype)))
-    assert line.startswith(f"'layers.0.mean' (4,) is {np.dtype(dtype).str}, expected <f4 (float32)")
+    assert problems(sources(layers__0__mean=np.zeros(4, dtype))) == [f"'layers.0.mean' (4,) is {dtype}, expected floating numbers"]
 
 
 def test_dropped_tensor_must_have_the_expected_value():
@@ -118,7 +117,7 @@ def test_dropped_tensor_must_have_the_expected_value():
 
 
 def test_everything_is_told_at_once():
-    lines = problems(sources(layers__0__mean=None, stem__weight=np.zeros((8, 3), np.float16), other=np.zeros(1), count=np.zeros(2)))
+    lines = problems(sources(layers__0__mean=None, stem__weight=np.zeros((8, 3), np.int8), other=np.zeros(1), count=np.zeros(2)))
     assert len(lines) == 5
 
 

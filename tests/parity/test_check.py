@@ -73,7 +73,7 @@ def tensorflow(tensors, dtype="float64"):
             layout = layout_of(group, name)
             tensor = tensor.transpose([layout.expected.index(axis) for axis in layout.actual])
         groups[group][name] = tensor.astype(dtype) if tensor.dtype.kind == "f" else tensor
-    return CaseResults(groups, exact_losses={name: loss.astype(np.float64) for name, loss in groups["losses"].items()})
+    return CaseResults(groups, exact={"losses": {name: loss.astype(np.float64) for name, loss in groups["losses"].items()}})
 
 
 def failed(case, results, dtype="float64"):
@@ -160,7 +160,7 @@ def test_a_float32_loss_is_held_to_what_it_adds_and_to_the_floor_of_its_term(cas
     for inherited, added, passes in ((1.5e-6, 1e-6, True), (3.5e-6, 0, False), (-4e-6, 4e-6, False)):
         exact = tensors[key] * (1 + inherited)
         results = tensorflow({**tensors, key: exact * (1 + added)}, "float32")
-        results.exact_losses["loss_ce_0"] = exact
+        results.exact["losses"]["loss_ce_0"] = exact
         floors = {("float32", "loss_ce"): 1e-6, ("float32", "total"): 1e-6}
         items, _ = _judge(case, results, CONFIG, "float32", floors)
         item = next(item for item in items if item.name == "loss_ce_0")
