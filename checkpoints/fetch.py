@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import http.client
 import json
@@ -181,7 +182,7 @@ def _place(url: str, cache: pathlib.Path) -> pathlib.Path:
     """Each address has a directory of its own, which begins with the name of the file's folder.
 
     >>> _place("https://example.org/maskformer_R50/model_final_d8dbeb.pkl", pathlib.Path("cache")).as_posix()
-    'cache/maskformer_R50-05d9d9b9c5cb/model_final_d8dbeb.pkl'
+    'cache/maskformer_R50-cbb49235f3c4/model_final_d8dbeb.pkl'
     """
     parts = urllib.parse.urlsplit(url)
     names = [str(parts.hostname), *filter(None, re.split(r"[/\\]", urllib.parse.unquote(parts.path)))]
@@ -449,8 +450,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
-def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-    """The answer to a GET: a success. Everything else is an error that says what to do."""
+@functools.cache
+def _opener() -> urllib.request.OpenerDirector:
     opener = urllib.request.OpenerDirector()  # not build_opener, which also knows file: and ftp:
     for handler in (
         urllib.request.ProxyHandler(),
@@ -462,8 +463,13 @@ def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         urllib.request.UnknownHandler(),
     ):
         opener.add_handler(handler)
+    return opener
+
+
+def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    """The answer to a GET: a success. Everything else is an error that says what to do."""
     try:
-        return opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S)
+        return _opener().open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S)
     except urllib.error.HTTPError as error:
         error.close()
         raise _refusal(url, error) from None
