@@ -345,7 +345,8 @@ def certificate(tmp_path_factory):
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl to make a certificate")
     file = tmp_path_factory.mktemp("tls") / "both.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 "
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 "
+    command += "-subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 "
     command += f"-addext keyUsage=critical,digitalSignature,keyCertSign -keyout {file}.key -out {file}.crt"
     subprocess.run(command.split(), check=True, capture_output=True)
     file.write_bytes(file.with_name("both.pem.key").read_bytes() + file.with_name("both.pem.crt").read_bytes())
