@@ -212,9 +212,7 @@ def _compiled(pattern: str, other: str) -> tuple[re.Pattern[str], dict[str, dict
 
 def _translate(name: str, pattern: str, into: str) -> str | None:
     expression, words = _compiled(pattern, into)
-    match = expression.fullmatch(name)
-
-    def word(placeholder: re.Match[str]) -> str:
-        return words.get(placeholder[1], {}).get(match[placeholder[1]], match[placeholder[1]])
-
-    return match and _PLACEHOLDER.sub(word, into)
+    if (match := expression.fullmatch(name)) is None:
+        return None
+    found = {placeholder: words.get(placeholder, {}).get(word, word) for placeholder, word in match.groupdict().items()}
+    return _PLACEHOLDER.sub(lambda placeholder: found[placeholder[1]], into)

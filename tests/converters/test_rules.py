@@ -133,6 +133,19 @@ def test_a_rule_that_does_not_lead_back_cannot_be_made(source, target):
         Rule(source, target)
 
 
+def test_words_may_be_others_on_the_other_side():
+    rule = Rule("res{stage:0→2|1→3}.{kind:w→weight|kernel→weight|bias}", "stages.{stage}.{kind}")
+    assert [rule.target_of(f"res{stage}.{kind}") for stage, kind in (("0", "w"), ("1", "kernel"), ("0", "bias"))] == [
+        "stages.2.weight",
+        "stages.3.weight",
+        "stages.2.bias",
+    ]
+    assert [rule.target_of(name) for name in ("res2.w", "res3.bias", "res0.weight", "res00.w", "res0→2.w")] == [None] * 5
+    assert (rule.source_of("stages.3.weight"), rule.source_of("stages.1.bias")) == ("res1.w", None)
+    # The side on which they are written comes before the arrow.
+    assert Rule("res{stage}", "stages.{stage:2→0|3→1}").target_of("res1") == "stages.3"
+
+
 @pytest.mark.parametrize(
     ("transform", "shape"), [(IDENTITY, (2, 3, 4)), (LINEAR, (40, 70)), (CONV2D, (40, 33, 3, 2)), (CONV2D, (5, 3, 1, 1))]
 )
