@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tfmaskformer.evaluation import results
 from tfmaskformer.evaluation.instances import InstanceQuality, instance_truth
@@ -218,7 +220,7 @@ def test_panoptic_files_are_those_of_the_official_evaluator(panoptic, tmp_path):
         np.testing.assert_array_equal(panoptic_seg, expected[2])
         quality.update(*case[:2], panoptic_seg, infos)
     assert same(quality, panoptic_quality(panoptic))
-    with pytest.raises(ValueError, match="category ids .* which the data set has not"):
+    with pytest.raises(ValueError, match=r"category ids .* which the data set has not"):
         list(results.read_panoptic(tmp_path / "new", ids[:3]))
 
 
@@ -226,12 +228,8 @@ def test_png_holds_24_bits():
     ids = np.array([[0, 1, 255, 256], [65535, 65536, 2**24 - 1, 66051]], np.int32)
     np.testing.assert_array_equal(results.decode_png(results.encode_png(ids)), ids)
     for wrong in (2**24, -1):
-        with pytest.raises(ValueError, match="ids are .* expected 0 … 16777215"):
+        with pytest.raises(ValueError, match=r"ids are .* expected 0 … 16777215"):
             results.encode_png(np.array([[0, wrong]]))
-    import io
-
-    from PIL import Image
-
     with io.BytesIO() as file:
         Image.fromarray(np.zeros((2, 2), np.uint8)).save(file, format="PNG")
         with pytest.raises(ValueError, match="mode 'L', expected 'RGB'"):

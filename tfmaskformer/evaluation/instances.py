@@ -1,8 +1,8 @@
 """Average precision of instances, by pycocotools, from panoptic results.
 
-The official MaskFormer has no instance predictions and evaluates none: its COCO models are judged by ``COCOPanopticEvaluator`` alone. Here the
-things of the panoptic result are the instances. They do not overlap, and what the panoptic thresholds dropped is missing, so that AP is lower
-than that of a detector; each has the probability of its query's class for a score. From there on everything is Detectron2's
+The official MaskFormer has no instance predictions and evaluates none: its COCO models are judged by ``COCOPanopticEvaluator`` alone. Here
+the things of the panoptic result are the instances. They do not overlap, and what the panoptic thresholds dropped is missing, so that AP is
+lower than that of a detector; each has the probability of its query's class for a score. From there on everything is Detectron2's
 ``COCOEvaluator`` (detectron2/evaluation/coco_evaluation.py) for masks, with pycocotools itself and not its faster copy.
 """
 
@@ -87,7 +87,7 @@ class InstanceQuality:
         from pycocotools.cocoeval import COCOeval
 
         if not self.detections:  # pycocotools fails on them
-            return InstanceResult(*[float("nan")] * 6, {})
+            return InstanceResult._make([float("nan")] * 6 + [{}])
         with contextlib.redirect_stdout(io.StringIO()):
             actual = COCO()
             # pycocotools writes into annotations. It would take a detection's area from its box.
@@ -105,7 +105,7 @@ class InstanceQuality:
         # [IoU, recall, class, area, detections]: any area, all detections; -1 where the truth has nothing.
         precisions = evaluation.eval["precision"][:, :, :, 0, -1]
         per_class = {names[category]: _mean_of_met(precisions[:, :, index]) for index, category in enumerate(evaluation.params.catIds)}
-        return InstanceResult(*(float(value) if value >= 0 else float("nan") for value in evaluation.stats[:6]), per_class)
+        return InstanceResult._make([*(float(value) if value >= 0 else float("nan") for value in evaluation.stats[:6]), per_class])
 
 
 def _mean_of_met(precision: np.ndarray) -> float:

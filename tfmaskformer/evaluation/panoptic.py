@@ -132,7 +132,9 @@ class PanopticQuality:
     def __add__(self, other: PanopticQuality) -> PanopticQuality:
         """The counts of both, which must have the same classes."""
         if not np.array_equal(self._is_thing, other._is_thing):
-            raise ValueError("panoptic quality: counts of different classes do not add up; give both the same num_classes and thing_classes")
+            raise ValueError(
+                "panoptic quality: counts of different classes do not add up; give both the same num_classes and thing_classes"
+            )
         total = PanopticQuality(len(self._iou), np.flatnonzero(self._is_thing).tolist())
         total._iou = [a + b for a, b in zip(self._iou, other._iou, strict=True)]
         for name in _COUNTS:

@@ -116,7 +116,7 @@ class SemanticQuality:
         iou[met] = correct[met] / (true + predicted - correct)[met]
         acc[met] = correct[met] / true[met]
         if not met.any():
-            return SemanticResult(*[float("nan")] * 4, iou, acc)
+            return SemanticResult._make([float("nan")] * 4 + [iou, acc])
         frequencies = true / true.sum()
         return SemanticResult(
             miou=float(iou[met].sum() / met.sum()),
