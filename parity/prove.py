@@ -1,4 +1,4 @@
-"""The whole line for every official model: synthesize, convert, check against the official code. ``make zoo`` runs it.
+"""The whole line for every official model: synthesize, convert, convert back, check against the official code. ``make zoo`` runs it.
 
     python -m parity.prove [ENTRY…]                     checks against the committed traces; needs no PyTorch; prints a table
     python -m parity.prove --record [ENTRY…]            records those traces anew with the official code first (docs/recording.md)
@@ -15,6 +15,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import datetime
+import filecmp
 import itertools
 import json
 import multiprocessing
@@ -80,15 +81,22 @@ MARKS = ("<!-- made by python -m parity.prove -->", "<!-- end -->")
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """What was found for one entry: checks with official and with masked padding."""
+    """What was found for one entry.
+
+    Attributes:
+        entry: of the zoo.
+        checks: with official and with masked padding, in both dtypes.
+        back: whether the checkpoint, converted and converted back, had the same bytes.
+    """
 
     entry: registry.Entry
     checks: tuple[Check, ...]
+    back: bool
 
     @property
     def passed(self) -> bool:
         """All of it."""
-        return all(check.passed for check in self.checks)
+        return self.back and all(check.passed for check in self.checks)
 
     def cases(self, dtype: str) -> list[CaseCheck]:
         """Every case in one dtype, with either padding."""
@@ -97,18 +105,26 @@ class Proof:
 
 def prove(entry: registry.Entry, paddings: Sequence[str] = ("official", "masked"), traces: Path = TRACES) -> Proof:
     """Writes the synthetic checkpoint of ``entry``, converts it and checks it against its trace."""
-    from converters.convert import convert
-
     with tempfile.TemporaryDirectory(prefix="parity-prove-") as scratch:
-        source, converted = Path(scratch) / "model_final.pkl", Path(scratch) / "tf_ckpt"
-        synthesize.write_pickle(synthesize.synthesize(entry), source)
-        convert(source, converted, config=entry.name)
+        converted = Path(scratch) / "tf_ckpt"
+        back = there_and_back(entry, converted)
         checks = []
         for padding, (dtype, mode) in itertools.product(paddings, MODES.items()):
             settings = Settings(str(converted), str(traces / entry.name), dtypes=(dtype,), padding=padding, mode=mode)
             with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 checks.append(process.submit(_check, settings, f"{entry.name}, {padding} padding").result())
-    return Proof(entry, tuple(checks))
+    return Proof(entry, tuple(checks), back)
+
+
+def there_and_back(entry: registry.Entry, converted: Path) -> bool:
+    """Converts the synthetic checkpoint of ``entry`` into the directory ``converted``, and back: whether the bytes are the same."""
+    from converters.convert import convert
+
+    source, back = converted.with_name("model_final.pkl"), converted.with_name("back.pkl")
+    synthesize.write_pickle(synthesize.synthesize(entry), source)
+    convert(source, converted, config=entry.name)
+    convert(converted, back)
+    return filecmp.cmp(source, back, shallow=False)
 
 
 def _check(settings: Settings, title: str) -> Check:
@@ -154,6 +170,7 @@ def summary(proof: Proof) -> dict[str, Any]:
             "losses": max(item.error for case in float32 for item in case.items if item.group == "losses"),
         },
         "assignments": [sum(item.passed for item in matched), len(matched)],
+        "back": proof.back,
         "passed": proof.passed,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
@@ -227,8 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         proof = prove(entry, traces=arguments.traces)
         summaries.append(summary(proof))
         passed &= proof.passed
-        if not proof.passed:
-            for failed in proof.checks:
+        if not proof.back:
+            print(f"{entry.name}: converted back, the checkpoint has other bytes", file=sys.stderr)
+        for failed in proof.checks:
+            if not failed.passed:
                 print(report.text(failed), file=sys.stderr)
         if arguments.results:
             results = read_results(arguments.results) | {entry.name: summaries[-1]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -57,11 +58,14 @@ class CaseResults:
         view: of masked padding, which image of the batch this is.
         exact: of a float32 run, by group, the losses and the inference results that float64 makes of its own outputs: the difference is
             what the losses and the inference themselves round.
+        panoptic: the panoptic results by name, with the thresholds of the score and of the overlap moved by its arguments; None without
+            panoptic inference.
     """
 
     groups: dict[str, dict[str, np.ndarray]]
     view: View | None = None
     exact: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    panoptic: Callable[[float, float], dict[str, np.ndarray]] | None = None
 
     def official(self, group: str, name: str) -> np.ndarray:
         """One tensor in the official layout."""
@@ -111,13 +115,17 @@ def run(
             "matcher": dict(task.matcher_records(matchings[index], case)),
             "losses": _numpy(losses[index]),
             "gradients": official_gradients(_numpy(gradients[index]), model.config),
-            "inference": dict(_inference(own_outputs, model.config, case, model.config.test.panoptic_on)),
+            "inference": dict(_semantic(own_outputs, model.config, case)),
         }
+        panoptic = None
+        if model.config.test.panoptic_on:
+            panoptic = functools.partial(_panoptic, own_outputs, model.config, case)
+            own["inference"] |= panoptic(0.0, 0.0)
         exact = {}
         if model.compute_dtype == "float32":
-            exact_inference = _inference(_in_float64(own_outputs), model.config, case, panoptic=False)
-            exact = {"losses": _numpy(exact_losses[index]), "inference": dict(exact_inference)}
-        results.append(CaseResults({**whole, **own}, view, exact))
+            exact_inference = dict(_semantic(_in_float64(own_outputs), model.config, case))
+            exact = {"losses": _numpy(exact_losses[index]), "inference": exact_inference}
+        results.append(CaseResults({**whole, **own}, view, exact, panoptic))
     return results
 
 
@@ -292,19 +300,36 @@ def _flat_outputs(outputs: Mapping[str, Any], keys: Sequence[str]) -> Any:
             yield f"aux_outputs.{layer}.{key}", auxiliary[key]
 
 
-def _inference(outputs: Mapping[str, Any], config: MaskFormerConfig, case: CaseInputs, panoptic: bool) -> Any:
-    from tfmaskformer.inference import panoptic_inference, semantic_inference
+def _semantic(outputs: Mapping[str, Any], config: MaskFormerConfig, case: CaseInputs) -> Any:
+    from tfmaskformer.inference import semantic_inference
 
-    sizes = [image.shape[:2] for image in case.images]
-    for suffix, output_sizes in (("", sizes), ("resized/", case.resized)):
+    for suffix, sizes, output_sizes in _inferences(case):
         for index, scores in enumerate(semantic_inference(outputs, config, sizes, output_sizes)):
             yield f"{index}/{suffix}sem_seg", scores.numpy()
-        if not panoptic:
-            continue
-        for index, (segmentation, segments) in enumerate(panoptic_inference(outputs, config, sizes, output_sizes)):
+
+
+def _panoptic(
+    outputs: Mapping[str, Any], config: MaskFormerConfig, case: CaseInputs, score: float, overlap: float
+) -> dict[str, np.ndarray]:
+    from tfmaskformer.inference import panoptic_inference
+
+    thresholds: dict[str, Any] = {
+        "object_mask_threshold": config.test.object_mask_threshold + score,
+        "overlap_threshold": config.test.overlap_threshold + overlap,
+    }
+    found = {}
+    for suffix, sizes, output_sizes in _inferences(case):
+        for index, (segmentation, segments) in enumerate(panoptic_inference(outputs, config, sizes, output_sizes, **thresholds)):
             rows = [[segment["id"], segment["category_id"], segment["isthing"]] for segment in segments]
-            yield f"{index}/{suffix}panoptic_seg", segmentation
-            yield f"{index}/{suffix}segments", np.array(rows, np.int64).reshape(-1, 3)
+            found[f"{index}/{suffix}panoptic_seg"] = segmentation
+            found[f"{index}/{suffix}segments"] = np.array(rows, np.int64).reshape(-1, 3)
+    return found
+
+
+def _inferences(case: CaseInputs) -> Any:
+    """Prefix, sizes of the images and sizes of the results, of an inference at the images' own size and of one at another."""
+    sizes = [image.shape[:2] for image in case.images]
+    return ("", sizes, sizes), ("resized/", sizes, case.resized)
 
 
 def _numpy(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import tensorflow as tf
 
@@ -47,12 +46,13 @@ def read_config(directory: str | os.PathLike[str]) -> MaskFormerConfig:
     Raises:
         CheckpointError: there is none, or it is not one.
     """
-    path = Path(directory) / CONFIG_FILE
+    path = os.path.join(directory, CONFIG_FILE)
     try:
-        return MaskFormerConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            return MaskFormerConfig.from_dict(json.loads(file.read().decode("utf-8")))
+    except (tf.errors.OpError, OSError) as error:
         raise CheckpointError(
-            f"{directory}: cannot read {CONFIG_FILE} ({error.strerror}); expected a directory written by 'convert'"
+            f"{directory}: cannot read {CONFIG_FILE} ({_reason(error)}); expected a directory written by 'convert'"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -62,7 +62,8 @@ def load(directory: str | os.PathLike[str], dtype: str = "float32") -> MaskForme
     """The model in a checkpoint directory, with its weights.
 
     Args:
-        directory: written by ``convert`` or by ``tf.train.CheckpointManager`` on ``Checkpoint(model=model)`` beside a config.
+        directory: written by ``convert`` or by ``tf.train.CheckpointManager`` on ``Checkpoint(model=model)`` beside a config; local or
+            on any file system of TensorFlow (``gs://…``).
         dtype: "float32", "float64" (variables and computation, for parity) or "mixed_bfloat16" (float32 variables).
 
     Raises:
@@ -80,6 +81,10 @@ def load(directory: str | os.PathLike[str], dtype: str = "float32") -> MaskForme
     except (tf.errors.OpError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"{prefix}: not a readable TensorFlow checkpoint ({error}); convert the source again") from error
     return model
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or type(error).__name__
 
 
 def _check(directory: str | os.PathLike[str], model: MaskFormer, shapes: dict[str, list[int]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import dataclasses
 import math
 import re
 
@@ -170,13 +171,44 @@ def test_a_float32_loss_is_held_to_what_it_adds_and_to_the_floor_of_its_term(cas
     assert item.note.endswith("allowed 2.0e-06")
 
 
+def test_a_panoptic_result_at_a_threshold_is_a_near_tie_only_if_a_moved_threshold_gives_the_official_one(case, tensors):
+    official = {name: tensors["inference", name] for name in ("0/panoptic_seg", "0/segments")}
+    other = {"0/panoptic_seg": np.roll(official["0/panoptic_seg"], 3, axis=0), "0/segments": official["0/segments"][:1]}
+    moves = []
+
+    def judged(dtype, below):
+        def panoptic(score, overlap):
+            moves.append((score, overlap))
+            return official if score < 0 and below else other
+
+        results = tensorflow(tensors | {("inference", name): array for name, array in other.items()}, dtype)
+        items, _ = _judge(case, dataclasses.replace(results, panoptic=panoptic), CONFIG, dtype, _loss_floors([case]))
+        return {item.name: item for item in items if item.name in official}
+
+    for item in judged("float32", below=True).values():
+        assert item.passed
+        assert item.note.startswith("near-tie: the official result with the score threshold moved by -")
+    logits = tensors["outputs", "pred_logits"]
+    noise = (1.5 * 1e-6 + 3e-7) * np.linalg.norm(logits) / np.sqrt(logits.size)
+    assert {abs(score) for score, _ in moves} == {0.0, pytest.approx(noise)}
+    assert not any(item.passed for item in judged("float32", below=False).values())
+    assert {overlap for _, overlap in moves} == {0.0, -1e-3, 1e-3}
+    assert not any(item.passed for item in judged("float64", below=True).values())
+
+
 def test_the_median_is_judged_in_float32_only(case, tensors):
     items, exempted = _judge(case, tensorflow(tensors), CONFIG, "float64", _loss_floors([case]))
     off = [check.dataclasses.replace(item, error=1.2 * item.floor) for item in items]
     for dtype, passes in (("float32", False), ("float64", True)):
-        result = check.CaseCheck("mini", dtype, ((20, 30),), None, tuple(off), tuple(exempted))
-        assert result.median_ratio == pytest.approx(1.2)
+        one = check.CaseCheck("mini", dtype, ((20, 30),), None, tuple(off), tuple(exempted))
+        good = check.CaseCheck("good", dtype, ((20, 30),), None, tuple(items), tuple(exempted))
+        assert one.median_ratio == pytest.approx(1.2)
+        assert one.passed
+        result = check.Check(check.Settings("a", "b", (dtype,)), None, {}, {}, (one,), ())
         assert result.passed == passes
+        assert math.isnan(result.median_ratio) == passes
+        together = check.Check(check.Settings("a", "b", (dtype,)), None, {}, {}, (one, good), ())
+        assert together.passed
 
 
 def test_failures_come_in_the_order_of_computation_and_gradients_backwards():

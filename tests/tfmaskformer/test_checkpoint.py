@@ -50,6 +50,20 @@ def test_stock_checkpoint_restores_into_the_model(directory):
         np.testing.assert_array_equal(named_variables(model)[name].numpy(), value)
 
 
+def test_load_reads_any_file_system_of_tensorflow(directory):
+    """TensorFlow's file system in memory stands for a bucket."""
+    tf.io.gfile.makedirs("ram://checkpoint")
+    for file in directory.iterdir():
+        text = file.read_bytes().replace(str(directory).encode() + b"/", b"") if file.name == "checkpoint" else file.read_bytes()
+        with tf.io.gfile.GFile(f"ram://checkpoint/{file.name}", "wb") as copy:
+            copy.write(text)
+    actual = named_variables(load("ram://checkpoint"))
+    for name, value in random_values(SMALL["encoder"]).items():
+        np.testing.assert_array_equal(actual[name].numpy(), value)
+    with pytest.raises(CheckpointError, match=r"ram://none: cannot read config\.json \(NotFoundError\)"):
+        load("ram://none")
+
+
 def _copy(directory, tmp_path):
     for file in directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
