@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check zoo bench
+.PHONY: help demo test check zoo bench fuzz
 
 help:
 	@echo "make demo    convert a checkpoint, check its parity, draw what both frameworks see; in demo/"
@@ -11,6 +11,7 @@ help:
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make zoo     prove all 30 official models against the official code's traces, and make the README's table (an hour)"
 	@echo "make bench   measure speed and memory; writes docs/benchmarks.md"
+	@echo "make fuzz    read 10 000 damaged files of every kind of checkpoint (some minutes)"
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m parity.demo demo
@@ -29,6 +30,9 @@ zoo: $(VENV)/demo.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m bench
+
+fuzz: $(VENV)/test.stamp
+	$(BIN)/python -m tests.converters.fuzz
 
 $(VENV)/demo.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

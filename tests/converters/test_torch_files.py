@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import tracemalloc
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -115,12 +116,50 @@ COUNTED_FLOATS = struct.pack("<q", 4) + FLOATS
 
 def archive(data: bytes, more=(("data/0", FLOATS),), name="archive", compression=zipfile.ZIP_STORED):
     def write(path):
-        with zipfile.ZipFile(path, "w", compression) as file:
+        with warnings.catch_warnings(), zipfile.ZipFile(path, "w", compression) as file:
+            warnings.simplefilter("ignore")  # of a name that is there twice
             file.writestr(f"{name}/data.pkl", data)
             for key, content in more:
                 file.writestr(f"{name}/{key}", content)
 
     return write
+
+
+SIZES, PLACE, FLAGS = 20, 42, 8
+"""Where the list at the end of an archive has a file's two sizes, its place, its flags."""
+
+
+def listed(write, name, field, change):
+    """The archive that ``write`` makes, with another value in its list of files."""
+
+    def write_changed(path):
+        write(path)
+        data = bytearray(path.read_bytes())
+        start = data.rindex(name.encode()) - 46
+        code = {SIZES: "<II", PLACE: "<I", FLAGS: "<H"}[field]
+        struct.pack_into(code, data, start + field, *[change(data)] * (len(code) - 1))
+        path.write_bytes(data)
+
+    return write_changed
+
+
+def replaced(write, *pairs):
+    """The archive that ``write`` makes, with other bytes."""
+
+    def write_changed(path):
+        write(path)
+        data = path.read_bytes()
+        for old, new, count in pairs:
+            data = data.replace(old, new, count)
+        path.write_bytes(data)
+
+    return write_changed
+
+
+def archive_with_bomb(path):
+    archive(SMALL)(path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/code/bomb", bytes(20_000_000))
 
 
 MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
@@ -206,6 +245,50 @@ REFUSED = {
     "TorchScript": (archive(SMALL, [("constants.pkl", b"")]), "a TorchScript program"),
     "a compressed archive": (archive(SMALL * 9, compression=zipfile.ZIP_DEFLATED), "is compressed or encrypted"),
     "an unknown byte order": (archive(SMALL, [("byteorder", b"middle")]), "expected little or big"),
+    "a zip bomb": (archive(SMALL + bytes(20_000_000), compression=zipfile.ZIP_DEFLATED), "'archive/data.pkl' .* is compressed"),
+    "a zip bomb beside the model": (
+        archive_with_bomb,
+        "'archive/code/bomb' in the archive is compressed or encrypted",
+    ),
+    "an encrypted storage": (listed(archive(SMALL), "archive/data/0", FLAGS, lambda data: 1), "is compressed or encrypted"),
+    "a path for a name": (
+        archive(SMALL, [("data/0", FLOATS), ("../../../was-run", b"x")]),
+        r"the name 'archive/\.\./\.\./\.\./was-run', which torch\.save never writes",
+    ),
+    "a path from the root for a name": (archive(SMALL, name="/etc"), r"the name '/etc/data\.pkl'"),
+    "a name that ends early": (
+        replaced(archive(SMALL, [("data/0_evil", FLOATS)]), (b"data/0_evil", b"data/0\0evil", 2)),
+        r"the name 'archive/data/0\\x00evil'",
+    ),
+    "a storage twice": (archive(SMALL, [("data/0", FLOATS), ("data/0", FLOATS)]), "the archive has 'archive/data/0' twice"),
+    "a pickle twice": (archive(SMALL, [("data/0", FLOATS), ("data.pkl", state(SYSTEM))]), "the archive has 'archive/data.pkl' twice"),
+    "two pickles": (archive(SMALL, [("data/0", FLOATS), ("../other/data.pkl", SMALL)]), "which torch.save never writes"),
+    "two storages in one place": (
+        listed(
+            archive(SMALL, [("data/0", FLOATS), ("data/1", FLOATS)]),
+            "archive/data/1",
+            PLACE,
+            lambda data: data.index(b"archive/data/0") - 30,
+        ),
+        "'archive/data/1' begins at byte .* inside of another file",
+    ),
+    "a storage over the next": (
+        listed(archive(SMALL, [("data/0", FLOATS), ("data/1", FLOATS)]), "archive/data/0", SIZES, lambda data: 40),
+        "'archive/data/1' begins at byte .* inside of another file",
+    ),
+    "a storage over the list": (
+        listed(archive(SMALL), "archive/data/0", SIZES, lambda data: 100),
+        "inside of|reaches beyond|'a': its storage",
+    ),
+    "a storage of 4 GiB": (
+        listed(archive(SMALL), "archive/data/0", SIZES, lambda data: 2**32 - 2),
+        "reaches beyond the end of the archive",
+    ),
+    "a storage behind the end": (listed(archive(SMALL), "archive/data/0", PLACE, lambda data: 2**31), "is not where the archive says"),
+    "another name at the storage": (
+        replaced(archive(SMALL), (b"archive/data/0", b"archive/data/9", 1)),
+        "'archive/data/0' is not where the archive says",
+    ),
     "half of an archive": (b"PK\x03\x04" + bytes(100), "the zip archive is damaged"),
     "an old file that ends early": (old_file(SMALL)[:-1], "the storage '0' has 4 elements, but 4 follow"),
     "an old file with more": (old_file(SMALL) + b"x", "1 bytes follow the last storage"),
