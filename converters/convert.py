@@ -23,7 +23,7 @@ from converters.errors import ConversionError, quoted
 from converters.infer import Inference, infer
 from converters.manifest import Loss, manifest
 from converters.named_config import named_config
-from converters.official import official, v2_names
+from converters.official import official
 from converters.remote import local_copy, upload
 from converters.rules import Drop, Move, plan
 from converters.source import TENSORFLOW, Source, kind_of, open_source
@@ -154,13 +154,14 @@ def parameter_specs_of(config: MaskFormerConfig) -> dict[str, ParameterSpec]:
 
 
 def _plan(file: Source, base: MaskFormerConfig | None) -> Plan:
-    tensors, key_layout = official(file, base)
+    found = official(file, base)
     origin = "" if base else f"the config in {file.path.name}"
-    inference = infer(v2_names(tensors, key_layout), file.path.name, base or file.config, origin)
+    inference = infer(found.v2(), file.path.name, base or file.config, origin)
     shapes = {name: spec.shape for name, spec in parameter_specs_of(inference.config).items()}
     drops = table.drops(inference.config)
-    moves = plan(table.rules(inference.config, key_layout), drops, tensors, shapes)
-    return Plan(table.TABLE, key_layout, inference, tensors, moves, drops)
+    moves = plan(table.rules(inference.config, found.key_layout), drops, found.tensors, shapes)
+    more = {"left_out": dict(found.dropped)} if found.dropped else {}
+    return Plan(table.TABLE, found.key_layout, inference, found.tensors, moves, drops, more=more)
 
 
 class _Run:
@@ -218,7 +219,9 @@ class _Run:
             dtype=self.dtype.name,
             license=self.file.manifest.get("weights_license"),
         )
-        return Conversion(None, contents | dict(todo.more), todo.inference, self.file.others, self._origin())
+        return Conversion(
+            None, contents | dict(todo.more), todo.inference, (*self.file.others, *todo.more.get("left_out", ())), self._origin()
+        )
 
     def written(self, directory: pathlib.Path, name: str) -> Conversion:
         """Fills the staging directory, and reads it again."""
@@ -243,7 +246,7 @@ class _Run:
         """Hashes and checks a tensor, and makes it a variable; afterwards its part of the file leaves the memory."""
         tensor = self.todo.tensors[item.source]
         array = np.asarray(tensor)
-        self.digests[item.source] = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+        self.digests[item.source] = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
         if isinstance(item, Move):
             if not np.isfinite(array).all():
                 self.problems[item.source] = _not_finite(item.source, array)
@@ -287,7 +290,7 @@ class _Run:
 def _verify(path: pathlib.Path, tensors: Mapping[str, Tensor], progress: Callable[[float], None]) -> None:
     """Reads the file just written as any source, and compares every tensor with what it should be, byte by byte."""
     with open_source(path) as file:
-        found = v2_names(*official(file))
+        found = official(file).v2()
         wrong = sorted(found.keys() ^ tensors.keys())
         for count, (name, tensor) in enumerate(tensors.items(), 1):
             if name in found:

@@ -12,7 +12,7 @@ import numpy as np
 from converters.convert import Progress
 from converters.errors import ConversionError, quoted
 from converters.named_config import named_config
-from converters.official import official, v2_names
+from converters.official import official
 from converters.remote import local_copy
 from converters.source import Source, open_source
 from converters.tensor import Tensor
@@ -132,7 +132,7 @@ def diff(
 
 def _named(source: Source, config: Any) -> Mapping[str, Tensor]:
     try:
-        return v2_names(*official(source, config))
+        return official(source, config).v2()
     except ConversionError:
         return source.tensors
 

@@ -14,7 +14,7 @@ from converters.convert import Progress
 from converters.errors import ConversionError, quoted
 from converters.infer import Inference, infer
 from converters.named_config import named_config
-from converters.official import official, v2_names
+from converters.official import official
 from converters.remote import local_copy
 from converters.source import Source, open_source
 from converters.tensor import Tensor, is_float
@@ -121,8 +121,9 @@ def _model(source: Source, base: MaskFormerConfig | None) -> tuple[Inference | N
     """The model, the key layout, and why the model is not known. What Keras saved cannot be told without Keras."""
     key_layout = ""
     try:
-        tensors, key_layout = official(source, base)
-        return infer(v2_names(tensors, key_layout), source.path.name, base, "config"), key_layout, ""
+        found = official(source, base)
+        key_layout = found.key_layout
+        return infer(found.v2(), source.path.name, base), key_layout, ""
     except ConversionError as error:
         return None, key_layout, str(error).replace("\n  ", "; ")
     except ImportError as error:

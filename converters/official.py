@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+from checkpoints import registry
 from converters import keras_weights
 from converters.errors import ConversionError, quoted
+from converters.huggingface import is_huggingface, official_tensors
 from converters.source import KERAS, VARIABLES, Source
 from converters.tables import maskformer as table
 from converters.tensor import Tensor, inverted
 from tfmaskformer.config import MaskFormerConfig
 
+HUGGING_FACE = "Hugging Face"
+"""The key layout of transformers' MaskFormer."""
 
-def official(source: Source, config: MaskFormerConfig | None = None) -> tuple[Mapping[str, Tensor], str]:
-    """Official name → tensor, and the key layout that the names have: "v1", "v2", or the kind of a checkpoint that has its own names.
+_TABLE, _INDEX = ".relative_position_bias_table", ".relative_position_index"
 
-    Names in one of the two official layouts stay as they are; :func:`converters.tables.maskformer.v2_key` makes them one. Of variables
-    of TensorFlow, the official tensors that are no variables are added.
+
+class Official(NamedTuple):
+    """A checkpoint's tensors.
+
+    Attributes:
+        tensors: official name → tensor.
+        key_layout: of these names, "v1" or "v2"; or where they come from, when the checkpoint has names of its own.
+        dropped: name and reason of what has no official counterpart.
+    """
+
+    tensors: Mapping[str, Tensor]
+    key_layout: str
+    dropped: Sequence[tuple[str, str]] = ()
+
+    def v2(self) -> dict[str, Tensor]:
+        """The tensors under v2 names."""
+        return {table.v2_key(name, self.key_layout): tensor for name, tensor in self.tensors.items()}
+
+
+def official(source: Source, config: MaskFormerConfig | None = None) -> Official:
+    """The tensors under official names.
+
+    Names in one of the two official layouts stay as they are; :meth:`Official.v2` makes them one. To variables of TensorFlow the official
+    tensors that are no variables are added, to Hugging Face's those that follow from others.
 
     Args:
         source: the checkpoint.
@@ -26,8 +53,15 @@ def official(source: Source, config: MaskFormerConfig | None = None) -> tuple[Ma
         ConversionError: it has no MaskFormer, or variables without a config that says which.
     """
     if source.kind in VARIABLES:
-        return _of_variables(source, config or source.config), source.kind
-    return source.tensors, table.key_layout(source.tensors)
+        return Official(_of_variables(source, config or source.config), source.kind)
+    if is_huggingface(source.tensors):
+        tensors, dropped = official_tensors(source.tensors)
+        windows = {
+            name.removesuffix(_TABLE): (math.isqrt(tensor.shape[0]) + 1) // 2 for name, tensor in tensors.items() if name.endswith(_TABLE)
+        }
+        derived = {f"{block}{_INDEX}": registry.relative_position_index(window) for block, window in windows.items()}
+        return Official(derived | tensors, HUGGING_FACE, dropped)
+    return Official(source.tensors, table.key_layout(source.tensors))
 
 
 def _of_variables(source: Source, config: MaskFormerConfig | None) -> dict[str, Tensor]:
@@ -39,8 +73,3 @@ def _of_variables(source: Source, config: MaskFormerConfig | None) -> dict[str, 
     transforms = table.transforms(config, variables)
     tensors = {name: inverted(variable, transforms[name]) for name, variable in variables.items()}
     return tensors | {drop.source: drop.expected for drop in table.drops(config) if drop.expected is not None}
-
-
-def v2_names(tensors: Mapping[str, Tensor], key_layout: str) -> dict[str, Tensor]:
-    """The same under v2 names."""
-    return {table.v2_key(name, key_layout): tensor for name, tensor in tensors.items()}

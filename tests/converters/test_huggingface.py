@@ -186,3 +186,24 @@ def test_everything_is_told_at_once():
     lines = problems(tensors | {f"more.{n}": np.zeros(1) for n in range(100)})
     assert len(lines) == 8 + 13
     assert lines[-1] == "… and 88 more of this kind"
+
+
+@pytest.mark.parametrize("name", ["tiny_swin", "tiny_semantic"])
+@pytest.mark.parametrize("with_index", [True, False])
+def test_whole_files_are_converted(name, with_index, tmp_path):
+    """A file of Hugging Face's gives what the official one gives, also where it leaves out what follows from other tensors."""
+    from checkpoints import synthesize
+    from converters.convert import convert
+    from converters.difference import diff
+    from converters.safetensors_file import write_safetensors
+
+    tensors = synthesize.synthesize(registry.entry(name))
+    synthesize.write_pickle(tensors, tmp_path / "official.pkl")
+    theirs = {key: value for key, value in renamed(tensors).items() if with_index or not key.endswith("relative_position_index")}
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        write_safetensors(file, theirs, {"format": "pt"})
+    conversion = convert(tmp_path / "model.safetensors", tmp_path / "tf_ckpt", name)
+    assert conversion.manifest["source"]["key_layout"] == "Hugging Face"
+    assert diff(tmp_path / "tf_ckpt", tmp_path / "official.pkl").same
+    convert(tmp_path / "model.safetensors", tmp_path / "back.pkl", name)
+    assert diff(tmp_path / "back.pkl", tmp_path / "official.pkl").same
