@@ -306,6 +306,7 @@ def test_a_perfect_panoptic_result_has_an_ap_of_1(panoptic):
     ]
     truth = instance_truth(zip(range(60), panoptic["true"], listed, strict=True), ids, names, things)
     assert [category["id"] for category in truth["categories"]] == ids[: len(things)]
+    assert {annotation["category_id"] for annotation in truth["annotations"]} <= {category["id"] for category in truth["categories"]}
     assert sum(annotation["iscrowd"] for annotation in truth["annotations"]) > 5
     quality = InstanceQuality(ids)
     for index, (ids_map, info) in enumerate(zip(panoptic["true"], listed, strict=True)):

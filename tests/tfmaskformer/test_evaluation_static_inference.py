@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tfmaskformer
+from converters import cli
 from tfmaskformer.config import MaskFormerConfig, TestConfig
+from tfmaskformer.data import shapes
+from tfmaskformer.evaluation.panoptic import PanopticQuality
+from tfmaskformer.evaluation.results import read_panoptic
 from tfmaskformer.static_inference import _below, static_panoptic_inference, static_semantic_inference
 
+ROOT = Path(__file__).parents[2]
 CASES = ("batch", "odd", "only_stuff", "nothing_kept", "edges", "edges_above")
 CLASSES = 5
 RANDOM = MaskFormerConfig(name="random", num_classes=CLASSES, size_divisibility=0, thing_classes=(1, 4), test=TestConfig(True, 0.4, 0.75))
@@ -193,6 +200,31 @@ def test_a_per_pixel_baseline_gives_the_logits_of_the_numpy_form():
         for actual, image in zip(scores, tfmaskformer.semantic_inference(outputs, config, sizes, output_sizes), strict=True):
             height, width = image.shape[1:]
             np.testing.assert_allclose(actual[:, :height, :width], image, rtol=0, atol=1e-12)
+
+
+def test_the_guide_runs_and_gives_what_each_image_gives_alone(monkeypatch, tmp_path):
+    """docs/evaluation.md: network and post-processing compiled as one, two images of different sizes on one canvas."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["--src", str(ROOT / "checkpoints/small/shapes_panoptic.pkl"), "--dst", "tf_ckpt", "--config", "shapes_panoptic"]) == 0
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8"), flags=re.M | re.S)
+    names: dict[str, Any] = {"__name__": "guide"}
+    exec(compile(code, "docs/evaluation.md", "exec"), names)
+    expected = PanopticQuality(len(shapes.CATEGORIES), names["model"].config.thing_classes)
+    for number, _, panoptic_seg, infos in names["results"]:
+        image, *truth = shapes.sample("val", number)
+        assert panoptic_seg.shape == image.shape[:2]
+        (alone,) = tfmaskformer.panoptic_inference(names["model"](image[np.newaxis]), names["model"].config, [image.shape[:2]])
+        assert [(segment["isthing"], segment["category_id"]) for segment in infos] == [
+            (segment["isthing"], segment["category_id"]) for segment in alone[1]
+        ]
+        assert (panoptic_seg != alone[0]).mean() < 1e-3  # float32 sums of another order move borders by a pixel here and there
+        expected.update(*truth, *alone)
+    assert names["total"].true_positives.tolist() == expected.true_positives.tolist()
+    assert names["total"].true_positives.sum() > 8
+    np.testing.assert_allclose(names["total"].iou, expected.iou, atol=0.02)
+    ids = [category.id for category in shapes.CATEGORIES]
+    for written, result in zip(read_panoptic("results", ids), names["results"], strict=True):
+        np.testing.assert_array_equal(written[2], result[2])
 
 
 def test_thresholds_default_to_the_config_and_can_be_given(golden):
