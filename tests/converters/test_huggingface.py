@@ -169,8 +169,9 @@ def test_two_rules_for_one_tensor_are_told(monkeypatch):
     assert line == "2 rules for 'criterion.empty_weight' (3,): criterion.empty_weight, criterion.empty_weight"
 
 
-def test_indices_that_no_model_has_are_unknown():
+def test_what_no_maskformer_has_is_unknown():
     for name in (
+        "model.pixel_level_module.decoder.encoder.layers.0.self_attn.sampling_offsets.weight",  # Mask2Former
         f"{ENCODER}encoder.stages.4.layers.0.shortcut.convolution.weight",
         f"{ENCODER}encoder.stages.0.layers.0.layer.3.convolution.weight",
         "model.pixel_level_module.decoder.fpn.layers.3.proj.0.weight",
