@@ -114,11 +114,11 @@ def kind_of(path: pathlib.Path) -> str:
         raise ConversionError(f"cannot read {name}: {error.strerror}") from None
     if not head:
         raise ConversionError(f"{name} is empty", "download or copy the file again")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size_bytes:  # first: a length can look like anything
+        return SAFETENSORS
     for magic, what in _FOREIGN.items():
         if head.lstrip().startswith(magic):
             raise ConversionError(f"{name} is no checkpoint but {what}", EXPECTED)
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size_bytes:
-        return SAFETENSORS
     if head.startswith(torch_zip.MAGIC):
         return TORCH
     if head.startswith(hdf5.MAGIC):

@@ -17,6 +17,7 @@ import safetensors.numpy
 from converters import safetensors_file
 from converters.errors import ConversionError
 from converters.safetensors_file import DTYPES, read_safetensors, write_safetensors
+from converters.source import SAFETENSORS, kind_of
 
 
 def array_of(dtype, shape, seed=0):
@@ -265,3 +266,11 @@ def test_every_truncation_is_told():
     for length in range(len(data)):
         with pytest.raises(ConversionError):
             read_safetensors(data[:length])
+
+
+@pytest.mark.parametrize("first_bytes", [b" <", b" {", b"\x80\x02", b"PK", b"\x1f\x8b", b"(d"])
+def test_a_length_that_looks_like_another_format(first_bytes, tmp_path):
+    length = int.from_bytes(first_bytes, "little")
+    header = json.dumps(ONE).encode().ljust(length)
+    (tmp_path / "a").write_bytes(file_of(header, bytes(8)))
+    assert kind_of(tmp_path / "a") == SAFETENSORS
