@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from converters.errors import ConversionError, quoted
-from converters.rules import Rule, counted, first, no_rule_for, told
+from converters.rules import Rule, counted, first, nearest_of, no_rule_for, told
 from converters.tables.huggingface import DROPS, SECTIONS, Part
 from converters.tensor import LazyTensor, Tensor
 
@@ -56,36 +55,37 @@ def official_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         else:
             unmatched.append(name)
 
-    official: dict[str, Tensor] = {}
-    for target, parts in found.items():
-        wrong = list(_wrong_parts(target, parts, tensors, unmatched))
-        if not wrong:
-            official[target] = _joined([tensors[name] for part in sorted(parts) for name in parts[part]])
-        problems += wrong
+    wrong = [target for target, parts in found.items() if not _fit(parts, tensors)]
+    problems += first(wrong, lambda target: _misfit(target, found[target], tensors, unmatched))
     patterns = [rule.source for rule, _ in _DROPS]
-    problems += first(no_rule_for(name, tensors[name], [rule for rule, _ in _LINES], patterns) for name in unmatched)
+    problems += first(unmatched, lambda name: no_rule_for(name, tensors[name], [rule for rule, _ in _LINES], patterns))
     if problems:
         what = f"the tensors are not those of transformers' MaskFormerForInstanceSegmentation: {counted(problems, 'problem')}"
-        raise ConversionError(what, *first(problems, 48), "expected a file such as those of facebook/maskformer-swin-base-coco")
-    return official, dropped
+        raise ConversionError(what, *first(problems, limit=48), "expected a file such as those of facebook/maskformer-swin-base-coco")
+    return {target: _joined([tensors[name] for _, (name,) in sorted(parts.items())]) for target, parts in found.items()}, dropped
 
 
-def _wrong_parts(
-    target: str, found: Mapping[Part, Sequence[str]], tensors: Mapping[str, Tensor], unmatched: Sequence[str]
-) -> Iterator[str]:
-    """What prevents the tensors from becoming ``target``."""
-    for names in found.values():
-        if len(names) > 1:
-            yield f"{' and '.join(map(quoted, names))} are both the official '{target}'"
-    ((_, count), *_) = found
-    for part in sorted({(index, count) for index in range(count)} - found.keys()):
-        name = next(name for rule, of in _LINES if of == part and (name := rule.source_of(target)) is not None)
-        nearest = difflib.get_close_matches(name, unmatched, n=1, cutoff=0.8)
-        yield f"missing: '{name}', for the official '{target}'" + (f"; nearest in the file: {quoted(nearest[0])}" if nearest else "")
+def _fit(found: Mapping[Part, Sequence[str]], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether every part is there, once, and all of them are alike."""
+    (_, count), *_ = found
     kinds = {(tensors[name].shape, tensors[name].dtype) for names in found.values() for name in names}
-    if len(kinds) > 1 or (count > 1 and any(not shape for shape, _ in kinds)):
-        parts = ", ".join(f"{told(name, tensors[name])} {tensors[name].dtype}" for part in sorted(found) for name in found[part])
-        yield f"cannot be joined to the official '{target}': {parts}"
+    once = len(found) == count and all(len(names) == 1 for names in found.values())
+    return once and len(kinds) == 1 and (count == 1 or all(shape for shape, _ in kinds))
+
+
+def _misfit(target: str, found: Mapping[Part, Sequence[str]], tensors: Mapping[str, Tensor], unmatched: Sequence[str]) -> str:
+    """What prevents the tensors from becoming ``target``."""
+    (_, count), *_ = found
+    what = f"the official {quoted(target)}"
+    twice = [" and ".join(map(quoted, names)) for names in found.values() if len(names) > 1]
+    if twice:
+        return f"{', '.join(twice)} are both {what}"
+    lacking = {(index, count) for index in range(count)} - found.keys()
+    missing = [name for rule, part in _LINES if part in lacking and (name := rule.source_of(target)) is not None]
+    if missing:
+        return f"missing: {', '.join(map(quoted, missing))}, for {what}{nearest_of(missing[0], unmatched)}"
+    parts = ", ".join(f"{told(name, tensors[name])} {tensors[name].dtype}" for _, (name,) in sorted(found.items()))
+    return f"cannot be joined to {what}: {parts}"
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

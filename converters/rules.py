@@ -12,7 +12,8 @@ import difflib
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from converters.transforms import IDENTITY, Shape, Transform
 
 _PLACEHOLDER = re.compile(r"\{(\w+)(?::([^{}]+))?\}")
 _LISTED = 12
+_COMPARED = 1000
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,15 +118,17 @@ def plan(
     filled = Counter(move.target for move in moves)
     for move in moves:
         problems += _check(move, sources[move.source], targets, filled[move.target])
+    strange = [move for move in moves if move.target not in targets]
     missing = [name for name in targets if name not in filled]
     wanted = {name: [source for rule in rules if (source := rule.source_of(name)) is not None] for name in missing}
-    problems += first(_missing(name, targets[name], wanted[name], unmatched) for name in missing)
-    problems += first(no_rule_for(name, sources[name], rules, dropped) for name in unmatched)
+    problems += first(strange, lambda move: _strange(move, sources[move.source], targets))
+    problems += first(missing, lambda name: _missing(name, targets[name], wanted[name], unmatched))
+    problems += first(unmatched, lambda name: no_rule_for(name, sources[name], rules, dropped))
     covered = {rule.source for rule in rules if any(rule.source_of(name) is not None for name in missing)}
     unused = [pattern for pattern in (*(rule.source for rule in rules), *dropped) if not used[pattern] and pattern not in covered]
     problems += [f"no tensor for the rule '{pattern}'" for pattern in unused]
     if problems:
-        raise ConversionError(f"the tensors do not fit the model: {counted(problems, 'problem')}", *first(problems, 4 * _LISTED))
+        raise ConversionError(f"the tensors do not fit the model: {counted(problems, 'problem')}", *first(problems, limit=4 * _LISTED))
     return moves
 
 
@@ -138,19 +144,25 @@ def _check(move: Move, tensor: Tensor, targets: Mapping[str, Shape], times: int)
     if times > 1:
         yield f"{what} is one of {times} tensors for the variable '{move.target}'"
     if move.target not in targets:
-        nearest = difflib.get_close_matches(move.target, targets, n=1, cutoff=0.0)
-        yield f"{what} would become '{move.target}', which the model does not have; nearest: {', '.join(map(repr, nearest))}"
-    elif not move.transform.fits(tensor.shape):
+        return
+    if not move.transform.fits(tensor.shape):
         yield f"{what} has {tensor.ndim} axes, {move.transform.name} needs {len(move.transform.permutation or ())}"
     elif (shape := move.transform.shape(tensor.shape)) != tuple(targets[move.target]):
         yield f"{what} becomes {shape} through {move.transform.name}, but '{move.target}' is {tuple(targets[move.target])}"
 
 
-def _missing(name: str, shape: Shape, sources: list[str], unmatched: list[str]) -> str:
+def _strange(move: Move, tensor: Tensor, targets: Mapping[str, Shape]) -> str:
+    nearest = difflib.get_close_matches(move.target, targets, n=1, cutoff=0.0)
+    return (
+        f"{told(move.source, tensor)} would become {quoted(move.target)}, which the model does not have; "
+        f"nearest: {', '.join(map(repr, nearest))}"
+    )
+
+
+def _missing(name: str, shape: Shape, sources: list[str], unmatched: Sequence[str]) -> str:
     if not sources:
         return f"no rule fills the variable '{name}' {shape}"
-    nearest = difflib.get_close_matches(sources[0], unmatched, n=1, cutoff=0.8)
-    return f"missing: '{sources[0]}', for the variable {shape}" + (f"; nearest in the file: {quoted(nearest[0])}" if nearest else "")
+    return f"missing: '{sources[0]}', for the variable {shape}{nearest_of(sources[0], unmatched)}"
 
 
 def no_rule_for(name: str, tensor: Tensor, rules: Sequence[Rule], dropped: Iterable[str]) -> str:
@@ -166,13 +178,15 @@ def _example(pattern: str) -> str:
     return _PLACEHOLDER.sub(lambda match: re.split("[|→]", match[2] or "0")[0], pattern)
 
 
-def first(items: Iterable[str], limit: int = _LISTED) -> list[str]:
-    """The first items; the others, which need not be made, are only counted."""
-    listed, count = [], 0
-    for count, item in enumerate(items, 1):
-        if count <= limit:
-            listed.append(item)
-    return listed + [f"… and {count - limit} more of this kind"] * (count > limit)
+def nearest_of(name: str, unmatched: Sequence[str]) -> str:
+    """What the file has instead of ``name``, where it is much alike; an addition to a line."""
+    nearest = difflib.get_close_matches(name, unmatched[:_COMPARED], n=1, cutoff=0.8)
+    return f"; nearest in the file: {quoted(nearest[0])}" if nearest else ""
+
+
+def first(items: Sequence[T], line: Callable[[T], str] = str, limit: int = _LISTED) -> list[str]:
+    """A line for each of the first items; the others are only counted."""
+    return [*map(line, items[:limit]), *[f"… and {len(items) - limit} more of this kind"] * (len(items) > limit)]
 
 
 def told(name: str, tensor: Tensor) -> str:

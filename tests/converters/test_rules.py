@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from converters.errors import ConversionError
-from converters.rules import Drop, Move, Rule, plan
+from converters.rules import Drop, Move, Rule, first, plan
 from converters.transforms import CONV2D, IDENTITY, LINEAR, Transform
 
 RULES = [
@@ -125,6 +125,13 @@ def test_long_lists_are_shortened():
     lines = problems(sources() | {f"more.{n}": np.zeros(1) for n in range(100)})
     assert len(lines) == 13
     assert lines[-1] == "… and 88 more of this kind"
+
+
+def test_lines_that_are_not_listed_are_not_made():
+    made = []
+    lines = first(list(range(10**6)), lambda item: made.append(item) or str(item))
+    assert made == list(range(12))
+    assert lines[-1] == "… and 999988 more of this kind"
 
 
 @pytest.mark.parametrize(("source", "target"), [("a.{n}", "b"), ("a", "b.{n}"), ("a.{n}", "b.{m}"), ("a.{n}.{n}", "b.{n}.{n}")])
