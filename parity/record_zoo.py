@@ -24,6 +24,7 @@ DATASETS = {
     "ade20k_panoptic_train": "ade20k_panoptic",
     "ade20k_full_sem_seg_train": "ade20k_full",
     "cityscapes_fine_sem_seg_train": "cityscapes",
+    "cityscapes_fine_panoptic_train": "cityscapes_panoptic",
     "coco_2017_train_panoptic": "coco_panoptic",
     "coco_2017_train_stuff_10k_sem_seg": "coco_stuff_10k",
     "mapillary_vistas_sem_seg_train": "mapillary_vistas",
