@@ -1,10 +1,11 @@
-"""Converting a checkpoint, beside the least that any converter must do.
+"""Converting a checkpoint between kinds, beside the least that any converter must do.
 
-The floor is one unpickle (``pickle.load``, which the converter itself never calls), one TensorFlow checkpoint write of the same
-tensors (making them TensorFlow's is not counted), one SHA-256 pass over the file and one re-read through TensorFlow's reader, one after
-the other. The converter does more: it works out the model, checks every value, transposes, hashes each tensor, and compares.
+The floor of a pair is one read of the source, one write of the same tensors (making them TensorFlow's is not counted), one SHA-256 pass
+over the source and one re-read of what was written, each with the kind's usual library and one after the other. The converter does more:
+it works out the model, checks every value, transposes, hashes each tensor, compares every byte, and waits until the disk has them.
 
-Every run is a process of its own, with imports done and TensorFlow started before the clock; the two take turns.
+Every run is a process of its own, with imports done and TensorFlow started before the clock; floor and converter take turns. Memory is
+measured on the largest model.
 """
 
 from __future__ import annotations
@@ -21,101 +22,181 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
+from typing import Any
 
-from bench.common import gigabytes, progress, section
+import numpy as np
+
+from bench.common import gigabytes, peak_memory_bytes, progress, section
 from checkpoints import registry, synthesize
 
 ENTRY = "maskformer_panoptic_R50_bs64_554k"
-TURNS = 7
+LARGEST = "maskformer_panoptic_swin_large_IN21k_384_bs64_554k"
+TURNS = 5
 FLOOR, CONVERT = "floor", "convert"
-STEPS = ("unpickle", "write", "SHA-256", "re-read")
+SOURCES = ("model.pkl", "model.pth", "model.safetensors", "model.h5")
+PAIRS = [(name, "tf_ckpt") for name in SOURCES] + [("tf_ckpt", name) for name in SOURCES]
 
 
 def main() -> int:
     """Measures and prints the section."""
     with tempfile.TemporaryDirectory() as folder:
-        source = pathlib.Path(folder) / "model_final.pkl"
-        progress("  writing the synthetic checkpoint")
-        tensors = synthesize.synthesize(registry.entry(ENTRY))
-        synthesize.write_pickle({registry.v1_key(name): tensor for name, tensor in tensors.items()}, source)
-        size_bytes = source.stat().st_size
-        runs: dict[str, list[dict[str, float]]] = {FLOOR: [], CONVERT: []}
-        for turn in range(TURNS):
-            for name, results in runs.items():
-                command = [sys.executable, "-m", "bench.convert", name, str(source), str(pathlib.Path(folder) / f"{name}{turn}")]
-                environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
-                results.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout))
-            progress(f"  turn {turn + 1} of {TURNS}")
-
-    seconds = {name: [sum(run[step] for step in run if step != "peak_bytes") for run in results] for name, results in runs.items()}
-    floor_s = statistics.median(seconds[FLOOR])
-    rows = [
-        [
-            name,
-            f"{statistics.median(seconds[name]):.2f} s",
-            f"{min(seconds[name]):.2f} s",
-            f"{statistics.median(seconds[name]) / floor_s:.2f}",
-            f"{min(seconds[name]) / min(seconds[FLOOR]):.2f}",
-            f"{max(run['peak_bytes'] for run in results) / size_bytes:.2f} × file",
-        ]
-        for name, results in runs.items()
-    ]
-    steps = ", ".join(f"{step} {statistics.median(run[step] for run in runs[FLOOR]):.2f} s" for step in STEPS)
+        place = pathlib.Path(folder)
+        _make(ENTRY, place)
+        rows = [_compared(place, source, target) for source, target in PAIRS]
+        size_bytes = (place / SOURCES[0]).stat().st_size
+    with tempfile.TemporaryDirectory() as folder:
+        place = pathlib.Path(folder)
+        _make(LARGEST, place)
+        peaks = []
+        for source, target in PAIRS:
+            run = _run_apart(CONVERT, LARGEST, place / source, target)
+            peaks.append(f"{source.partition('.')[2] or 'TensorFlow'} → {target.partition('.')[2] or 'TensorFlow'} {run['peak']:.2f} ×")
+            progress(f"  memory of {peaks[-1]}")
+        largest_bytes = (place / SOURCES[0]).stat().st_size
     text = (
         f"`python -m bench.convert`: the synthetic {ENTRY}, {gigabytes(size_bytes)}; {TURNS} runs each, taken in turns, without imports. "
-        f"The floor is the sum of {steps} (medians). Memory: the process's peak above what it has after its imports."
+        "The floor: read the source, write the tensors, SHA-256 of the source, read the result, each with the kind's usual library. "
+        "Memory: the process's peak above what it has after its imports, as a multiple of the source's size; of "
+        f"{LARGEST}, {gigabytes(largest_bytes)}: {', '.join(peaks)}."
     )
-    print(section("Conversion", text, ["", "median", "fastest", "ratio of medians", "ratio of fastest", "peak memory"], rows))
+    header = ["", "floor", "convert", "ratio of medians", "ratio of fastest", "peak memory"]
+    print(section("Conversion", text, header, rows))
     return 0
 
 
-def _resident_bytes() -> int:
-    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _make(entry: str, place: pathlib.Path) -> None:
+    from converters.convert import convert
+
+    progress(f"  writing {entry} in every kind")
+    source = place / SOURCES[0]
+    synthesize.write_pickle(synthesize.synthesize(registry.entry(entry)), source)
+    for name in (*SOURCES[1:], "tf_ckpt"):
+        convert(source, place / name, entry)
 
 
-def _run(name: str, source: str, destination: str) -> int:
-    """One measured run; prints seconds of each step and the peak memory as JSON."""
+def _compared(place: pathlib.Path, source: str, target: str) -> list[str]:
+    runs: dict[str, list[dict[str, float]]] = {FLOOR: [], CONVERT: []}
+    for _ in range(TURNS):
+        for name, results in runs.items():
+            results.append(_run_apart(name, ENTRY, place / source, target))
+    seconds = {name: [run["seconds"] for run in results] for name, results in runs.items()}
+    floor_s, convert_s = (statistics.median(seconds[name]) for name in (FLOOR, CONVERT))
+    what = f"{source.partition('.')[2] or 'TensorFlow'} → {target.partition('.')[2] or 'TensorFlow'}"
+    progress(f"  {what}: {convert_s / floor_s:.2f}")
+    return [
+        what,
+        f"{floor_s:.2f} s",
+        f"{convert_s:.2f} s",
+        f"{convert_s / floor_s:.2f}",
+        f"{min(seconds[CONVERT]) / min(seconds[FLOOR]):.2f}",
+        f"{max(run['peak'] for run in runs[CONVERT]):.2f} ×",
+    ]
+
+
+def _run_apart(name: str, entry: str, source: pathlib.Path, target: str) -> dict[str, float]:
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+        command = [sys.executable, "-m", "bench.convert", name, entry, str(source), str(pathlib.Path(folder) / target)]
+        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
+    return json.loads(result.stdout)
+
+
+def _run(name: str, entry: str, source: str, target: str) -> int:
+    """One measured run; prints its seconds and its peak memory as JSON."""
     import tensorflow as tf
 
     import tfmaskformer.model  # noqa: F401 - an import, which is not measured
     from converters.convert import convert
 
     tf.constant(0.0)  # starts TensorFlow's runtime
-    results: dict[str, float] = {}
+    elapsed_s = 0.0
 
     @contextlib.contextmanager
-    def measured(step: str) -> Iterator[None]:
+    def measured() -> Iterator[None]:
+        nonlocal elapsed_s
         start_s = time.perf_counter()
         yield
-        results[step] = time.perf_counter() - start_s
+        elapsed_s += time.perf_counter() - start_s
 
-    before_bytes = _resident_bytes()
+    before_bytes = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     if name == CONVERT:
-        with measured(CONVERT):
-            convert(source, destination)
+        with measured():
+            convert(source, target, entry)
     else:
-        with measured("unpickle"), open(source, "rb") as file:
-            arrays = pickle.load(file)["model"]
-        tensors = [tf.constant(array) for array in arrays.values()]
-        names = list(arrays)
-        del arrays
-        os.mkdir(destination)
-        prefix = os.path.join(destination, "ckpt")
-        with measured("write"):
-            tf.raw_ops.SaveV2(prefix=prefix, tensor_names=names, shape_and_slices=[""] * len(names), tensors=tensors)
-        with measured("SHA-256"), open(source, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-            digest.hexdigest()
-        with measured("re-read"):
-            reader = tf.train.load_checkpoint(prefix)
-            for key in names:
-                reader.get_tensor(key)
-    results["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before_bytes
-    print(json.dumps(results))
+        with measured():
+            arrays = _read(pathlib.Path(source))
+        prepared = {key: tf.constant(value) for key, value in arrays.items()} if "." not in os.path.basename(target) else arrays
+        with measured():
+            _write(pathlib.Path(target), prepared)
+        with measured():
+            for file in _files(pathlib.Path(source)):
+                digest = hashlib.sha256()
+                with file.open("rb") as opened:
+                    while block := opened.read(1 << 20):
+                        digest.update(block)
+                digest.hexdigest()
+        with measured():
+            _read(pathlib.Path(target))
+    peak_bytes = peak_memory_bytes() - before_bytes
+    source_bytes = sum(file.stat().st_size for file in _files(pathlib.Path(source)))
+    print(json.dumps({"seconds": elapsed_s, "peak": peak_bytes / source_bytes}))
     return 0
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path.iterdir()) if path.is_dir() else [path]
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """All tensors with the kind's usual library; of an archive or safetensors, which have none here, the bytes."""
+    if path.is_dir():
+        import tensorflow as tf
+
+        reader = tf.train.load_checkpoint(str(path / "ckpt"))
+        shapes = reader.get_variable_to_shape_map()
+        return {key: reader.get_tensor(key) for key in shapes if reader.get_variable_to_dtype_map()[key].is_floating}
+    if path.suffix == ".pkl":
+        with path.open("rb") as file:
+            return pickle.load(file)["model"]
+    if path.suffix == ".pth":
+        with zipfile.ZipFile(path) as archive:
+            return {name: np.frombuffer(archive.read(name), np.uint8) for name in archive.namelist()}
+    if path.suffix == ".h5":
+        import h5py
+
+        with h5py.File(path) as file:
+            return {name: file[name][()] for name in file}
+    return {"all": np.fromfile(path, np.uint8)}
+
+
+def _write(path: pathlib.Path, tensors: dict[str, Any]) -> None:
+    """All tensors with the kind's usual library; see :func:`_read`."""
+    if not path.suffix:
+        import tensorflow as tf
+
+        path.mkdir()
+        names = list(tensors)
+        slices = [""] * len(names)
+        tf.raw_ops.SaveV2(prefix=str(path / "ckpt"), tensor_names=names, shape_and_slices=slices, tensors=list(tensors.values()))
+    elif path.suffix == ".pkl":
+        with path.open("wb") as file:
+            pickle.dump({"model": tensors}, file, 4)
+    elif path.suffix == ".pth":
+        with zipfile.ZipFile(path, "w") as archive:
+            for index, tensor in enumerate(tensors.values()):
+                archive.writestr(f"data/{index}", tensor.data)
+    elif path.suffix == ".h5":
+        import h5py
+
+        with h5py.File(path, "w") as file:
+            for name, tensor in tensors.items():
+                file.create_dataset(name.replace("/", "."), data=tensor)
+    else:
+        with path.open("wb") as file:
+            for tensor in tensors.values():
+                file.write(tensor.data)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -28,7 +28,7 @@ from converters.remote import local_copy, upload
 from converters.rules import Drop, Move, plan
 from converters.source import TENSORFLOW, Source, kind_of, open_source
 from converters.tables import maskformer as table
-from converters.tensor import Tensor, cast, inverted, is_exact, rounded
+from converters.tensor import LazyTensor, Tensor, cast, inverted, is_exact, rounded
 from tfmaskformer.config import MaskFormerConfig
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _plan(file: Source, base: MaskFormerConfig | None) -> Plan:
 
 
 class _Run:
-    """One conversion. What needs no interpreter lock (hashing, copying, TensorFlow's writing) goes on side by side."""
+    """One conversion: every tensor is read once, checked, hashed and written. What needs no interpreter lock goes on side by side."""
 
     def __init__(self, file: Source, todo: Plan, form: target.Format, dtype: str | None, pool: ThreadPoolExecutor, progress: Progress):
         self.file = file
@@ -174,9 +174,11 @@ class _Run:
         self.dtype = DTYPES[dtype or "float32"]
         self.pool = pool
         self.progress = progress
-        self.done = 0
+        self.file_digest = pool.submit(self._file_digest)
+        self.hashing: list[Future[None]] = []
         self.losses: dict[str, Loss] = {}
         self.digests: dict[str, str] = {}
+        self.expected: dict[str, str] = {}
         self.variables: dict[str, np.ndarray] = {}
         self.problems: dict[str, str] = {}
         inexact = [move.source for move in todo.moves if not is_exact(todo.tensors[move.source].dtype, self.dtype)]
@@ -188,12 +190,47 @@ class _Run:
             )
 
     def examined(self) -> Conversion:
-        """Everything but the writing: every tensor is read once, hashed, checked, and, for formats with variables, transposed."""
-        todo = self.todo
+        """Everything but the writing."""
         self.progress("reading", 0)
-        file_digest = self.pool.submit(self._file_digest)
-        list(self.pool.map(self._examine, [*todo.moves, *todo.drops]))
-        self.variables = {move.target: self.variables[move.target] for move in todo.moves if move.target in self.variables}
+        list(self.pool.map(lambda item: self._hash(item, self._checked(item)), self._items))
+        return self._conclusion()
+
+    def written(self, directory: pathlib.Path, name: str) -> Conversion:
+        """Fills the staging directory, and reads it again. Variables are all made first; other tensors are read as they are written."""
+        config = self.todo.inference.config
+        path = directory if self.form.files else directory / name
+        if self.form.holds_variables:
+            self.progress("reading", 0)
+            list(self.pool.map(self._make_variable, self._items))
+            conversion = self._conclusion()
+            order = [move.target for move in self.todo.moves]
+            variables = {name: self.variables[name] for name in order} | {
+                name: value.astype(self.dtype) for name, value in self.todo.initial.items()
+            }
+            self.progress("writing", 0)
+            self.form.write(path, target.Contents(config, self.file.author, {}, variables, conversion.manifest))
+            if self.form.kind == TENSORFLOW:
+                checkpoint.verify(path, variables, lambda share: self.progress("verifying", share))
+                return conversion
+        tensors = self._official_tensors(config)
+        if not self.form.holds_variables:
+            self.progress("writing", 0)
+            self.form.write(path, target.Contents(config, self.file.author, tensors, {}, {}))
+            for drop in self.todo.drops:
+                self._hash(drop, self._checked(drop))
+            conversion = self._conclusion()
+        self._verify(path, tensors)
+        return conversion
+
+    @property
+    def _items(self) -> list[Move | Drop]:
+        return [*self.todo.moves, *self.todo.drops]
+
+    def _conclusion(self) -> Conversion:
+        """What was found; raises where values are not finite."""
+        todo = self.todo
+        for done in self.hashing:
+            done.result()
         if self.problems:
             names = [name for name in todo.tensors if name in self.problems]
             lines = [self.problems[name] for name in names[:20]]
@@ -201,11 +238,12 @@ class _Run:
             what = f"{len(names)} of {len(todo.tensors)} tensors have values that are not finite"
             overflow = any(name in self.losses for name in names)
             raise ConversionError(what, *lines, *more, "choose another --dtype" if overflow else "use an earlier file")
+        license_told = self.file.manifest.get("weights_license")
         contents = manifest(
             source={
                 "file": self.file.path.name,
                 "bytes": self.file.size_bytes,
-                "sha256": file_digest.result(),
+                "sha256": self.file_digest.result(),
                 "author": self.file.author,
                 "key_layout": todo.key_layout,
             },
@@ -217,57 +255,78 @@ class _Run:
             drops=todo.drops,
             losses=self.losses,
             dtype=self.dtype.name,
-            license=self.file.manifest.get("weights_license"),
+            license=license_told if isinstance(license_told, str) else None,
         )
-        return Conversion(
-            None, contents | dict(todo.more), todo.inference, (*self.file.others, *todo.more.get("left_out", ())), self._origin()
-        )
+        left_out = (*self.file.others, *todo.more.get("left_out", ()))
+        return Conversion(None, contents | dict(todo.more), todo.inference, left_out, self._origin())
 
-    def written(self, directory: pathlib.Path, name: str) -> Conversion:
-        """Fills the staging directory, and reads it again."""
-        conversion = self.examined()
-        config = conversion.inference.config
+    def _official_tensors(self, config: MaskFormerConfig) -> dict[str, Tensor]:
+        """v2 name → tensor as it is to be written, in the official order; each is checked, and handed on to be hashed, when it is read."""
+
+        def watched(move: Move) -> Tensor:
+            def read() -> np.ndarray:
+                array = self._checked(move)
+                self.hashing.append(self.pool.submit(self._hash, move, array))
+                return rounded(array, self.dtype)
+
+            return LazyTensor(self.todo.tensors[move.source].shape, self.dtype, read)
+
         transforms = table.transforms(config, self.todo.initial)
-        self.variables |= {name: value.astype(self.dtype) for name, value in self.todo.initial.items()}
-        tensors = {move.target: cast(self.todo.tensors[move.source], self.dtype) for move in self.todo.moves}
-        tensors |= {name: cast(inverted(value, transforms[name]), self.dtype) for name, value in self.todo.initial.items()}
-        tensors |= {drop.source: drop.expected for drop in table.drops(config) if drop.expected is not None}
-        tensors = {key: tensors[key] for key in _official_order(config, tensors)}
-        contents = target.Contents(config, tensors, self.variables, conversion.manifest)
-        self.progress("writing", 0)
-        self.form.write(directory / name if not self.form.files else directory, contents)
-        if self.form.kind == TENSORFLOW:
-            checkpoint.verify(directory, self.variables, lambda share: self.progress("verifying", share))
-        else:
-            _verify(directory / name, tensors, lambda share: self.progress("verifying", share))
-        return conversion
+        derived = {drop.source: drop.expected for drop in table.drops(config) if drop.expected is not None}
+        derived |= {name: np.asarray(cast(inverted(value, transforms[name]), self.dtype)) for name, value in self.todo.initial.items()}
+        self.expected |= {name: _sha256_of(value) for name, value in derived.items()}
+        tensors = {move.target: watched(move) for move in self.todo.moves} | derived
+        return {name: tensors[name] for name in _official_order(config, tensors)}
 
-    def _examine(self, item: Move | Drop) -> None:
-        """Hashes and checks a tensor, and makes it a variable; afterwards its part of the file leaves the memory."""
-        tensor = self.todo.tensors[item.source]
-        array = np.asarray(tensor)
-        self.digests[item.source] = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+    def _make_variable(self, item: Move | Drop) -> None:
+        """Checks a tensor and makes it a variable."""
+        array = self._checked(item)
+        if isinstance(item, Move) and item.source not in self.problems:
+            variable = checkpoint.aligned_empty(item.transform.shape(array.shape), self.dtype)
+            item.transform.copy(rounded(array, self.dtype), variable)
+            self.variables[item.target] = variable
+        self._hash(item, array)
+
+    def _checked(self, item: Move | Drop) -> np.ndarray:
+        """Reads a tensor; notes what is wrong with its values, and what rounding them loses."""
+        array = np.asarray(self.todo.tensors[item.source])
         if isinstance(item, Move):
             if not np.isfinite(array).all():
                 self.problems[item.source] = _not_finite(item.source, array)
-            elif array.dtype != self.dtype:
-                array = self._rounded(item.source, array)
-            if self.form.holds_variables and item.source not in self.problems:
-                variable = checkpoint.aligned_empty(item.transform.shape(array.shape), array.dtype)
-                item.transform.copy(array, variable)
-                self.variables[item.target] = variable
-        self.file.release(tensor)
-        self.done += 1
-        self.progress("reading", self.done / len(self.todo.tensors))
+            elif not is_exact(array.dtype, self.dtype):
+                self.losses[item.source] = loss = Loss.of(array, rounded(array, self.dtype))
+                if loss.overflows:
+                    told = f"{loss.overflows} of {array.size} values are beyond {self.dtype.name}"
+                    self.problems[item.source] = f"{quoted(item.source)} {array.shape}: {told}"
+        return array
 
-    def _rounded(self, name: str, array: np.ndarray) -> np.ndarray:
-        result = rounded(array, self.dtype)
-        if is_exact(array.dtype, self.dtype):
-            return result
-        self.losses[name] = loss = Loss.of(array, result)
-        if loss.overflows:
-            self.problems[name] = f"{quoted(name)} {array.shape}: {loss.overflows} of {array.size} values are beyond {self.dtype.name}"
-        return result
+    def _hash(self, item: Move | Drop, array: np.ndarray) -> None:
+        """Hashes a tensor, as it is in the file and as it is written; afterwards its part of the file leaves the memory."""
+        self.digests[item.source] = digest = _sha256_of(array)
+        if isinstance(item, Move):
+            self.expected[item.target] = digest if array.dtype == self.dtype else _sha256_of(rounded(array, self.dtype))
+        self.file.release(self.todo.tensors[item.source])
+        self.progress("reading", len(self.digests) / len(self.todo.tensors))
+
+    def _verify(self, path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
+        """Reads the file just written as any source, and compares the digest of every tensor with what it should be."""
+        with open_source(path) as file:
+            found = official(file).v2()
+            wrong = sorted(found.keys() ^ tensors.keys())
+
+            def differs(name: str) -> bool:
+                tensor = found[name]
+                same = (tensor.shape, tensor.dtype) == (tensors[name].shape, tensors[name].dtype)
+                differs = not same or _sha256_of(np.asarray(tensor)) != self.expected[name]
+                file.release(tensor)
+                return differs
+
+            common = [name for name in tensors if name in found]
+            for count, (name, is_wrong) in enumerate(zip(common, self.pool.map(differs, common), strict=True), 1):
+                wrong += [name] * is_wrong
+                self.progress("verifying", count / len(common))
+        if wrong:
+            raise ConversionError("the file just written holds other values than intended", *wrong[:10], "the disk may be failing")
 
     def _origin(self) -> str:
         """Compares the tensors' digests with those in the source's own manifest, whatever that may be."""
@@ -285,22 +344,6 @@ class _Run:
             return _sha256(self.file.path)
         files = sorted(file for file in self.file.path.iterdir() if file.is_file())
         return hashlib.sha256("".join(f"{_sha256(file)}  {file.name}\n" for file in files).encode()).hexdigest()
-
-
-def _verify(path: pathlib.Path, tensors: Mapping[str, Tensor], progress: Callable[[float], None]) -> None:
-    """Reads the file just written as any source, and compares every tensor with what it should be, byte by byte."""
-    with open_source(path) as file:
-        found = official(file).v2()
-        wrong = sorted(found.keys() ^ tensors.keys())
-        for count, (name, tensor) in enumerate(tensors.items(), 1):
-            if name in found:
-                expected, actual = np.ascontiguousarray(tensor), np.ascontiguousarray(found[name])
-                same = (expected.dtype, expected.shape) == (actual.dtype, actual.shape) and checkpoint.same_bytes(expected, actual)
-                wrong += [name] * (not same)
-            file.release(found.get(name, tensor))
-            progress(count / len(tensors))
-    if wrong:
-        raise ConversionError("the file just written holds other values than intended", *wrong[:10], "the disk may be failing")
 
 
 def _official_order(config: MaskFormerConfig, names: Mapping[str, Any]) -> list[str]:
@@ -330,6 +373,11 @@ def _not_finite(name: str, tensor: np.ndarray) -> str:
     indices = np.argwhere(~np.isfinite(tensor))
     first = tuple(int(index) for index in indices[0])
     return f"{quoted(name)} {tensor.shape}: {len(indices)} of {tensor.size} values, the first is {tensor[first]} at {first}"
+
+
+def _sha256_of(array: np.ndarray) -> str:
+    """Of the elements in C order."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _sha256(path: pathlib.Path) -> str:

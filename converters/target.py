@@ -25,20 +25,17 @@ class Contents:
 
     Attributes:
         config: the model's.
-        tensors: v2 name → tensor in PyTorch's layout: every official tensor, in the official order.
+        author: what the source says in ``__author__``, or "".
+        tensors: v2 name → tensor in PyTorch's layout: every official tensor, in the official order. Empty for formats that hold variables.
         variables: name → variable in TensorFlow's layout, for formats that hold variables.
-        manifest: where it comes from.
+        manifest: where it comes from, for formats with a place for it.
     """
 
     config: MaskFormerConfig
+    author: str
     tensors: Mapping[str, Tensor]
     variables: Mapping[str, np.ndarray]
     manifest: Mapping[str, Any]
-
-    @property
-    def author(self) -> str:
-        """What Detectron2's files say in ``__author__``."""
-        return self.manifest["source"]["author"] or "tfmaskformer"
 
     @property
     def facts(self) -> dict[str, str]:
@@ -82,7 +79,7 @@ def format_of(path: str) -> Format:
 def _write_pickle(path: pathlib.Path, contents: Contents) -> None:
     _refuse_bfloat16(contents, "NumPy's pickles have")
     with path.open("wb") as file:
-        synthesize.write_pickle_to(file, contents.tensors, contents.author)
+        synthesize.write_pickle_to(file, contents.tensors, contents.author or "tfmaskformer")
 
 
 def _write_torch(path: pathlib.Path, contents: Contents) -> None:
@@ -115,7 +112,7 @@ def _write_directory(path: pathlib.Path, contents: Contents) -> None:
 
 
 def _refuse_bfloat16(contents: Contents, who: str) -> None:
-    names = [name for name, tensor in contents.tensors.items() if tensor.dtype == BFLOAT16]
+    names = [name for name, tensor in (contents.tensors or contents.variables).items() if tensor.dtype == BFLOAT16]
     if names:
         raise ConversionError(
             f"{who} no bfloat16: {quoted(names[0])} and {len(names) - 1} more",

@@ -293,15 +293,15 @@ def test_a_file_that_appears_meanwhile_is_kept(official_file, tmp_path, monkeypa
 def test_a_file_that_reads_back_differently_is_refused(name, official_file, tmp_path, monkeypatch):
     from converters import convert as module
 
-    commit = module._verify
+    verify = module._Run._verify
 
-    def spoil(path, *arguments):
+    def spoil(self, path, tensors):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-        commit(path, *arguments)
+        verify(self, path, tensors)
 
-    monkeypatch.setattr(module, "_verify", spoil)
+    monkeypatch.setattr(module._Run, "_verify", spoil)
     with pytest.raises(ConversionError, match="the file just written holds other values"):
         convert(official_file("tiny_deeplab"), tmp_path / name, "tiny_deeplab")
     assert os.listdir(tmp_path) == []
