@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from converters.convert import Conversion
 
-OK, DIFFERENT, BAD_INPUT, COULD_NOT_RUN = 0, 1, 2, 3
+OK, DIFFERENT, COULD_NOT_RUN = 0, 1, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments, progress)
     except ConversionError as error:
-        return _failed(progress, str(error), BAD_INPUT)
+        return _failed(progress, str(error), error.exit_code)
     except ImportError as error:
         return _failed(progress, f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
     except MemoryError:

@@ -13,6 +13,9 @@ class ConversionError(ValueError):
       download it again
     """
 
+    exit_code = 2
+    """Of the command: 2 for bad input, 3 where something outside of it failed, such as a network."""
+
     def __init__(self, what: str, *details: str):
         super().__init__("\n  ".join((what, *details)))
 

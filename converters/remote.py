@@ -74,7 +74,9 @@ def _downloaded(download: Callable[..., pathlib.Path], progress: Progress) -> pa
     try:
         return download(fetch, progress=told)
     except registry.ZooError as error:
-        raise ConversionError(str(error)) from None
+        failure = ConversionError(str(error))
+        failure.exit_code = getattr(error, "exit_code", failure.exit_code)
+        raise failure from None
 
 
 def _copied_here(name: str, folder: pathlib.Path, progress: Progress) -> pathlib.Path:

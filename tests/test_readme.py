@@ -22,12 +22,12 @@ def test_example_runs(tmp_path):
         (tmp_path / folder).parent.mkdir(parents=True)
         (tmp_path / folder).symlink_to(ROOT / folder)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    [commands] = [block for block in blocks("bash") if "convert --src" in block]
+    commands = "".join(block for block in blocks("bash") if "convert --src" in block)
     [code] = blocks("python")
     for command in (["bash", "-ec", commands], [sys.executable, "-c", code + "\nassert len(segments_info) >= 3"]):
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
-    assert {path.name for path in tmp_path.iterdir()} >= {"model_final.pkl", "tf_ckpt", "report"}
+    assert {path.name for path in tmp_path.iterdir()} >= {"model_final.pkl", "tf_ckpt", "report", "back.pth"}
 
 
 def test_other_commands_are_make_verbs_or_the_install():
