@@ -42,6 +42,7 @@ from converters.unpickle import read_model
 LIMIT_S = 2.0
 LIMIT_BYTES = 1 << 16
 LIMIT_FACTOR = 200
+MAX_BYTES = 1 << 23
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "torch"
 
@@ -295,27 +296,28 @@ def read_one(kind: Kind, data: bytes, outcome: Outcome) -> str | None:
 
 def run(kind: Kind, runs: int, seed: int, directory: pathlib.Path) -> tuple[Outcome, list[str]]:
     """All files of a kind; what went wrong."""
-    seeds = kind.seeds()
-    for good in seeds:
-        for tensor in kind.read(good.join(good.blocks)):
-            np.count_nonzero(tensor)
     outcome, failures = Outcome(), []
-    number = mmap.mmap(-1, 8)
+    current = mmap.mmap(-1, 16 + MAX_BYTES)  # number, length and content of the file that is being read, in memory shared with the child
     start = 0
     while start < runs:
+        current[:16] = bytes(16)
         results, sent = os.pipe()
         if (child := os.fork()) == 0:
             try:
                 os.close(results)
-                _child(kind, seeds, range(start, runs), seed, number, sent)
+                _child(kind, range(start, runs), seed, current, sent)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(1)
         os.close(sent)
         with os.fdopen(results) as lines:
             reported = lines.read()
         _, status = os.waitpid(child, 0)
-        start = int.from_bytes(number[:8], "little") + 1
-        problem = None
+        number, length = struct.unpack("<QQ", current[:16])
+        if not length:
+            raise RuntimeError(f"{kind.name}: a good file cannot be read")
+        problem = f"the process ended with {status}"
         if os.WIFSIGNALED(status):
             problem = f"the process was ended by {signal.Signals(os.WTERMSIG(status)).name}"
             problem += f": more than {LIMIT_S} s" if os.WTERMSIG(status) == signal.SIGPROF else ""
@@ -323,24 +325,27 @@ def run(kind: Kind, runs: int, seed: int, directory: pathlib.Path) -> tuple[Outc
             found = json.loads(reported)
             problem = found.pop("problem")
             outcome.add(**found)
-        else:
-            problem = f"the process ended with {status}"
         if problem is not None:
-            path = directory / f"fuzz-{kind.name.replace(' ', '-')}-{seed}-{start - 1}"
-            path.write_bytes(file_of(kind, seeds, seed, start - 1))
+            path = directory / f"fuzz-{kind.name.replace(' ', '-')}-{seed}-{number}"
+            path.write_bytes(current[16 : 16 + length])
             failures.append(f"{path}: {problem}")
+        start = number + 1
     return outcome, failures
 
 
-def _child(kind: Kind, seeds: Sequence[Seed], numbers: range, seed: int, number: mmap.mmap, sent: int) -> None:
+def _child(kind: Kind, numbers: range, seed: int, current: mmap.mmap, sent: int) -> None:
     """Reads files up to the first failure and writes what happened to a pipe; ends the process."""
     outcome, problem = Outcome(), None
+    seeds = kind.seeds()
+    for good in seeds:
+        for tensor in kind.read(good.join(good.blocks)):
+            np.count_nonzero(tensor)
     size_bytes = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size_bytes + (1 << 30),) * 2)
     tracemalloc.start()
-    for index in numbers:
-        number[:8] = index.to_bytes(8, "little")
-        data = file_of(kind, seeds, seed, index)
+    for number in numbers:
+        data = file_of(kind, seeds, seed, number)[:MAX_BYTES] or b"\0"
+        current[: 16 + len(data)] = struct.pack("<QQ", number, len(data)) + data
         signal.setitimer(signal.ITIMER_PROF, LIMIT_S)  # its signal ends the process, also within a C library
         problem = read_one(kind, data, outcome)
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -125,8 +125,8 @@ def archive(data: bytes, more=(("data/0", FLOATS),), name="archive", compression
     return write
 
 
-SIZES, PLACE, FLAGS = 20, 42, 8
-"""Where the list at the end of an archive has a file's two sizes, its place, its flags."""
+SIZES, SIZE, PLACE, FLAGS = 20, 24, 42, 8
+"""Where the list at the end of an archive has a file's two sizes, the second alone, its place, its flags."""
 
 
 def listed(write, name, field, change):
@@ -136,7 +136,7 @@ def listed(write, name, field, change):
         write(path)
         data = bytearray(path.read_bytes())
         start = data.rindex(name.encode()) - 46
-        code = {SIZES: "<II", PLACE: "<I", FLAGS: "<H"}[field]
+        code = {SIZES: "<II", SIZE: "<I", PLACE: "<I", FLAGS: "<H"}[field]
         struct.pack_into(code, data, start + field, *[change(data)] * (len(code) - 1))
         path.write_bytes(data)
 
@@ -280,6 +280,7 @@ REFUSED = {
         listed(archive(SMALL), "archive/data/0", SIZES, lambda data: 100),
         "inside of|reaches beyond|'a': its storage",
     ),
+    "a storage of two sizes": (listed(archive(SMALL), "archive/data/0", SIZE, lambda data: 15), "is compressed or encrypted"),
     "a storage of 4 GiB": (
         listed(archive(SMALL), "archive/data/0", SIZES, lambda data: 2**32 - 2),
         "reaches beyond the end of the archive",
