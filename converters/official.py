@@ -18,6 +18,9 @@ from tfmaskformer.config import MaskFormerConfig
 HUGGING_FACE = "Hugging Face"
 """The key layout of transformers' MaskFormer."""
 
+_PARALLEL = "module."
+"""What PyTorch's DistributedDataParallel puts before every name."""
+
 _TABLE, _INDEX = ".relative_position_bias_table", ".relative_position_index"
 
 
@@ -61,7 +64,10 @@ def official(source: Source, config: MaskFormerConfig | None = None) -> Official
         }
         derived = {f"{block}{_INDEX}": registry.relative_position_index(window) for block, window in windows.items()}
         return Official(derived | tensors, HUGGING_FACE, dropped)
-    return Official(source.tensors, table.key_layout(source.tensors))
+    tensors = source.tensors
+    if all(name.startswith(_PARALLEL) for name in tensors):
+        tensors = {name.removeprefix(_PARALLEL): tensor for name, tensor in tensors.items()}
+    return Official(tensors, table.key_layout(tensors))
 
 
 def _of_variables(source: Source, config: MaskFormerConfig | None) -> dict[str, Tensor]:

@@ -148,6 +148,15 @@ def test_keras_paths_are_those_that_keras_uses(tmp_path):
 # --- what training leaves
 
 
+def test_the_prefix_of_distributed_training_is_left_out(tensors, checkpoint_file, tmp_path):
+    plain = checkpoint_file(tensors, "v2", name="plain.pkl")
+    convert(checkpoint_file({f"module.{name}": tensor for name, tensor in tensors.items()}, "v2"), tmp_path / "a", "tiny_panoptic")
+    assert diff(tmp_path / "a", plain).same
+    mixed = {f"module.{name}" if index else name: tensor for index, (name, tensor) in enumerate(tensors.items())}
+    with pytest.raises(ConversionError, match=r"no MaskFormer|no rule|cannot tell"):
+        convert(checkpoint_file(mixed, "v2"), tmp_path / "b", "tiny_panoptic")
+
+
 def test_a_checkpoint_of_training_goes_back_without_its_optimizer(official_file, tmp_path):
     convert(official_file("tiny_semantic"), tmp_path / "tf_ckpt", "tiny_semantic")
     model = tfmaskformer.load(tmp_path / "tf_ckpt")
