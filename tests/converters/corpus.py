@@ -206,7 +206,7 @@ PICKLES = {
         "memo index of 400 digits": b"}p" + 400 * b"9" + b"\n.",
         "memo index below 0": b"}p-1\n.",
         "memo index that is not there": b"}h\x07.",
-        "20 000 memo indices of one hash": b"}" + b"".join(b"p%d\n" % (n * (2**61 - 1)) for n in range(20_000)) + b".",
+        "50 000 memo indices of one hash": b"}" + b"".join(b"p%d\n" % (n * (2**61 - 1)) for n in range(50_000)) + b".",
         "30 000 memos": b"}" + 30_000 * b"\x94" + b"(.",
         "dict in itself": b"}q\x00" + text("model") + b"h\x00s.",
         "list in itself": b"]q\x00h\x00a.",
@@ -236,9 +236,9 @@ PICKLES = {
         + 1000 * (b"(" + text("storage") + b"ctorch\nFloatStorage\nh\x00" + text("cpu") + b"K\x04tQa")
         + b".",
         "1000 items copied 1000 times": PAIRS + b"q\x00" + ORDERED_DICT + b"q\x01](" + 1000 * b"h\x01h\x00\x85R" + b"e.",
-        "one storage unpacked 1000 times": payload(LONE_STORAGE)
+        "one storage unpacked 20 000 times": payload(LONE_STORAGE)
         + b"q\x00]"
-        + 1000 * b"ctorch.storage\n_load_from_bytes\nh\x00\x85Ra"
+        + 20_000 * b"ctorch.storage\n_load_from_bytes\nh\x00\x85Ra"
         + b".",
         "other codec": call("_codecs", "encode", text("x"), text("bz2")) + b".",
     },
