@@ -1,0 +1,79 @@
+"""Kills TFRecord builds with SIGKILL; run by test_data_tfrecords.py in a process that imports TensorFlow once and then only forks.
+
+``python tfrecord_killer.py DATA KILLS`` prints a JSON object. For each kill of a running build: how many shards the manifest then has
+(``finished``), whether it is readable and those are on disk with its checksums (``whole``), and whether all that were finished before are
+the same files (``kept``). At the end: whether the build that was killed and resumed again and again has the bytes of one that was not
+(``same_bytes``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import time
+
+SHARDS = 8
+
+
+def main(data: str, kills: str) -> None:
+    from tfmaskformer.data import tfrecords  # imported before the forks
+    from tfmaskformer.data.datasets import open_dataset
+
+    reference, out = pathlib.Path(data, "reference"), pathlib.Path(data, "killed")
+
+    def start(destination: pathlib.Path) -> int:
+        child = os.fork()
+        if child:
+            return child
+        try:
+            tfrecords.build(open_dataset("coco_panoptic", data), destination, shards=SHARDS)
+        finally:
+            os._exit(0)
+
+    def state() -> tuple[dict[str, tuple[int, int]], bool]:
+        """(inode, mtime) of the finished shards, and whether they are whole."""
+        if not (out / "manifest.json").exists():
+            return {}, True
+        shards = json.loads((out / "manifest.json").read_text())["shards"]
+        stats = {name: (out / name).stat() for name in shards}
+        whole = all(hashlib.sha256((out / name).read_bytes()).hexdigest() == shard["sha256"] for name, shard in shards.items())
+        return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}, whole
+
+    start_s = time.monotonic()
+    os.waitpid(start(reference), 0)
+    duration_s = time.monotonic() - start_s
+    moments = random.Random(0)
+    results: list[dict[str, object]] = []
+    same_bytes = True
+    while len(results) < int(kills):
+        before, _ = state()
+        if len(before) == SHARDS:  # complete: judge it, and begin anew
+            same_bytes &= contents(out) == contents(reference)
+            shutil.rmtree(out)
+            before = {}
+        child = start(out)
+        time.sleep(moments.random() * duration_s * 0.6)
+        if os.waitpid(child, os.WNOHANG)[0]:
+            continue  # it was over before
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        after, whole = state()
+        results.append({"finished": len(after), "kept": before.items() <= after.items(), "whole": whole})
+    os.waitpid(start(out), 0)
+    same_bytes &= contents(out) == contents(reference)
+    print(json.dumps({"kills": results, "shards": SHARDS, "same_bytes": same_bytes}))
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    """All files; what a killed build left is gone."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
