@@ -6,22 +6,29 @@ A plain file has a dataset for each tensor, under its official name and in PyTor
 from __future__ import annotations
 
 import dataclasses
+import errno
+import json
+import math
 import mmap
+import os
 import pathlib
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import h5py
 import numpy as np
 
+from converters import hdf5_listing, unpickle
 from converters.errors import ConversionError, quoted
-from converters.tensor import BFLOAT16, Tensor
+from converters.tensor import Tensor
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 KERAS_VARIABLES = "vars"
 """The group with a layer's variables in a file of Keras."""
-
-_MAX_DATASETS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,78 +39,69 @@ class Contents:
     attributes: dict[str, str]
 
 
-def read(data: mmap.mmap) -> Contents:
-    """All datasets of a file, as views of ``data``.
-
-    Links are not followed, neither within the file nor out of it, and no filter (compression) is run: such datasets are refused.
+def read(path: pathlib.Path, data: mmap.mmap) -> Contents:
+    """All datasets of the file ``path``, as views of ``data``, which are its bytes. A process of its own lists them.
 
     Raises:
-        ConversionError: damaged, or a dataset that is compressed, stored elsewhere, or not of numbers.
+        ConversionError: damaged, or a dataset that is a link, compressed, stored elsewhere, or not of numbers.
     """
-    tensors: dict[str, np.ndarray] = {}
-    try:
-        with h5py.File(data, "r") as file:
-            attributes = {str(name): value for name, value in file.attrs.items() if isinstance(value, str)}
-            _collect(file, data, tensors)
-    except ConversionError:
-        raise
-    except Exception as error:  # h5py raises what it likes for a damaged file: KeyError, RuntimeError, ValueError, OSError, …
-        raise ConversionError(f"the HDF5 file is damaged: {error}", "download or copy the file again") from None
+    listed = _listed(path)
+    tensors = {name: _view(name, dtype, shape, offset, data) for name, dtype, shape, offset in listed["tensors"]}
     if not tensors:
         raise ConversionError("the HDF5 file has no datasets")
-    return Contents(tensors, attributes)
+    return Contents(tensors, listed["attributes"])
 
 
-def _collect(file: h5py.File, data: mmap.mmap, tensors: dict[str, np.ndarray]) -> None:
-    todo: list[tuple[str, Any]] = [("", file)]
-    seen = set()
-    while todo:
-        path, group = todo.pop()
-        for name in group:
-            where = f"{path}/{name}" if path else name
-            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                raise ConversionError(f"{quoted(where)} is a link", "links are not followed; save the file again without them")
-            item = group[name]
-            place = h5py.h5o.get_info(item.id).addr
-            if place in seen:
-                raise ConversionError(f"{quoted(where)} is there under two names", "save the file again without links")
-            seen.add(place)
-            if len(seen) > _MAX_DATASETS:
-                raise ConversionError(f"more than {_MAX_DATASETS} groups and datasets")
-            if isinstance(item, h5py.Group):
-                todo.append((where, item))
-            elif isinstance(item, h5py.Dataset):
-                tensors[where] = _view(where, item, data)
+def _listed(path: pathlib.Path) -> dict[str, Any]:
+    command = [sys.executable, "-I", hdf5_listing.__file__, str(path.absolute())]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        how = "it took too long" if done.returncode == -signal.SIGXCPU else f"the library that reads it ended with {done.returncode}"
+        raise ConversionError(f"the HDF5 file is damaged: {how}", "download or copy the file again")
+    listed = json.loads(done.stdout)
+    if "error" in listed:
+        raise ConversionError(*listed["error"])
+    return listed
 
 
-def _view(name: str, dataset: h5py.Dataset, data: mmap.mmap) -> np.ndarray:
-    dtype = dataset.dtype
-    if dtype.kind not in "fiub" or dtype.fields or dtype.itemsize > 8:
-        raise ConversionError(f"{quoted(name)} has elements of type {dtype}, expected numbers")
-    if dataset.shape is None:
+def _view(name: str, dtype_name: str, shape: list[int] | None, offset: int | None, data: mmap.mmap) -> np.ndarray:
+    if dtype_name[1:] not in unpickle.DTYPES:
+        raise ConversionError(f"{quoted(name)} has elements of type {quoted(dtype_name)}, expected numbers")
+    if shape is None:
         raise ConversionError(f"{quoted(name)} is an empty dataset without a shape")
-    if 0 in dataset.shape:
-        return np.empty(dataset.shape, dtype)
-    offset = dataset.id.get_offset()
-    if offset is None or dataset.external or dataset.is_virtual or dataset.chunks or dataset.id.get_create_plist().get_nfilters():
+    dtype, size = np.dtype(dtype_name), math.prod(shape)
+    if size == 0:
+        return np.frombuffer(b"", dtype).reshape(shape)
+    if offset is None:
         raise ConversionError(f"{quoted(name)} is compressed, in pieces, or stored in another file", "save it as one plain dataset")
-    if offset + dataset.nbytes > len(data):
+    if offset + size * dtype.itemsize > len(data):
         raise ConversionError(f"{quoted(name)} reaches beyond the end of the file", "download or copy the file again")
-    return np.frombuffer(data, dtype, dataset.size, offset).reshape(dataset.shape)
+    return np.frombuffer(data, dtype, size, offset).reshape(shape)
 
 
 def write(path: pathlib.Path, tensors: Mapping[str, Tensor], groups: Iterable[str], attributes: Mapping[str, str]) -> None:
     """Writes a file with these datasets, groups (also empty ones) and attributes of the root.
 
     Raises:
-        ConversionError: an element type that HDF5 has not.
         OSError: it cannot be written.
     """
-    with h5py.File(path, "w") as file:
-        file.attrs.update(attributes)
-        for group in groups:
-            file.require_group(group)
-        for name, tensor in tensors.items():
-            if tensor.dtype == BFLOAT16:
-                raise ConversionError("HDF5 has no bfloat16", "take --dtype float16, or another format")
-            file.create_dataset(name, data=np.asarray(tensor))
+    failure = None
+    try:
+        with h5py.File(path, "w") as file:
+            file.attrs.update(attributes)
+            for group in groups:
+                file.require_group(group)
+            for name, tensor in tensors.items():
+                array = np.asarray(tensor)
+                try:
+                    file.create_dataset(name, data=array)
+                except (OSError, RuntimeError) as error:
+                    failure = error
+                    break
+    except (OSError, RuntimeError) as error:  # closing a file that could not be written fails once more
+        failure = failure or error
+    if failure is not None:
+        # HDF5 tells the system's error within its own text.
+        number = re.search(r"errno = (\d+)", str(failure))
+        code = int(number[1]) if number else getattr(failure, "errno", None) or errno.EIO
+        raise OSError(code, os.strerror(code)) from None

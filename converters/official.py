@@ -64,10 +64,9 @@ def official(source: Source, config: MaskFormerConfig | None = None) -> Official
         }
         derived = {f"{block}{_INDEX}": registry.relative_position_index(window) for block, window in windows.items()}
         return Official(derived | tensors, HUGGING_FACE, dropped)
-    tensors = source.tensors
-    if all(name.startswith(_PARALLEL) for name in tensors):
-        tensors = {name.removeprefix(_PARALLEL): tensor for name, tensor in tensors.items()}
-    return Official(tensors, table.key_layout(tensors))
+    prefix = _PARALLEL if all(name.startswith(_PARALLEL) for name in source.tensors) else ""
+    named = {name.removeprefix(prefix): tensor for name, tensor in source.tensors.items()}
+    return Official(named, table.key_layout(named))
 
 
 def _of_variables(source: Source, config: MaskFormerConfig | None) -> dict[str, Tensor]:

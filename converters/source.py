@@ -164,7 +164,7 @@ def _read_safetensors(path: pathlib.Path, data: mmap.mmap) -> Source:
 
 
 def _read_hdf5(path: pathlib.Path, data: mmap.mmap) -> Source:
-    contents = hdf5.read(data)
+    contents = hdf5.read(path, data)
     kind = KERAS if any(f"/{hdf5.KERAS_VARIABLES}/" in name for name in contents.tensors) else HDF5
     config = _config(contents.attributes.get(CONFIG_KEY), "its attributes")
     return Source(path, kind, len(data), data, contents.tensors, contents.attributes.get(AUTHOR_KEY, ""), config=config)

@@ -316,6 +316,37 @@ def test_a_file_that_reads_back_differently_is_refused(name, official_file, tmp_
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "tf_ckpt"])
+def test_a_full_disk(name, official_file, tmp_path):
+    """A limit on the size of files stands for a disk that is full when half of the file is written; in a process of its own."""
+    code = "import resource, sys\nfrom converters.cli import main\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))\nsys.exit(main(sys.argv[1:]))"
+    arguments = ["--src", str(official_file("tiny_swin")), "--dst", name, "--config", "tiny_swin"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 2, result.stderr
+    assert f"error: cannot write '{tmp_path / name}': " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["tf_ckpt", "a.pth"])
+def test_two_at_once(name, official_file, tmp_path):
+    """One wins whole, the other says so."""
+    command = [sys.executable, "-m", "converters.cli", "--src", str(official_file("tiny_swin")), "--dst", str(tmp_path / name)]
+    running = [subprocess.Popen([*command, "--config", "tiny_swin"], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    told = [process.communicate(timeout=120)[1] for process in running]
+    codes = [process.returncode for process in running]
+    assert sorted(codes) == [0, 2, 2], told
+    for code, message in zip(codes, told, strict=True):
+        assert (
+            (code == 0) or "another conversion into" in message or "exists\n" in message or "another conversion finished first" in message
+        )
+    assert diff(tmp_path / name, official_file("tiny_swin")).same
+    assert os.listdir(tmp_path) == [name]
+
+
 def test_a_dry_run_checks_everything_and_writes_nothing(tensors, checkpoint_file, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = checkpoint_file(tensors)
