@@ -71,7 +71,7 @@ def read(directory: pathlib.Path) -> Contents:
         reader = tf.train.load_checkpoint(prefix)
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
         size_bytes = sum(file.stat().st_size for file in pathlib.Path(prefix).parent.glob(f"{pathlib.Path(prefix).name}.*"))
-    except (tf.errors.OpError, RuntimeError, ValueError, OSError) as error:
+    except (tf.errors.OpError, RuntimeError, ValueError, IndexError, OSError) as error:
         if isinstance(error, ConversionError):
             raise
         raise ConversionError(f"{name}: the TensorFlow checkpoint cannot be read: {error}", "copy the directory again") from None
@@ -93,7 +93,7 @@ def _get(reader: Any, key: str, name: str) -> np.ndarray:
 
     try:
         return reader.get_tensor(key)
-    except (tf.errors.OpError, RuntimeError, ValueError) as error:
+    except (tf.errors.OpError, RuntimeError, ValueError, IndexError) as error:  # IndexError: the data end too soon
         raise ConversionError(f"{name}: {quoted(key)} cannot be read: {error}", "copy the directory again") from None
 
 
@@ -165,7 +165,7 @@ def verify(directory: pathlib.Path, variables: Mapping[str, np.ndarray], progres
             progress(done_bytes / total_bytes)
             if value.dtype != expected[key].dtype or value.shape != expected[key].shape or not same_bytes(value, expected[key]):
                 wrong.append(key)
-    except (tf.errors.OpError, RuntimeError) as error:
+    except (tf.errors.OpError, RuntimeError, IndexError) as error:
         raise ConversionError(f"the checkpoint just written cannot be read: {error}", "the disk may be full or failing") from None
     if wrong:
         raise ConversionError("the checkpoint just written holds other values than intended", *wrong[:10], "the disk may be failing")

@@ -177,7 +177,7 @@ def _open_directory(path: pathlib.Path) -> Source:
     contents = checkpoint.read(path)
     config = None
     if (file := path / checkpoint.CONFIG_FILE).is_file():
-        config = _config(_text(file), checkpoint.CONFIG_FILE)
+        config = _config(_text(file), quoted(file))
     manifest: Any = {}
     if (file := path / checkpoint.MANIFEST_FILE).is_file():
         with contextlib.suppress(json.JSONDecodeError, RecursionError):

@@ -179,6 +179,36 @@ def test_a_checkpoint_of_training_goes_back_without_its_optimizer(official_file,
     assert (tmp_path / "again.pkl").read_bytes() == (tmp_path / "trained.pkl").read_bytes()
 
 
+def test_damaged_tensorflow_checkpoints_are_told(official_file, tmp_path, capsys):
+    convert(official_file("tiny_semantic"), tmp_path / "good", "tiny_semantic")
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "good").iterdir()}
+    data, index = "ckpt.data-00000-of-00001", "ckpt.index"
+    flipped = bytearray(whole[data])
+    flipped[len(flipped) // 2] ^= 4
+    damages = {
+        "half of the data": {data: whole[data][: len(whole[data]) // 2]},
+        "a flipped bit": {data: bytes(flipped)},
+        "no data": {data: None},
+        "no index": {index: None},
+        "half of the index": {index: whole[index][: len(whole[index]) // 2]},
+        "another index": {index: b"not an index"},
+        "no state": {"checkpoint": b"model_checkpoint_path: 'elsewhere'"},
+        "a config that is none": {"config.json": b"[1, 2]"},
+        "half of a config": {"config.json": whole["config.json"][:100]},
+    }
+    for what, changes in damages.items():
+        place = tmp_path / what
+        place.mkdir()
+        for name, content in (whole | changes).items():
+            if content is not None:
+                (place / name).write_bytes(content)
+        assert cli.main(["--src", str(place), "--dst", str(tmp_path / "a.pkl")]) == 2, what
+        message = capsys.readouterr().err
+        assert "error: " in message, what
+        assert place.name in message, (what, message)
+        assert not (tmp_path / "a.pkl").exists()
+
+
 def test_changed_weights_are_told(official_file, tmp_path):
     convert(official_file("tiny_semantic"), tmp_path / "a", "tiny_semantic")
     convert(official_file("tiny_semantic"), tmp_path / "b", "tiny_semantic")
