@@ -118,6 +118,11 @@ class Plan:
     initial: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def elements(self) -> int:
+        """Of all variables."""
+        return sum(self.tensors[move.source].size for move in self.moves) + sum(value.size for value in self.initial.values())
+
 
 def run(
     source: str | os.PathLike[str],
@@ -139,8 +144,9 @@ def run(
             staged = Destination(place, force, form.files, lambda path: _is_kind(path, form.kind))
             with staged.staging() as directory:
                 with ThreadPoolExecutor(THREADS) as pool, open_source(path) as file:
-                    _check_space(staged.path, directory, file.size_bytes)
-                    conversion = _Run(file, planner(file), form, dtype, pool, progress).written(directory, staged.path.name)
+                    todo = planner(file)
+                    _check_space(staged.path, directory, todo.elements * DTYPES[dtype or "float32"].itemsize)
+                    conversion = _Run(file, todo, form, dtype, pool, progress).written(directory, staged.path.name)
                 staged.commit(directory)
     return dataclasses.replace(conversion, destination=staged.path if place == pathlib.Path(destination) else os.fspath(destination))
 
