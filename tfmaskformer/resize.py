@@ -113,16 +113,32 @@ def bilinear_weights(
     Returns:
         dtype [..., out_length, in_length]: row i holds the weights of output i, none for i ≥ out_size.
     """
-    in_size, out_size = (tf.convert_to_tensor(size, tf.int32)[..., tf.newaxis] for size in (in_size, out_size))
-    index = tf.range(out_length)
-    # Source coordinate (i + ½) · in / out − ½, at least 0, as a fraction over 2 · out.
-    numerator = tf.maximum((2 * index + 1) * in_size - out_size, 0)
-    left = tf.minimum(numerator // (2 * out_size), in_size - 1)
-    fraction = tf.cast(numerator % (2 * out_size), dtype) / tf.cast(2 * out_size, dtype)
-    right = tf.minimum(left + 1, in_size - 1)
+    left, right, fraction = bilinear_taps(in_size, out_size, out_length, dtype)
     weights = (1 - fraction)[..., tf.newaxis] * tf.one_hot(left, in_length, dtype=dtype)
     weights += fraction[..., tf.newaxis] * tf.one_hot(right, in_length, dtype=dtype)
-    return tf.where((index < out_size)[..., tf.newaxis], weights, tf.zeros([], dtype))
+    inside = tf.range(out_length) < tf.convert_to_tensor(out_size, tf.int32)[..., tf.newaxis]
+    return tf.where(inside[..., tf.newaxis], weights, tf.zeros([], dtype))
+
+
+def bilinear_taps(
+    in_size: int | tf.Tensor, out_size: int | tf.Tensor, out_length: int | tf.Tensor, dtype: tf.DType
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The two inputs between which each output lies under PyTorch's bilinear rule, and how far from the first to the second.
+
+    Args:
+        in_size, out_size: int, or int32 [...]: true lengths.
+        out_length: of the canvas, at least ``out_size``; what lies behind it is arbitrary.
+        dtype: float.
+
+    Returns:
+        int32 [..., out_length] twice, dtype [..., out_length].
+    """
+    in_size, out_size = (tf.convert_to_tensor(size, tf.int32)[..., tf.newaxis] for size in (in_size, out_size))
+    # Source coordinate (i + ½) · in / out − ½, at least 0, as a fraction over 2 · out.
+    numerator = tf.maximum((2 * tf.range(out_length) + 1) * in_size - out_size, 0)
+    left = tf.minimum(numerator // (2 * out_size), in_size - 1)
+    fraction = tf.cast(numerator % (2 * out_size), dtype) / tf.cast(2 * out_size, dtype)
+    return left, tf.minimum(left + 1, in_size - 1), fraction
 
 
 def _both_or_neither(in_sizes, out_sizes):

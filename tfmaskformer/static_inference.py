@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.inference import MASK_STRIDE, _at_least_float32
-from tfmaskformer.resize import bilinear_weights, resize_bilinear, valid_pixels
+from tfmaskformer.resize import bilinear_taps, bilinear_weights, resize_bilinear, valid_pixels
 
 
 class PanopticSegments(NamedTuple):
@@ -83,20 +83,17 @@ def static_semantic_inference(
         float32 (float64 for float64 outputs) [batch, classes, canvas height, canvas width]; 0 outside ``output_sizes``.
     """
     before = config.postprocess_before_inference if postprocess_before_inference is None else postprocess_before_inference
-    inside = valid_pixels(output_sizes, output_canvas)[:, tf.newaxis]
     if "sem_seg" in outputs:
-        masks, rows, columns = _masks_and_weights(outputs, "sem_seg", image_sizes, output_sizes, output_canvas)
-        return _resized(masks, rows, columns)
-    if before:
-        masks, rows, columns = _masks_and_weights(outputs, "pred_masks", image_sizes, output_sizes, output_canvas)
+        scores = _resized(*_masks_and_weights(outputs, "sem_seg", image_sizes, output_sizes, output_canvas))
     else:
         image_canvas = [MASK_STRIDE * length for length in outputs["pred_masks"].shape[2:]]
-        masks, rows, columns = _masks_and_weights(outputs, "pred_masks", image_sizes, image_sizes, image_canvas)
-    probabilities = tf.nn.softmax(_at_least_float32(outputs["pred_logits"]))[..., :-1]
-    scores = tf.einsum("bqc,bqhw->bchw", probabilities, tf.sigmoid(_resized(masks, rows, columns)))
-    if before:
-        return tf.where(inside, scores, tf.zeros([], scores.dtype))
-    return resize_bilinear(scores, output_canvas, image_sizes, output_sizes)
+        size = (output_sizes, output_canvas) if before else (image_sizes, image_canvas)
+        masks = tf.sigmoid(_resized(*_masks_and_weights(outputs, "pred_masks", image_sizes, *size)))
+        probabilities = tf.nn.softmax(_at_least_float32(outputs["pred_logits"]))[..., :-1]
+        scores = tf.einsum("bqc,bqhw->bchw", probabilities, masks)
+        if not before:
+            scores = resize_bilinear(scores, output_canvas, image_sizes, output_sizes)
+    return tf.where(valid_pixels(output_sizes, output_canvas)[:, tf.newaxis], scores, tf.zeros([], scores.dtype))
 
 
 def static_panoptic_inference(
@@ -188,17 +185,22 @@ def _below(numerator, denominator, threshold, largest):
 
 def _masks_and_weights(outputs, name, image_sizes, output_sizes, output_canvas):
     """Logits [batch, n, height, width] and, for each axis, the matrices that resize them to the canvas that the network saw, crop them to
-    the image and resize them to the output: rows [batch, output height, height] @ logits @ columns [batch, width, output width]."""
+    the image and resize them to the output: rows [batch, output height, height] @ logits @ columns [batch, width, output width].
+
+    Outside the output's size the result is arbitrary."""
     masks = _at_least_float32(outputs[name])
-    canvases = outputs["valid_sizes"] if "valid_sizes" in outputs else outputs["padded_size"][tf.newaxis]
+    canvases = outputs["valid_sizes"] if "valid_sizes" in outputs else tf.broadcast_to(outputs["padded_size"], [masks.shape[0], 2])
     weights = []
     for axis, length in enumerate(masks.shape[2:]):
         valid_length = -(-canvases[:, axis] // MASK_STRIDE)
         # The logits of the per-pixel baselines are enlarged by 4, those of masks to the canvas.
         canvas = canvases[:, axis] if name == "pred_masks" else MASK_STRIDE * valid_length
         on_canvas = bilinear_weights(valid_length, canvas, length, MASK_STRIDE * length, tf.float64)
-        on_output = bilinear_weights(image_sizes[:, axis], output_sizes[:, axis], MASK_STRIDE * length, output_canvas[axis], tf.float64)
-        weights.append(tf.cast(on_output @ on_canvas, masks.dtype))
+        # Each output lies between two pixels of the image: gathering them is far less work than a matrix product.
+        left, right, fraction = bilinear_taps(image_sizes[:, axis], output_sizes[:, axis], output_canvas[axis], tf.float64)
+        first, second = (tf.gather(on_canvas, index, batch_dims=1) for index in (left, right))
+        fraction = fraction[..., tf.newaxis]
+        weights.append(tf.cast((1 - fraction) * first + fraction * second, masks.dtype))
     return masks, weights[0], tf.transpose(weights[1], [0, 2, 1])
 
 

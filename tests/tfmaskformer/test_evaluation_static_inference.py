@@ -233,6 +233,9 @@ def test_thresholds_default_to_the_config_and_can_be_given(golden):
     results = static_panoptic_inference(outputs, config, *sizes, canvas, **given).images(sizes[1])
     assert plain(results)[0][0] == golden["edges_above"]["0/panoptic_seg"].tolist()
     assert static_panoptic_inference(outputs, config, *sizes, canvas, object_mask_threshold=1.0).count.numpy().tolist() == [0]
+    # At 0 no quotient is too small, but a query that won no pixel is no segment.
+    results = static_panoptic_inference(outputs, config, *sizes, canvas, overlap_threshold=0.0).images(sizes[1])
+    assert plain(results) == plain(tfmaskformer.panoptic_inference(outputs, config, *sizes, overlap_threshold=0.0))
 
 
 @pytest.mark.parametrize(
