@@ -117,6 +117,7 @@ PICKLES = {
         "a call for an allowed function's argument": b"cnumpy\ndtype\n(" + SYSTEM + b"tR.",
         "a call for a Counter's argument": b"ccollections\nCounter\n(" + SYSTEM + b"tR.",
         "a call in a default": b"ccollections\ndefaultdict\n(cos\nsystem\ntR.",
+        "a default that can be called": b"ccollections\ndefaultdict\n(cnumpy\ndtype\ntR.",
         "a default of its own": b"ccollections\ndefaultdict\n(" + text("os.system") + b"tR.",
         "a call in an array's state": b"}" + text("a") + EMPTY + b"(K\x01K\x00\x85" + DTYPE + b"\x89" + SYSTEM + b"tbs.",
         "a call as a state's setter": pickle.dumps(Restored(os.mkdir, "was-run")),

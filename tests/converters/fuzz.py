@@ -26,6 +26,7 @@ import resource
 import signal
 import struct
 import sys
+import tempfile
 import time
 import traceback
 import tracemalloc
@@ -34,6 +35,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from converters import checkpoint, hdf5
 from converters.errors import ConversionError
 from converters.safetensors_file import DTYPES, read_safetensors, write_safetensors
 from converters.torch_zip import read_zip, write_zip
@@ -59,11 +61,12 @@ class Seed:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Name, seeds, and the reader: content of a file → its tensors."""
+    """Name, seeds, the reader (content of a file → its tensors), and of how many files one is tried, where reading takes long."""
 
     name: str
     seeds: Callable[[], list[Seed]]
     read: Callable[[bytes], Iterable[np.ndarray]]
+    every: int = 1
 
 
 def blocks_of_pickle(data: bytes) -> Blocks:
@@ -145,6 +148,49 @@ def with_length(header: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header
 
 
+def hdf5_files() -> list[Seed]:
+    """Plain, and of Keras: changed between the signatures of their parts."""
+    seeds = []
+    for groups in ((), ("layers/conv2d/vars", "_layer_checkpoint_dependencies")):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "a.h5"
+            names = {f"{groups[0]}/{index}" if groups else name: tensor for index, (name, tensor) in enumerate(TENSORS.items())}
+            hdf5.write(path, names, groups, {"tfmaskformer.config": "{}"})
+            data = path.read_bytes()
+        starts = [match.start() for match in re.finditer(rb"\x89HDF|TREE|HEAP|SNOD|OHDR", data)]
+        seeds.append(Seed([data[start:end] for start, end in zip(starts, [*starts[1:], len(data)], strict=True)]))
+    return seeds
+
+
+def read_hdf5(data: bytes) -> Iterable[np.ndarray]:
+    """Written to a file, for the process that lists it."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        return hdf5.read(pathlib.Path(file.name), mapped(data)).tensors.values()
+
+
+def tensorflow_checkpoints() -> list[Seed]:
+    """The index and the data file of a checkpoint, with the length of the index in front."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder)
+        checkpoint.write(path, {name: tensor for name, tensor in TENSORS.items() if tensor.size})
+        index, content = ((path / name).read_bytes() for name in checkpoint.FILES[1:])
+    parts = re.split(rb"(?=model/|_CHECK)", index)
+    return [Seed(parts, lambda blocks: with_length(b"".join(blocks)) + content)]
+
+
+def read_tensorflow_checkpoint(data: bytes) -> list[np.ndarray]:
+    """Written to a directory, and read with all its tensors."""
+    length = int.from_bytes(data[:8], "little")
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder)
+        (path / checkpoint.FILES[0]).write_text('model_checkpoint_path: "ckpt"')
+        (path / checkpoint.FILES[1]).write_bytes(data[8 : 8 + length])
+        (path / checkpoint.FILES[2]).write_bytes(data[8 + length :])
+        return [np.asarray(tensor) for tensor in checkpoint.read(path).tensors.values()]
+
+
 def mapped(data: bytes) -> mmap.mmap:
     """As if the file was mapped into memory."""
     memory = mmap.mmap(-1, max(len(data), 1))
@@ -160,6 +206,8 @@ KINDS = [
     Kind("torch.save", archives, lambda data: read_zip(mapped(data)).tensors.values()),
     Kind("torch.save before 1.6", old_files, lambda data: read_model(data).tensors.values()),
     Kind("safetensors", safetensors_files, lambda data: read_safetensors(data).tensors.values()),
+    Kind("HDF5", hdf5_files, read_hdf5, every=20),
+    Kind("TensorFlow checkpoint", tensorflow_checkpoints, read_tensorflow_checkpoint, every=20),
 ]
 
 
@@ -359,7 +407,9 @@ def _child(kind: Kind, numbers: range, seed: int, current: mmap.mmap, sent: int)
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a line for each kind; 1 if there was a failure."""
     parser = argparse.ArgumentParser(prog="python -m tests.converters.fuzz", description="Reads damaged checkpoints by the thousand.")
-    parser.add_argument("--runs", type=int, default=10_000, metavar="N", help="files of each kind; default: 10000")
+    parser.add_argument(
+        "--runs", type=int, default=10_000, metavar="N", help="files of each kind; default: 10000; of slow kinds a twentieth"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the changes; default: 0")
     parser.add_argument("--kind", choices=[kind.name for kind in KINDS], help="only this kind")
     parser.add_argument("--keep", type=pathlib.Path, default=pathlib.Path(), metavar="DIR", help="where offending files go; default: here")
@@ -369,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind in KINDS:
         if arguments.kind in (None, kind.name):
             start_s = time.monotonic()
-            outcome, failures = run(kind, arguments.runs, arguments.seed, arguments.keep)
+            outcome, failures = run(kind, max(arguments.runs // kind.every, 1), arguments.seed, arguments.keep)
             counts = f"{outcome.read + outcome.refused + len(failures)} | {outcome.read} | {outcome.refused} | {len(outcome.errors)}"
             limits = f"{max(outcome.most_bytes, 0):.0f} × size | {outcome.longest_s * 1e3:.0f} ms"
             print(f"| {kind.name} | {counts} | {limits} | {time.monotonic() - start_s:.0f} s |", flush=True)

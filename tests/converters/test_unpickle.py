@@ -165,6 +165,19 @@ def test_other_contents(value, message):
         read_model(pickle.dumps(value))
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"(dV\\ud800\nNs.", "the pickle is malformed at byte 2 of 13: UnicodeEncodeError"),
+        (b"ccollections\ndefaultdict\n(cnumpy\ndtype\ntR.", "a defaultdict whose default is global, at byte 40"),
+        (b"ccollections\nCounter\n(]tR.", "a Counter of a list, at byte 24"),
+    ],
+)
+def test_what_is_refused_at_once(data, message):
+    with pytest.raises(ConversionError, match=message):
+        read_model(data)
+
+
 def test_bytes_behind_the_end():
     with pytest.raises(ConversionError, match="3 bytes follow the end"):
         read_model(pickle.dumps(SMALL) + b"abc")
