@@ -340,6 +340,23 @@ def test_generated_files_have_every_kind(tmp_path):
     assert (modes, progressive, orientations) == ({"RGB", "L"}, {True, False}, {1, 6})
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_documented(name):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+    layout, split = LAYOUTS[name], last_split(name)
+    assert f"| `{layout.folder}` | {', '.join(layout.splits)} |" in row
+    for folder, suffix in (
+        (layout.images, layout.image_suffix),
+        (layout.semantic, layout.semantic_suffix),
+        (layout.panoptic, ".png"),
+        (layout.panoptic_json, ""),
+    ):
+        path = folder.format(split=split, part=layout.splits[split])
+        cities = "*/" if layout.cities and folder in (layout.images, layout.semantic) else ""
+        assert not path or f"`{path}{f'/{cities}*{suffix}' if suffix else ''}`" in row
+
+
 def test_real_coco_images():
     """Two real images with real annotations, where a folder of them is at hand (images/, panoptic/, panoptic.json)."""
     folder = os.environ.get("TFMASKFORMER_COCO_SAMPLE", "")
