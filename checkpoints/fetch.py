@@ -143,7 +143,7 @@ def _get(
             with contextlib.suppress(_ChangedError):
                 return path, _cached(path, sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _part(path, url) as part:
+        with _part(path) as part:
             if path.exists() and not force:  # another run finished it, or it was changed
                 return path, _cached(path, sha256)
             if force:
@@ -231,7 +231,7 @@ class _Part:
     What is found there is gone on with if the record can tell whether the server still has the same file.
     """
 
-    def __init__(self, path: pathlib.Path, file: BinaryIO, url: str):
+    def __init__(self, path: pathlib.Path, file: BinaryIO):
         self._path = path
         self._record_path = _beside(path, ".part.json")
         self._file = file
@@ -242,7 +242,7 @@ class _Part:
         self.size_bytes = file.tell()
         if self.record and self.record.sha256 and not self.size_bytes:  # killed between the last two lines of commit
             os.replace(self._record_path, _beside(path, ".json"))
-        if not self.can_go_on or not self.record or self.record.url != url:
+        if not self.can_go_on:
             self.restart()
 
     @property
@@ -296,7 +296,7 @@ class _Part:
 
 
 @contextlib.contextmanager
-def _part(path: pathlib.Path, url: str) -> Iterator[_Part]:
+def _part(path: pathlib.Path) -> Iterator[_Part]:
     """The part of ``path``, locked; waits while another run has it. The kernel frees the lock of a process that dies."""
     place = _beside(path, ".part")
 
@@ -315,7 +315,7 @@ def _part(path: pathlib.Path, url: str) -> Iterator[_Part]:
             if not is_there(file):  # the other run finished: this is the file itself now
                 continue
             try:
-                yield _Part(path, file, url)
+                yield _Part(path, file)
             finally:
                 if is_there(file) and not os.fstat(file.fileno()).st_size:
                     _beside(path, ".part.json").unlink(missing_ok=True)

@@ -108,6 +108,13 @@ def test_a_break_is_gone_on_with(server, answer, capsys):
     assert "attempt 3 of 5" in said
 
 
+@pytest.mark.parametrize("stop_after", [0, 3])
+def test_a_break_within_the_first_bytes(server, stop_after):
+    server.answers = [Answer(BODY, stop_after=stop_after), Answer(BODY)]
+    assert_whole(get(server))
+    assert server.ranges() == [None, None]
+
+
 def test_breaks_without_end_keep_the_part_for_the_next_run(server):
     server.answers = [Answer(BODY, stop_after=HALF), Answer(BODY, stop_after=0)]
     message = failure(server, fetch.NetworkError)
