@@ -93,7 +93,11 @@ def test_without_any_class():
     [
         ([[1, 1]], [{"id": 1, "category_id": 0}], r"the ground truth is \(1, 3\), the prediction \(1, 2\)"),
         ([[1, 1, 2]], [{"id": 1, "category_id": 0}], r"prediction's map has ids \[2\] that its segments_info lacks"),
-        ([[1, 1, 0]], [{"id": 1, "category_id": 0}, {"id": 3, "category_id": 0}], r"prediction's segments_info lists ids \[3\], which its map has not"),
+        (
+            [[1, 1, 0]],
+            [{"id": 1, "category_id": 0}, {"id": 3, "category_id": 0}],
+            r"prediction's segments_info lists ids \[3\], which its map has not",
+        ),
         ([[1, 1, 0]], [{"id": 1, "category_id": 0}] * 2, "which lists 1 twice"),
         ([[1, 1, 0]], [{"id": 1, "category_id": 90}], r"prediction has categories \[90\], expected contiguous indices 0 … 0"),
         ([[-1, 1, 0]], [{"id": -1, "category_id": 0}, {"id": 1, "category_id": 0}], r"ids -1 … 1, expected 0 … 4294967295"),
