@@ -93,12 +93,14 @@ def test_sizes_in_tensorflow():
 
 @pytest.mark.parametrize("photo", ["astronaut.png", "chelsea.png"])
 @pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"quality": 30}])
-def test_jpeg_decoding_is_pillows(photo, options):
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_decoding_is_pillows(photo, options, mode):
     for crop in ((0, 0), (1, 3)):
         with Image.open(PHOTOS / photo) as image:
-            image = image.convert("RGB").crop((0, 0, image.width - crop[0], image.height - crop[1]))
+            image = image.convert(mode).crop((0, 0, image.width - crop[0], image.height - crop[1]))
         file = io.BytesIO()
         image.save(file, "JPEG", **{"quality": 92} | options)
+        assert Image.open(file).mode == mode
         decoded = preprocessing.decode_image_tf(tf.constant(file.getvalue()), tf.constant("jpeg"))
         np.testing.assert_array_equal(decoded, preprocessing.decode_image(file.getvalue()))
 

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -128,7 +129,7 @@ def read(directory: str | os.PathLike[str], *, verify: bool = True) -> tf.data.D
     digests = [shard["sha256"] for shard in manifest["shards"].values()]
 
     def checked(path, digest):
-        actual = hashlib.sha256(read_file(path.decode())).hexdigest()
+        actual = _sha256(path.decode())
         if actual != digest.decode():
             raise DataError(Problem("damaged shard", path.decode(), f"SHA-256 {digest.decode()}", actual), "remove it and build again")
         return path
@@ -191,7 +192,7 @@ def _run(tasks: dict[str, _Task], processes: int) -> Iterator[tuple[str, Shard]]
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # TensorFlow is imported once
-    with concurrent.futures.ProcessPoolExecutor(min(processes, len(tasks)), context, _end_with_parent) as executor:
+    with concurrent.futures.ProcessPoolExecutor(min(processes, len(tasks)), context, _initialize) as executor:
         futures = {executor.submit(_write_shard, task): name for name, task in tasks.items()}
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -200,8 +201,9 @@ def _run(tasks: dict[str, _Task], processes: int) -> Iterator[tuple[str, Shard]]
             executor.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Has this process end when the one that builds is killed; it would wait for work for ever."""
+def _initialize() -> None:
+    """Has this process leave Ctrl-C to the one that builds, and end when that is killed: it would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
 
@@ -215,7 +217,7 @@ def _end_with_parent() -> None:
 def _write_shard(task: _Task) -> Shard:
     local = "://" not in task.path
     problems: list[Problem] = []
-    records, digest = 0, hashlib.sha256()
+    records = 0
     # Beside its final place, so that a rename is enough, or on this machine's disk.
     with tempfile.TemporaryDirectory(prefix=".building-", dir=os.path.dirname(task.path) if local else None) as scratch:
         file = os.path.join(scratch, "shard")
@@ -223,15 +225,20 @@ def _write_shard(task: _Task) -> Shard:
             for sample in task.dataset.samples(task.on_error, problems.append):
                 writer.write(examples.example(sample, task.dataset, task.deeplab2).SerializeToString(deterministic=True))
                 records += 1
-        with open(file, "rb") as written:
-            while block := written.read(1 << 20):
-                digest.update(block)
-            size = written.tell()
+        size, digest = os.path.getsize(file), _sha256(file)
         if local:
             os.replace(file, task.path)
         else:
             tf.io.gfile.copy(file, task.path, overwrite=True)
-    return Shard(records, size, digest.hexdigest(), tuple(problems))
+    return Shard(records, size, digest, tuple(problems))
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with tf.io.gfile.GFile(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _plan(dataset: DataSet, shards: int, deeplab2: bool) -> dict[str, Any]:
