@@ -51,7 +51,11 @@ MODES = {"float32": "graph", "float64": "eager"}
 """How TensorFlow runs in each dtype. In float32 that matters, for every mode rounds in its own way; in float64 it does not, and eager
 execution takes half the time, which is that of tracing a graph for a single run."""
 
-APART = ("maskformer_swin_large_IN21k_384_bs16_160k_res640", "maskformer_panoptic_swin_large_IN21k_384_bs64_554k")
+APART = (
+    "maskformer_swin_large_IN21k_384_bs16_160k_res640",
+    "maskformer_panoptic_swin_large_IN21k_384_bs64_554k",
+    "per_pixel_baseline_plus_R50_bs16_200k",
+)
 """Entries of which masked padding checks one case at a time in float64, because two at once need more than 20 GB."""
 
 SAMPLES = 32
