@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +14,7 @@ import tensorflow as tf
 
 import tfmaskformer
 from converters import cli
+from tfmaskformer.aot import compile_for_tpu
 from tfmaskformer.config import MaskFormerConfig, TestConfig
 from tfmaskformer.data import shapes
 from tfmaskformer.evaluation.panoptic import PanopticQuality
@@ -241,6 +243,17 @@ def test_thresholds_default_to_the_config_and_can_be_given(golden):
     # At 0 no quotient is too small, but a query that won no pixel is no segment.
     results = static_panoptic_inference(outputs, config, *sizes, canvas, overlap_threshold=0.0).images(sizes[1])
     assert plain(results) == plain(tfmaskformer.panoptic_inference(outputs, config, *sizes, overlap_threshold=0.0))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs the extra 'aot'")
+def test_compiles_for_a_tpu():
+    def infer(logits, masks, image_sizes, output_sizes):
+        outputs = {"pred_logits": logits, "pred_masks": masks, "valid_sizes": image_sizes}
+        return static_panoptic_inference(outputs, RANDOM, image_sizes, output_sizes, (160, 192))
+
+    sizes = tf.TensorSpec([2, 2], tf.int32)
+    stats = compile_for_tpu(infer, tf.TensorSpec([2, 100, CLASSES + 1]), tf.TensorSpec([2, 100, 32, 40]), sizes, sizes)
+    assert stats.peak_hbm_bytes < 100 * 2 * 160 * 192 * 4 / 3  # never all masks at the output's size
 
 
 @pytest.mark.parametrize(
