@@ -165,8 +165,19 @@ PICKLES = {
         "array larger than its data": EMPTY + b"(K\x01J\xff\xff\xff\x7f\x85" + DTYPE + b"\x89C\x04abcdtb.",
         "array of negative size": EMPTY + b"(K\x01J\xff\xff\xff\xff\x85" + DTYPE + b"\x89C\x00tb.",
         "array of many axes": EMPTY + b"(K\x01(" + 100 * b"K\x01" + b"t" + DTYPE + b"\x89C\x04abcdtb.",
-        "empty array of 2^200": EMPTY + b"(K\x01(\x8a\x1a" + bytes(25) + b"\x01K\x00t" + DTYPE + b"\x89C\x00tb.",
-        "array in an order of its own": b"cnumpy.core.numeric\n_frombuffer\n(C\x04abcd" + DTYPE + b"K\x01\x85" + text("A") + b"tR.",
+        "empty array of 2^200": b"}" + text("a") + EMPTY + b"(K\x01(\x8a\x1a" + bytes(25) + b"\x01K\x00t" + DTYPE + b"\x89C\x00tbs.",
+        "empty array of 2^46 by 2^46": b"}"
+        + text("a")
+        + EMPTY
+        + b"(K\x01("
+        + 2 * (b"\x8a\x06" + bytes(5) + b"\x40")
+        + b"K\x00t"
+        + DTYPE
+        + b"\x89C\x00tbs.",
+        "array in an order of its own": b"}"
+        + text("a")
+        + call("numpy.core.numeric", "_frombuffer", b"C\x04abcd", DTYPE, b"K\x01\x85", text("A"))
+        + b"s.",
         "set": b"\x80\x04\x8f(" + text("a") + b"\x90.",
         "out-of-band buffer": b"\x80\x05\x97.",
     },
@@ -178,10 +189,10 @@ PICKLES = {
             "torch._utils", "_rebuild_tensor_v2", STORAGE, b"J\xff\xff\xff\x7f", b"K\x04\x85", b"K\x01\x85", b"\x89}"
         )
         + b".",
-        "tensor with strides of 2^300": call(
-            "torch._utils", "_rebuild_tensor_v2", STORAGE, b"K\x00", b"K\x01\x85", b"\x8a\x27" + bytes(38) + b"\x01\x85", b"\x89}"
-        )
-        + b".",
+        "tensor with strides of 2^300": b"}"
+        + text("a")
+        + call("torch._utils", "_rebuild_tensor_v2", STORAGE, b"K\x00", b"K\x01\x85", b"\x8a\x27" + bytes(38) + b"\x01\x85", b"\x89}")
+        + b"s.",
         "tensor whose type is a call": b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\ncos\nsystem\n(tNtR.",
         "tensor from another function": b"ctorch._utils\n_rebuild_device_tensor_from_numpy\n)R.",
         "tensor by numpy": b"ctorch\nfrom_numpy\n)R.",
@@ -237,9 +248,9 @@ PICKLES = {
         + 1000 * (b"(" + text("storage") + b"ctorch\nFloatStorage\nh\x00" + text("cpu") + b"K\x04tQa")
         + b".",
         "1000 items copied 1000 times": PAIRS + b"q\x00" + ORDERED_DICT + b"q\x01](" + 1000 * b"h\x01h\x00\x85R" + b"e.",
-        "one storage unpacked 20 000 times": payload(LONE_STORAGE)
+        "one storage unpacked 60 000 times": payload(LONE_STORAGE)
         + b"q\x00]"
-        + 20_000 * b"ctorch.storage\n_load_from_bytes\nh\x00\x85Ra"
+        + 60_000 * b"ctorch.storage\n_load_from_bytes\nh\x00\x85Ra"
         + b".",
         "other codec": call("_codecs", "encode", text("x"), text("bz2")) + b".",
     },

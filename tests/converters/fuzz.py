@@ -42,7 +42,7 @@ from converters.torch_zip import read_zip, write_zip
 from converters.unpickle import read_model
 
 LIMIT_S = 2.0
-LIMIT_BYTES = 1 << 16
+LIMIT_BYTES = 1 << 17
 LIMIT_FACTOR = 200
 MAX_BYTES = 1 << 23
 
@@ -415,7 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=pathlib.Path, default=pathlib.Path(), metavar="DIR", help="where offending files go; default: here")
     arguments = parser.parse_args(argv)
     failed = False
-    print("| kind | files | read | refused | kinds of errors | memory ≤ 64 KiB + | longest | time |\n|---|---|---|---|---|---|---|---|")
+    print("| kind | files | read | refused | kinds of errors | memory ≤ 128 KiB + | longest | time |\n|---|---|---|---|---|---|---|---|")
     for kind in KINDS:
         if arguments.kind in (None, kind.name):
             start_s = time.monotonic()
