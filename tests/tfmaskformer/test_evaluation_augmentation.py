@@ -81,11 +81,12 @@ def test_settings_are_those_of_the_official_configs(official_sources):
     code = official.load()
     known = {
         "ade20k": "ade20k-150/Base-ADE20K-150.yaml",
+        "ade20k_panoptic": "ade20k-150-panoptic/maskformer_panoptic_R50_bs16_720k.yaml",
         "cityscapes": "cityscapes-19/Base-Cityscapes-19.yaml",
         "coco_stuff_10k": "coco-stuff-10k-171/Base-COCOStuff10K-171.yaml",
     }
     others = ["ade20k-full-847/Base-ADE20KFull-847.yaml", "mapillary-vistas-65/Base-MapillaryVistas-65.yaml"]
-    others += ["coco-panoptic/Base-COCO-PanopticSegmentation.yaml", "ade20k-150-panoptic/maskformer_panoptic_R50_bs16_720k.yaml"]
+    others += ["coco-panoptic/Base-COCO-PanopticSegmentation.yaml"]
     assert OFFICIAL.keys() == known.keys()
     for name, path in [*known.items(), *((None, path) for path in others)]:
         settings = code.config(path).TEST.AUG

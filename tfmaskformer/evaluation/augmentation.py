@@ -30,6 +30,7 @@ class Augmentation(NamedTuple):
 
 OFFICIAL = {
     "ade20k": Augmentation((256, 384, 512, 640, 768, 896), 3584),
+    "ade20k_panoptic": Augmentation((256, 384, 512, 640, 768, 896), 3584),
     "cityscapes": Augmentation((512, 768, 1024, 1280, 1536, 1792), 4096),
     "coco_stuff_10k": Augmentation((320, 480, 640, 800, 960, 1120), 4480),
 }
