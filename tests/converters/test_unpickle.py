@@ -118,9 +118,9 @@ def test_arrays_are_views_of_the_file():
 
 def test_a_refused_name_is_told_with_its_place():
     with pytest.raises(ConversionError, match=r"the global 'os\.system', which is not on the allow list, at byte 0"):
-        read_model(PICKLES["os.system, text protocol"])
+        read_model(PICKLES["os.system and its like"]["os.system, text protocol"])
     with pytest.raises(ConversionError, match="a persistent id"):
-        read_model(PICKLES["persistent id"])
+        read_model(PICKLES["persistent ids"]["persistent id, text protocol"])
 
 
 SMALL = {"model": {"a": np.arange(6, dtype=np.float32), "b": np.ones((2, 2), np.float32)}, "__author__": "me", "more": [1, {"x": (2.0,)}]}
