@@ -23,12 +23,13 @@ MATCH, MISMATCH, BAD_INPUT, COULD_NOT_RUN = 0, 1, 2, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare a TensorFlow checkpoint with the official PyTorch model, layer by layer; or record what that computes.
+    """Compare a TensorFlow checkpoint with the official PyTorch model, layer by layer; record what that computes; compare two reports.
 
     Returns 0 match, 1 mismatch, 2 usage or bad input, 3 could not run.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return _record(arguments[1:]) if arguments[:1] == ["record"] else _check(arguments)
+    commands = {"record": _record, "compare": _compare}
+    return commands[arguments[0]](arguments[1:]) if arguments[:1] and arguments[0] in commands else _check(arguments)
 
 
 def _record(argv: Sequence[str]) -> int:
@@ -41,6 +42,40 @@ def _record(argv: Sequence[str]) -> int:
     )
     record.add_arguments(parser)
     return record.run(parser.parse_args(argv))
+
+
+def _compare(argv: Sequence[str]) -> int:
+    from parity import regression
+
+    parser = argparse.ArgumentParser(
+        prog="parity-check compare",
+        description="Compares two runs by their report.json: what newly fails or passes, whose error grew, what appeared or vanished, and "
+        "what is different about the surroundings.",
+        epilog="exit codes: 0 no regression, 1 regression, 2 usage or bad input",
+    )
+    parser.add_argument("before", metavar="A.json", help="report of the run to compare with")
+    parser.add_argument("after", metavar="B.json", help="report of the run that is judged")
+    parser.add_argument(
+        "--factor", type=float, default=regression.FACTOR, metavar="X", help="by which an error may grow (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON to FILE, or to stdout only (-)")
+    arguments = parser.parse_args(argv)
+    if not arguments.factor >= 1:
+        parser.error(f"--factor {arguments.factor:g}: expected 1 or more")
+    try:
+        _check_writable(None if arguments.json == "-" else arguments.json)
+        names = (arguments.before, arguments.after)
+        before, after = map(regression.read, names)
+        found = regression.regression(before, after, names, arguments.factor)
+    except (OSError, regression.ReportError) as error:
+        return _failed(str(error), BAD_INPUT)
+    if arguments.json == "-":
+        print(regression.as_json(found), end="")
+    else:
+        print(regression.text(found))
+        if arguments.json:
+            Path(arguments.json).write_text(regression.as_json(found), encoding="utf-8")
+    return MISMATCH if found.regressed else MATCH
 
 
 def _check(argv: Sequence[str]) -> int:
@@ -100,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="parity-check",
         description="Compares a TensorFlow checkpoint with what the official PyTorch code computes: every tap, output, cost, assignment, "
         "loss, gradient and inference result. Against a trace it needs no PyTorch.",
-        epilog="'parity-check record --help' tells how traces are made. exit codes: 0 match, 1 mismatch, 2 usage or bad input, "
-        "3 could not run",
+        epilog="'parity-check record --help' tells how traces are made, 'parity-check compare --help' how two reports are compared. "
+        "exit codes: 0 match, 1 mismatch, 2 usage or bad input, 3 could not run",
     )
     parser.add_argument("--ckpt", required=True, metavar="DIR", help="the checkpoint, written by convert")
     parser.add_argument("--reference", required=True, metavar="DIR", help="a trace, or 'official' to record one now")
@@ -114,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         "--padding", choices=("official", "masked"), default="official", help="masked: all cases of one image in one padded batch"
     )
     parser.add_argument("--pad-to", type=int, nargs=2, metavar=("H", "W"), help="canvas of masked padding, px (default: a little larger)")
-    parser.add_argument("--report", metavar="DIR", help="write report.txt, report.json and error_along_depth.png into DIR")
+    parser.add_argument("--report", metavar="DIR", help="write report.html, .txt and .json, junit.xml and error_along_depth.png into DIR")
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON to FILE, or to stdout only (-)")
     official = parser.add_argument_group("with --reference official (needs PyTorch)")
     official.add_argument("--src", metavar="FILE", help="the official checkpoint that DIR was converted from; it must be trusted")

@@ -11,6 +11,7 @@ import pytest
 
 import checkpoints
 from parity import check, cli, probes
+from parity.report import FILES as REPORT_FILES
 
 from .conftest import TRACE
 
@@ -29,7 +30,7 @@ def test_an_unbroken_port_matches_in_graph_mode(checkpoint, tmp_path, capsys):
     assert "match: all " in out
     assert "graph mode" in out
     assert "even: float64 …" in err
-    assert sorted(path.name for path in report.iterdir()) == ["error_along_depth.png", "report.json", "report.txt"]
+    assert sorted(path.name for path in report.iterdir()) == sorted(REPORT_FILES)
     assert (report / "error_along_depth.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((report / "report.json").read_text())
     assert found == json.loads((tmp_path / "check.json").read_text())
@@ -71,7 +72,7 @@ def test_a_check_against_a_trace_needs_no_torch(checkpoint):
 
 def test_help_answers_without_frameworks():
     code = "import sys; sys.modules.update(dict.fromkeys(('torch', 'tensorflow', 'keras')));from parity.cli import main; main(sys.argv[1:])"
-    for arguments, told in ((["--help"], "--reference DIR"), (["record", "--help"], "--samples N")):
+    for arguments, told in ((["--help"], "--reference DIR"), (["record", "--help"], "--samples N"), (["compare", "--help"], "--factor X")):
         ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert (ran.returncode, ran.stderr) == (0, "")
         assert told in ran.stdout

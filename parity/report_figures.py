@@ -1,0 +1,157 @@
+"""The pictures of a report: PNG files as bytes, each a pure function of one :class:`parity.check.Check`."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from parity import compare
+from parity.check import LEDGER, CaseCheck, Check, Item
+from parity.report_text import title
+from parity.report_tree import share
+
+SMALLEST = 1e-17
+"""Below it an error is drawn at the edge: 0 has no place on a logarithmic axis."""
+
+_BLUE, _RED, _GREY = "#1f5fa8", "#c1272d", "#8a8f98"
+_COLOURS = (_BLUE, "#5aa9e6", "#7a5195", "#2a9d8f", "#f4a261", "#b5838d", _GREY)
+"""Of the groups, in the order of the ledger."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture and what it shows.
+
+    Attributes:
+        png: the file.
+    """
+
+    caption: str
+    png: bytes
+
+
+def error_along_depth(check: Check) -> Picture:
+    """The error of every tap in the order of computation, with the floor and the tolerance; one panel for each case and dtype."""
+    figure, axes = _panels(len(check.cases), 1, 3.4)
+    figure.suptitle("Error of TensorFlow against the official model in float64, along the computation", fontsize=13)
+    for axis, case in zip(axes[:, 0], check.cases, strict=True):
+        _draw_depth(axis, case)
+    return Picture("Noise grows slowly and stays within the band of the official runs; a fault is a step.", _png(figure))
+
+
+def _draw_depth(axis: Any, case: CaseCheck) -> None:
+    taps = [item for item in case.items if item.group == "taps" and item.comparison is not None]
+    places = range(len(taps))
+
+    def clipped(values: Iterator[float]) -> list[float]:
+        return [max(value, SMALLEST) if not math.isnan(value) else math.nan for value in values]
+
+    errors = clipped(item.error for item in taps)
+    axis.fill_between(places, SMALLEST, clipped(item.floor for item in taps), color="#cfd8e3", step="mid", label="floor: official runs")
+    axis.step(places, clipped(item.tolerance for item in taps), where="mid", color=_GREY, linewidth=1, label="tolerance")
+    axis.plot(places, errors, ".", color=_BLUE, markersize=4, label="TensorFlow")
+    failed = [place for place in places if not taps[place].passed]
+    if failed:
+        top = max((value for value in errors if math.isfinite(value)), default=1.0)
+        heights = [errors[place] if math.isfinite(errors[place]) else top for place in failed]
+        axis.plot(failed, heights, "x", color=_RED, markersize=7, markeredgewidth=1.8, label=f"fails ({len(failed)})")
+        axis.annotate(
+            taps[failed[0]].name,
+            (failed[0], heights[0]),
+            xytext=(6, 8),
+            textcoords="offset points",
+            color=_RED,
+            fontsize=9,
+            clip_on=False,
+        )
+    drawn = [value for item in taps for value in (item.error, item.floor, item.tolerance) if value > SMALLEST and math.isfinite(value)]
+    low, high = min(drawn, default=1e-8) / 3, max(drawn, default=1.0)
+    axis.set_yscale("log")
+    axis.set_ylim(low, high * max((high / low) ** 0.15, 2))  # leaves room for the name of the first failure
+    axis.set_xlim(-1, len(taps))
+    starts = [place for place in places if place == 0 or _part(taps[place].name) != _part(taps[place - 1].name)]
+    ends = [*starts[1:], len(taps)]
+    for start in starts[1:]:
+        axis.axvline(start - 0.5, color="#b7bcc4", linewidth=0.8)
+    wide = [(start, end) for start, end in zip(starts, ends, strict=True) if end - start > len(taps) / 60]
+    axis.set_xticks([(start + end - 1) / 2 for start, end in wide], [_part(taps[start].name) for start, _ in wide], fontsize=9)
+    axis.tick_params(axis="x", length=0)
+    axis.set_ylabel("relative L2 error")
+    axis.set_title(title(case), loc="left", fontsize=10, color="#111111" if case.passed else _RED)
+    axis.legend(loc="lower right", fontsize=8, ncols=4, framealpha=0.9)
+
+
+def _part(tap: str) -> str:
+    """The part of the model that a tap belongs to, short enough for an axis."""
+    module = tap.split("#")[0].removeprefix("sem_seg_head.")
+    parts = module.split(".")
+    if parts[:2] == ["backbone", "layers"]:
+        return ".".join(parts[1:3])
+    if parts[0] == "backbone":
+        return parts[1] if len(parts) > 1 else "res5"
+    if "encoder" in parts:
+        return "encoder"
+    if "decoder" in parts:
+        return "decoder"
+    return {"pixel_decoder": "pixel decoder", "predictor": "heads"}.get(parts[0], "heads" if parts[0] == "sem_seg_head" else parts[0])
+
+
+def histograms(check: Check) -> Picture:
+    """How errors are distributed, one row for each case and dtype: error / floor of taps, error / tolerance of all that is judged."""
+    figure, axes = _panels(len(check.cases), 2, 2.7)
+    for (left, right), case in zip(axes, check.cases, strict=True):
+        taps = [item for item in case.items if item.group == "taps"]
+        _draw_histogram(left, "error / floor of taps", _groups(taps, lambda item: item.ratio))
+        if case.dtype == "float32":
+            left.axvline(compare.MEDIAN_FACTOR, color=_GREY, linewidth=1, linestyle="--")
+            left.set_title(f"median {case.median_ratio:.3f}", loc="right", fontsize=8)
+        judged = [item for item in case.items if math.isfinite(item.tolerance)]
+        _draw_histogram(right, "error / tolerance", _groups(judged, share))
+        right.axvline(1, color=_RED, linewidth=1, linestyle="--")
+        left.set_title(f"{case.case}, {case.dtype}", loc="left", fontsize=9, color="#111111" if case.passed else _RED)
+    return Picture(
+        "Left: how many taps have which error, in units of the floor. Right: everything that is judged; 1 is the limit.", _png(figure)
+    )
+
+
+def _groups(items: Sequence[Item], figure: Callable[[Item], float]) -> dict[str, list[float]]:
+    """Group → the finite figures above 0 of its items."""
+    found = {group: [figure(item) for item in items if item.group == group] for group in LEDGER}
+    kept = {group: [value for value in values if value > 0 and math.isfinite(value)] for group, values in found.items()}
+    return {group: values for group, values in kept.items() if values}
+
+
+def _draw_histogram(axis: Any, label: str, groups: dict[str, list[float]]) -> None:
+    exponents = {group: [math.log10(value) for value in values] for group, values in groups.items()}
+    if exponents:
+        flat = [exponent for values in exponents.values() for exponent in values]
+        low, high = math.floor(min(flat) * 4) / 4, math.ceil(max(flat) * 4 + 0.1) / 4
+        edges = [10 ** (low + (high - low) * step / 48) for step in range(49)]
+        colours = [_COLOURS[LEDGER.index(group)] for group in groups]
+        axis.hist(list(groups.values()), bins=edges, stacked=True, histtype="stepfilled", color=colours, label=list(groups))
+        axis.set_xscale("log")
+        axis.minorticks_off()
+        axis.legend(fontsize=7, ncols=2)
+    axis.set_xlabel(label, fontsize=8)
+    axis.tick_params(labelsize=8)
+
+
+def _panels(rows: int, columns: int, height: float) -> tuple[Any, Any]:
+    """A figure of rows and columns of axes, [rows, columns]."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=(14, 0.9 + height * rows), squeeze=False, layout="constrained")
+
+
+def _png(figure: Any) -> bytes:
+    import matplotlib.pyplot as plt
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+    return file.getvalue()

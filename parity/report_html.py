@@ -1,0 +1,241 @@
+"""A check as one page of HTML that needs nothing else: no network, no other file; the pictures are inside.
+
+All text that comes from files (names, notes, reasons, provenance) is escaped. The browser folds; the script only opens and closes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+from typing import Any
+
+from parity import compare
+from parity.check import LEDGER, Check, Item
+from parity.report_figures import Picture
+from parity.report_text import RATIO_FROM, facts, title, told, verdict
+from parity.report_tree import Node, grow, share
+
+TOLD = 20
+"""Failures of a case that are told in words; the tree has all."""
+
+COLUMNS: tuple[tuple[str, str], ...] = (
+    ("error", "relative L2 error against the official model in float64"),
+    ("local", "the part of the error that arises here and is not inherited"),
+    ("floor", "largest error of the official runs"),
+    ("ratio", "error / floor"),
+    ("tolerance", "what is allowed"),
+    ("of tolerance", "error / tolerance"),
+)
+"""Name and meaning of the columns of the tree; :func:`_figures` fills them."""
+
+
+def page(check: Check, pictures: Sequence[Picture]) -> str:
+    """The page.
+
+    Args:
+        check: what to tell.
+        pictures: shown in their order, above the tables.
+    """
+    line, *more = verdict(check)
+    state = "passed" if check.passed else "failed"
+    body = [
+        f"<header class={state}><h1>{escape(line)}</h1>",
+        *([f"<pre>{escape(chr(10).join(more))}</pre>"] if more else []),
+        f"<p>parity-check of <b>{escape(check.settings.checkpoint)}</b> against <b>{escape(check.settings.reference)}</b></p></header>",
+        _table(("", ""), facts(check), "facts"),
+        _section("Cases", _cases(check)),
+        _section("Pictures", map(_picture, pictures)),
+        _section("Failures", _failures(check)),
+        _section("Layers", _layers(check)),
+        _section("Ledger", _ledger(check)),
+        _section("Environment and provenance", _environment(check)),
+    ]
+    return _PAGE.format(title=escape(f"{state}: {check.settings.checkpoint}"), style=_STYLE, body="\n".join(body), script=_SCRIPT)
+
+
+def _section(heading: str, lines: Iterable[str]) -> str:
+    """Nothing where there are no lines."""
+    inner = "\n".join(lines)
+    return f"<section><h2>{heading}</h2>\n{inner}\n</section>" if inner else ""
+
+
+def _cases(check: Check) -> Iterator[str]:
+    rows = []
+    for case in check.cases:
+        worst = max((item for item in case.items if not math.isnan(item.error)), key=share, default=None)
+        sizes = ", ".join(f"{height}×{width} px" for height, width in case.sizes_px)
+        median = _number(case.median_ratio, ".4g") if case.dtype == "float32" else "–"
+        result = "match" if case.passed else f"{sum(not item.passed for item in case.items)} of {len(case.items)} differ"
+        nearest = f"{worst.group} {worst.name}: {_number(share(worst), '.3g')}" if worst else "–"
+        rows.append((case.case, case.dtype, sizes, result, median, nearest))
+    heads = (
+        "case",
+        "dtype",
+        "images",
+        "result",
+        f"median error / floor (allowed for all: {compare.MEDIAN_FACTOR})",
+        "largest error / tolerance",
+    )
+    yield _table(heads, rows)
+
+
+def _failures(check: Check) -> Iterator[str]:
+    for case in check.cases:
+        failures = case.failures
+        if failures:
+            yield f"<h3>{escape(title(case))}</h3>"
+        for index, item in enumerate(failures[:TOLD]):
+            lines = "\n".join(told(item))
+            yield f"<details{' open' * (index == 0)}><summary>{escape(item.group)} <b>{escape(item.name)}</b></summary>"
+            yield f"<pre>{escape(lines)}</pre></details>"
+        if len(failures) > TOLD:
+            yield f"<p>… and {len(failures) - TOLD} more, in the order of computation; the tree below has all.</p>"
+
+
+def _picture(picture: Picture) -> str:
+    image = base64.b64encode(picture.png).decode()
+    caption = escape(picture.caption)
+    return f'<figure><img alt="{caption}" src="data:image/png;base64,{image}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _layers(check: Check) -> Iterator[str]:
+    heads = "".join(f'<span title="{escape(meaning)}">{escape(name)}</span>' for name, meaning in COLUMNS)
+    buttons = (("failed", "open what fails"), ("all", "open all"), ("none", "close all"))
+    yield "<p>" + "\n".join(f"<button data-open={what}>{words}</button>" for what, words in buttons)
+    yield "Each row of a module has the figures of the worst below it. The worst is first.</p>"
+    for case in check.cases:
+        state = "open" if not case.passed else ""
+        yield f"<details class=case {state}><summary><h3>{escape(title(case))}</h3></summary><div class=tree>"
+        yield f"<div class='row head'><span>name</span>{heads}</div>"
+        for group in LEDGER:
+            items = [item for item in case.items if item.group == group]
+            if items:
+                yield from _node(grow(group, items))
+        yield "</div></details>"
+
+
+def _node(node: Node, depth: int = 0) -> Iterator[str]:
+    name = escape(node.label.lstrip("./") if depth else node.label)
+    state = "failed" if node.failed else "passed"
+    if not node.children:
+        hint = escape("\n".join(told(node.worst)))
+        yield f'<div class="row {state}" title="{hint}"><span style="--depth:{depth}">{name}</span>{_figures(node.worst)}</div>'
+        return
+    count = f"{node.failed} of {len(node.items)} fail" if node.failed else f"{len(node.items)} pass"
+    yield f"<details class={state}{' open' * (node.failed > 0 and depth < 2)}><summary class='row {state}'>"
+    yield f"<span style='--depth:{depth}'>{name} <small>{count}</small></span>{_figures(node.worst)}</summary>"
+    for child in node.children:
+        yield from _node(child, depth + 1)
+    yield "</details>"
+
+
+def _figures(item: Item) -> str:
+    """The cells of :data:`COLUMNS`."""
+    ratio = _number(item.ratio, ".3g") if item.floor > RATIO_FROM else "–"
+    numbers = [*(_number(figure) for figure in (item.error, item.local, item.floor)), ratio, _number(item.tolerance)]
+    cells = "".join(f"<span>{number}</span>" for number in numbers)
+    filled = share(item)
+    if not 0 <= filled < math.inf:
+        return f"{cells}<span>–</span>"
+    return f"{cells}<span class=bar style='--share:{min(filled, 1):.3f}'>{filled:.3g}</span>"
+
+
+def _number(value: float, form: str = ".1e") -> str:
+    return "–" if math.isnan(value) else format(value, form)
+
+
+def _ledger(check: Check) -> Iterator[str]:
+    rows = []
+    for case in check.cases:
+        for group, counts in case.ledger().items():
+            rows.append((case.case, case.dtype, group, *counts.values()))
+    if rows:
+        yield _table(("case", "dtype", "group", *next(iter(check.cases[0].ledger().values()))), rows)
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for case in check.cases:
+        for exemption in case.exempted:
+            reasons.setdefault((exemption.group, exemption.name, exemption.reason), []).append(f"{case.case} {case.dtype}")
+    exempted = [(*exemption, ", ".join(where)) for exemption, where in reasons.items()]
+    exempted += [(left.group, left.name, left.reason, "not checked") for left in check.left_out]
+    if exempted:
+        yield "<h3>Exempted, by exact name</h3>" + _table(("group", "name", "reason", "where"), exempted)
+
+
+def _environment(check: Check) -> Iterator[str]:
+    environment = check.environment
+    probes = [
+        (probe.name, _number(probe.error), "right" if probe.passed else "WRONG", "yes" if probe.used else "no: it is avoided")
+        for probe in environment.probes
+    ]
+    yield "<h3>Self-test: operations against NumPy in float64</h3>"
+    yield _table(("operation", "relative error", "", "used by the model"), probes)
+    for heading, values in (
+        ("Settings", vars(check.settings)),
+        ("Environment", {name: value for name, value in vars(environment).items() if name != "probes"}),
+        ("Converted from", check.source),
+        ("Provenance of the trace", check.provenance),
+    ):
+        values_json = json.dumps(values, indent=1, ensure_ascii=False, default=str)
+        yield f"<details><summary>{heading}</summary><pre>{escape(values_json)}</pre></details>"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") -> str:
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    lines = ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
+    top = f"<thead><tr>{head}</tr></thead>" if any(heads) else ""
+    return f'<table class="{kind}">{top}<tbody>' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</tbody></table>"
+
+
+_STYLE = """
+:root { color-scheme: light; --green: #1b7f3b; --red: #c1272d; --line: #dfe3e8; }
+body { font: 14px/1.45 system-ui, sans-serif; color: #1c2126; max-width: 1320px; margin: 0 auto; padding: 0 16px 48px; }
+header { color: #fff; padding: 14px 20px; border-radius: 0 0 8px 8px; overflow-wrap: anywhere; }
+header.passed { background: var(--green); } header.failed { background: var(--red); }
+header h1 { font-size: 19px; margin: 0 0 6px; } header p { margin: 6px 0 0; }
+h2 { font-size: 17px; margin: 28px 0 8px; border-bottom: 2px solid var(--line); padding-bottom: 4px; }
+h3 { font-size: 14px; margin: 12px 0 6px; } summary h3 { display: inline; }
+pre { margin: 4px 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 12px/1.5 ui-monospace, monospace; }
+section pre { background: #f5f7f9; padding: 8px 12px; border-radius: 4px; }
+table { border-collapse: collapse; margin: 8px 0; } table.facts { margin-top: 16px; } table.facts td:first-child { font-weight: 600; }
+th, td { text-align: left; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
+th { color: #5a636e; font-weight: 600; } td { font-variant-numeric: tabular-nums; }
+figure { margin: 12px 0 20px; } img { max-width: 100%; } figcaption { color: #5a636e; }
+summary { cursor: pointer; }
+.case { margin: 8px 0; }
+.tree { font: 12px/1.6 ui-monospace, monospace; overflow-x: auto; }
+.row { display: grid; grid-template-columns: minmax(340px, 1fr) repeat(5, 80px) 100px; min-width: 860px; border-bottom: 1px solid #f0f2f4; }
+.row > span { text-align: right; } .row > span:first-child { text-align: left; padding-left: calc(var(--depth, 0) * 18px + 16px);
+  overflow-wrap: anywhere; }
+.tree summary { list-style: none; } .tree summary > span:first-child::before { content: "▸ "; margin-left: -14px; }
+.tree details[open] > summary > span:first-child::before { content: "▾ "; }
+.tree .row:hover { background: #eef3f9; } .head { color: #5a636e; font-weight: 600; position: sticky; top: 0; background: #fff; }
+.failed > span:first-child { color: var(--red); font-weight: 600; } small { color: #5a636e; font-weight: 400; }
+.bar { background: linear-gradient(#a9cbee, #a9cbee) left / calc(var(--share) * 100%) 60% no-repeat; margin-left: 10px; }
+.failed > .bar { background-image: linear-gradient(#f0a7a9, #f0a7a9); }
+button { font: inherit; padding: 2px 10px; }
+"""
+
+_SCRIPT = """
+for (const button of document.querySelectorAll("button[data-open]")) button.addEventListener("click", () => {
+  for (const node of document.querySelectorAll(".tree details"))
+    node.open = button.dataset.open === "all" || (button.dataset.open === "failed" && node.classList.contains("failed"));
+});
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>parity-check {title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+<script>{script}</script>
+</body>
+</html>
+"""

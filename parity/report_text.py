@@ -1,0 +1,190 @@
+"""What a check found, in words: for a terminal, and the sentences that every report for people has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from parity import compare
+from parity.check import LEDGER, CaseCheck, Check, Item
+from parity.compare import AssignmentComparison, Comparison
+from parity.report_tree import Node, grow
+
+SHOWN = 5
+"""Nodes below one that fails, and failures, that are shown; the other reports have all."""
+
+RATIO_FROM = 1e-9
+"""The least floor for which error / floor is shown: below it, in float64, both are the last bits."""
+
+_STYLES = {"green": "32", "red": "31", "bold": "1"}
+
+
+def text(check: Check, colour: bool = False) -> str:
+    """The report for a terminal; its last line is the verdict."""
+
+    def paint(words: str, style: str) -> str:
+        return f"\x1b[{_STYLES[style]}m{_printable(words)}\x1b[0m" if colour else _printable(words)
+
+    lines = [*map(_printable, heading(check)), ""]
+    for case in check.cases:
+        lines += [paint(title(case), "bold"), *(_printable(f"  {line}".rstrip()) for line in _case(check, case)), ""]
+    lines += [_printable(f"not checked: case {exemption.name}: {exemption.reason}") for exemption in check.left_out]
+    line, *more = verdict(check)
+    return "\n".join([*lines, *map(_printable, more), *[""][: len(more)], paint(line, "green" if check.passed else "red")])
+
+
+def _printable(words: str) -> str:
+    """What comes from files cannot steer the terminal."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in words)
+
+
+def verdict(check: Check) -> list[str]:
+    """The result in one line, which says what was asserted in :attr:`parity.check.Check.passed`, and lines that tell more of a mismatch."""
+    if check.passed:
+        compared = sum(item.comparison is not None for case in check.cases for item in case.items if item.group != "variables")
+        cases = len({case.case for case in check.cases})
+        return [f"match: all {compared} comparisons of {cases} case{'s' * (cases != 1)} in {' and '.join(check.settings.dtypes)} hold"]
+    lines = []
+    if check.first_failure is not None:
+        case, item = check.first_failure
+        judged = [each.passed for checked in check.cases for each in checked.items]
+        count = f"{judged.count(False)} of {len(judged)} comparisons fail"
+        lines += [
+            f"mismatch: first in {item.group} '{item.name}' (case {case.case}, {case.dtype}); {count}",
+            f"first: {item.group} '{item.name}'",
+            *(f"  {line}" for line in told(item)),
+        ]
+    if not check.median_passed:
+        lines.append(
+            f"mismatch: the median of error / floor over the taps of all cases is {check.median_ratio:.2f}, allowed {compare.MEDIAN_FACTOR}"
+        )
+    return lines or ["mismatch: nothing was compared"]
+
+
+def told(item: Item) -> Iterator[str]:
+    """One item in words, with every figure that helps."""
+    if item.note:
+        yield item.note
+    found = item.comparison
+    if isinstance(found, AssignmentComparison):
+        yield f"gap {found.gap:.1e}, cost noise {found.cost_noise:.1e}; the actual assignment costs {found.regret:.1e} more"
+    if isinstance(found, Comparison) and not math.isnan(item.error):
+        times = f" ({_times(item.error / item.tolerance)})" if item.tolerance else ""
+        yield f"error {item.error:.2e}, tolerance {item.tolerance:.2e}{times}, floor {item.floor:.2e}"
+        if not math.isnan(item.local):
+            yield f"of it {item.local:.2e} arises here, the rest is inherited"
+        place = "sample" if found.compared < found.elements else "index"
+        yield (
+            f"largest difference {found.max_difference:.3e} at {place} {found.max_index}: "
+            f"actual {found.actual_at_max:.8g}, expected {found.expected_at_max:.8g}"
+        )
+        yield (
+            f"{found.mismatched:.2%} of {found.compared} compared elements outside; a tolerance of {found.passing_tolerance:.1e} "
+            "would have taken all in"
+        )
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.3g} ×" if math.isfinite(factor) else "beyond any factor"
+
+
+def facts(check: Check) -> Iterator[tuple[str, str]]:
+    """What was compared with what, and where: name and words."""
+    settings, environment, provenance = check.settings, check.environment, check.provenance
+    canvas = f" on {settings.pad_to[0]}×{settings.pad_to[1]} px" if settings.pad_to else ""
+    yield "weights", f"{check.source.get('file')}, SHA-256 {str(check.source.get('sha256'))[:16]}…: the same on both sides"
+    commits = ", ".join(f"{name} {str(commit)[:9]}" for name, commit in provenance.get("commits", {}).items())
+    yield "reference", f"{commits}; torch {provenance.get('versions', {}).get('torch')}; {provenance.get('config')}"
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    yield "TensorFlow", f"{settings.mode} mode, {settings.padding} padding{canvas}; {versions}"
+    yield "machine", f"{environment.cpu}; oneDNN {environment.onednn}; threads {environment.threads}"
+    used = [probe for probe in environment.probes if probe.used]
+    yield "self-test", f"{sum(probe.passed for probe in used)} of {len(used)} operations that the model uses are right here"
+    for note in environment.notes:
+        yield "", note
+
+
+def heading(check: Check) -> Iterator[str]:
+    """:func:`facts` in lines."""
+    yield f"parity-check  {check.settings.checkpoint} against {check.settings.reference}"
+    for name, words in facts(check):
+        yield f"  {name:12} {words}"
+
+
+def title(case: CaseCheck) -> str:
+    """What a case is, and its result."""
+    sizes = ", ".join(f"{height}×{width}" for height, width in case.sizes_px)
+    stored = "all elements" if case.samples is None else f"{case.samples} elements of each large tensor, statistics of the whole"
+    return f"{case.case} ({sizes} px), {case.dtype}, {stored}: {'match' if case.passed else 'MISMATCH'}"
+
+
+def _case(check: Check, case: CaseCheck) -> Iterator[str]:
+    yield f"{'':12} " + " ".join(f"{column:>10}" for column in next(iter(case.ledger().values())))
+    for group, counts in case.ledger().items():
+        yield f"{group:12} " + " ".join(f"{count:10}" for count in counts.values())
+    yield ""
+    yield from _trees(check, case)
+    if case.dtype == "float32":
+        yield f"median over taps of error / floor: {case.median_ratio:.3f}; of all cases together {compare.MEDIAN_FACTOR} is allowed"
+        yield "gradients: in float32 shape and finiteness are judged, the error is judged in float64"
+    if assignments := _assignments(case):
+        yield f"assignments: {assignments}"
+    for exemption in case.exempted:
+        yield f"exempted: {exemption.group} '{exemption.name}': {exemption.reason}"
+    failures = case.failures
+    for item in failures[:SHOWN]:
+        yield f"failed: {item.group} '{item.name}'"
+        yield from (f"  {line}" for line in told(item))
+    if len(failures) > SHOWN:
+        yield f"… and {len(failures) - SHOWN} more; --report writes them all"
+
+
+def _trees(check: Check, case: CaseCheck) -> Iterator[str]:
+    """Every group of the case, opened where something fails."""
+    yield f"{'error':>8} {'floor':>8} {'ratio':>7} {'allowed':>8}  of the worst below"
+    first = check.first_failure[1] if check.first_failure and check.first_failure[0] is case else None
+    for group in LEDGER:
+        items = [item for item in case.items if item.group == group]
+        if items and not (group == "variables" and all(item.passed for item in items)):
+            yield from _tree(grow(group, items), first)
+
+
+def _tree(node: Node, first: Item | None, indent: str = "") -> Iterator[str]:
+    """A node, and of what fails below it the worst; of these the worst of all and the way to the first failure are open in turn."""
+    failing = [child for child in node.children if child.failed]
+    to_first = [child for child in failing if any(item is first for item in child.items)]
+    shown = failing[:SHOWN] + [child for child in to_first if child not in failing[:SHOWN]]
+    if node.label == "taps" and not failing:
+        shown = list(node.children)  # the parts of the model
+    yield _row(node, first, indent, folded=not shown)
+    for child in shown:
+        if child.failed and (child is failing[0] or child in to_first):
+            yield from _tree(child, first, indent + "  ")
+        else:
+            yield _row(child, first, indent + "  ", folded=True)
+    if rest := len(node.children) - len(shown) if shown else 0:
+        others = len(failing) - sum(child.failed > 0 for child in shown)
+        yield f"{'':36}{indent}  … {rest} more, " + (f"of which {others} fail" if others else "which pass" if rest > 1 else "which passes")
+
+
+def _row(node: Node, first: Item | None, indent: str, folded: bool) -> str:
+    item = node.worst
+    figures = (item.error, item.floor, item.tolerance)
+    error, floor, tolerance = (f"{'–' if math.isnan(figure) else format(figure, '.1e'):>8}" for figure in figures)
+    ratio = f"{format(item.ratio, '.2f' if item.ratio < 1000 else '.1e') if item.floor > RATIO_FROM else '–':>7}"
+    words = [indent + node.label.lstrip("./")]
+    if node.children:
+        words.append(f"({node.failed} of {len(node.items)} fail)" if node.failed else f"({len(node.items)} pass)")
+    if node.children and folded:
+        words.append(f"worst {item.name}")
+    if not node.children and not item.passed:
+        words.append("← first failure" if item is first else "← fails")
+    return f"{error} {floor} {ratio} {tolerance}  {'  '.join(words)}"
+
+
+def _assignments(case: CaseCheck) -> str:
+    found = [item.comparison for item in case.items if isinstance(item.comparison, AssignmentComparison)]
+    labels = [comparison.label for comparison in found]
+    counts = ", ".join(f"{labels.count(label)} {label}" for label in ("same", "tie", "near-tie", "different") if label in labels)
+    gaps = [comparison.gap / comparison.cost_noise for comparison in found if comparison.cost_noise]
+    return counts + (f"; the smallest gap is {min(gaps):.1f} × the cost noise" if gaps else "")

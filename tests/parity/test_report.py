@@ -1,0 +1,369 @@
+"""The reports: what they say, that they are valid, and that nothing in a file can break out of them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import html.parser
+import json
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from parity import cli, compare, report, report_html, report_junit, report_text
+from parity.check import Item
+from parity.report_tree import block, grow, share
+
+from .breaks import run_broken, weight
+from .made_checks import FAULTS, NASTY, failing, item, passing, with_items
+
+SCHEMA = json.loads(report.SCHEMA.read_text(encoding="utf-8"))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+CHECKS = {"passing": passing, "failing": failing, "empty": lambda: dataclasses.replace(passing(), cases=())}
+MAKE = pytest.mark.parametrize("make", CHECKS.values(), ids=CHECKS)
+FIRST = "backbone.res2.0.conv2#0"
+
+
+def rows(check):
+    """Of the tree in words: indentation, name and what is said of it."""
+    found = []
+    for line in report.text(check).splitlines():
+        if match := re.fullmatch(r"  ((?: *(?:[\d.e+-]+|inf|–)){4}| {34})  ( *)(\S+|… .*?)(?:  (.+))?", line):
+            found.append((len(match[2]) // 2, match[3], match[4] or ""))
+    return found
+
+
+# --- words
+
+
+def test_a_passing_check_is_folded_and_ends_with_the_verdict():
+    text = report.text(passing())
+    assert re.fullmatch(r"match: all 36 comparisons of 1 case in float32 and float64 hold", text.splitlines()[-1])
+    found = rows(passing())
+    assert found[:5] == [
+        (0, "taps", "(9 pass)"),
+        (1, "backbone", "(7 pass)  worst backbone.stem.conv1#0"),
+        (1, "sem_seg_head.predictor#0[aux_outputs][0][pred_logits]", ""),
+        (1, "images#0", ""),
+        (0, "outputs", "(2 pass)  worst pred_logits"),
+    ]
+    assert "variables" not in [name for _, name, _ in found]  # their figures are those of their witnesses
+    assert "fails" not in text
+    assert "not checked: case batch: it has two images" in text.splitlines()
+
+
+def test_the_worst_is_first_in_every_level_and_the_way_to_the_first_failure_is_open():
+    found = rows(failing())
+    start = found.index((0, "taps", "(3 of 9 fail)"))
+    assert found[start : start + 11] == [
+        (0, "taps", "(3 of 9 fail)"),
+        (1, "backbone", "(3 of 7 fail)"),
+        (2, "res2", "(3 of 6 fail)"),
+        (3, "1", "(1 of 3 fail)"),
+        (4, "conv2#0", "← fails"),
+        (4, "… 2 more, which pass", ""),
+        (3, "0", "(2 of 3 fail)"),
+        (4, "conv2#0", "← first failure"),
+        (4, "conv3#0", "← fails"),
+        (4, "… 1 more, which passes", ""),
+        (2, "… 1 more, which passes", ""),
+    ]
+    last = report.text(failing()).splitlines()[-1]
+    assert last == f"mismatch: first in taps '{FIRST}' (case odd, float64); 8 of 38 comparisons fail"
+
+
+def test_many_failures_are_few_lines_and_the_first_is_among_them():
+    blocks = [item("taps", f"backbone.res4.{block}.conv1#0", 1e-3 * (block + 1)) for block in range(40)]
+    check = passing(items=tuple(blocks))
+    found = rows(check)
+    assert len([row for row in found if "fails" in row[2] or "first" in row[2]]) == 2 * report_text.SHOWN + 1
+    assert [name for _, name, words in found if words == "← first failure"] == ["0.conv1#0"]
+    assert any("of which 34 fail" in name for _, name, _ in found)
+    assert any("of which 35 fail" in name for _, name, _ in found)
+
+
+def test_the_median_alone_can_fail():
+    check = passing(items=tuple(item("taps", f"a.{index}#0", 1.2e-6) for index in range(3)))
+    line, *_ = report_text.verdict(check)
+    assert line == f"mismatch: the median of error / floor over the taps of all cases is 1.20, allowed {compare.MEDIAN_FACTOR}"
+    assert report.text(check).splitlines()[-1] == line
+    assert report_text.verdict(CHECKS["empty"]()) == ["mismatch: nothing was compared"]
+
+
+def test_colour_only_when_asked_for_and_never_from_files():
+    check = with_items(passing(), [dataclasses.replace(FAULTS[0], note="\x1b[2J\x07")])
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", report.text(check))
+    assert report.text(check, colour=True).splitlines()[-1].startswith("\x1b[31mmismatch")
+    assert report.text(passing(), colour=True).splitlines()[-1].startswith("\x1b[32mmatch")
+
+
+# --- tree
+
+
+def test_every_item_is_in_the_tree_once_and_labels_are_names():
+    def leaves(node, name):
+        if not node.children:
+            assert len(node.items) == 1
+            yield name, node.items[0]
+        for child in node.children:
+            yield from leaves(child, name + child.label)
+
+    for case in (*passing().cases, *failing().cases):
+        for group in {each.group for each in case.items}:
+            items = [each for each in case.items if each.group == group]
+            found = list(leaves(grow(group, items), ""))
+            assert sorted(name for name, _ in found) == sorted(each.name for each in items)
+            assert all(each.name == name for name, each in found)
+
+
+def test_a_module_and_what_is_below_it_are_apart():
+    root = grow("taps", [item("taps", name) for name in ("a.b#0", "a.b#1", "a.b.c#0")])
+    [node] = root.children
+    assert (node.label, sorted(child.label for child in node.children)) == ("a.b", ["#0", "#1", ".c#0"])
+
+
+def test_failures_come_before_whatever_passes():
+    passes = item("taps", "b#0", 1.9e-6)
+    for fails in (Item("taps", "a#0", False), item("taps", "a#0", 2.1e-6), dataclasses.replace(passes, name="a#0", passed=False)):
+        assert [child.label for child in grow("taps", [passes, fails]).children] == ["a#0", "b#0"]
+    assert share(Item("taps", "a#0", False)) == float("inf")
+
+
+# --- JSON
+
+
+def strict(schema):
+    """Every object of the schema that describes what the report itself has names all of it."""
+    if isinstance(schema, dict):
+        if "properties" in schema:
+            assert schema["additionalProperties"] is False
+            assert set(schema["required"]) == set(schema["properties"])
+        for inner in schema.values():
+            strict(inner)
+    elif isinstance(schema, list):
+        for inner in schema:
+            strict(inner)
+
+
+def test_the_schema_is_a_schema_and_strict():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    strict(SCHEMA)
+    assert SCHEMA["properties"]["version"] == {"const": report.VERSION}
+    assert SCHEMA["properties"]["format"] == {"const": report.FORMAT}
+
+
+@MAKE
+def test_every_report_is_valid(make):
+    found = json.loads(report.as_json(make()))
+    jsonschema.validate(found, SCHEMA)
+    assert found == report.as_dict(make()) == json.loads(json.dumps(found))
+    assert found["passed"] is make().passed
+
+
+def test_the_schema_notices_what_is_missing_new_or_of_another_kind():
+    right = report.as_dict(failing())
+
+    def places(value, path=()):
+        yield path
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+            yield from places(inner, (*path, key))
+
+    free = ("provenance", "source", "versions", "threads", "ledger")
+    seen = set()
+    for path in places(right):
+        kind = tuple(part for part in path if isinstance(part, str))
+        if not path or kind in seen or set(kind[:-1]) & set(free):
+            continue
+        seen.add(kind)
+        broken = copy.deepcopy(right)
+        owner = broken
+        for part in path[:-1]:
+            owner = owner[part]
+        owner[path[-1]] = [None]
+        assert not VALIDATOR.is_valid(broken), path
+        if isinstance(owner, dict):
+            del owner[path[-1]]
+            assert not VALIDATOR.is_valid(broken), path
+    assert len(seen) > 60
+    assert not VALIDATOR.is_valid(right | {"new": 1})
+
+
+# --- JUnit
+
+ATTRIBUTES = {
+    "testsuites": ({"tests", "failures", "errors"}, {"name"}),
+    "testsuite": ({"name", "tests", "failures", "errors"}, {"skipped"}),
+    "testcase": ({"name"}, {"classname"}),
+    "failure": (set(), {"type", "message"}),
+    "skipped": (set(), {"message"}),
+    "system-out": (set(), set()),
+}
+"""Of junit-10.xsd: required and optional attributes, as far as they are used."""
+CHILDREN = {"testsuites": {"testsuite"}, "testsuite": {"testcase", "system-out"}, "testcase": {"failure", "skipped"}}
+
+
+@MAKE
+def test_junit_is_valid_and_fails_where_the_check_does(make):
+    check = make()
+    root = ET.fromstring(report_junit.as_xml(check))
+    assert root.tag == "testsuites"
+    for element in root.iter():
+        required, optional = ATTRIBUTES[element.tag]
+        assert required <= element.attrib.keys() <= required | optional
+        assert {child.tag for child in element} <= CHILDREN.get(element.tag, set())
+        assert len(element) <= 1 or element.tag != "testcase"
+    for suite in root:
+        tests = suite.findall("testcase")
+        assert int(suite.get("tests")) == len(tests) > 0
+        assert int(suite.get("failures")) == len(suite.findall("testcase/failure"))
+        assert int(suite.get("skipped")) == len(suite.findall("testcase/skipped"))
+        names = [(test.get("classname"), test.get("name")) for test in tests]
+        assert len(set(names)) == len(names)
+    assert int(root.get("tests")) == len(list(root.iter("testcase")))
+    assert int(root.get("failures")) == len(list(root.iter("failure")))
+    assert (root.get("failures") == "0") is check.passed
+
+
+def test_junit_has_a_suite_for_each_case_and_a_test_for_each_block():
+    root = ET.fromstring(report_junit.as_xml(failing()))
+    assert [suite.get("name") for suite in root] == ["odd.float32", "odd.float64", "batch", "all cases"]
+    tests = {(test.get("classname"), test.get("name")): test for test in root[1].findall("testcase")}
+    taps = [name for owner, name in tests if owner == "odd.float64.taps"]
+    assert taps[:-1] == ["images", "backbone.stem", "backbone.res2.0", "backbone.res2.1", "sem_seg_head"]
+    assert tests["odd.float64.taps", taps[-1]].find("skipped").get("message").startswith("exempted: nobody needs it <script>")
+    failure = tests["odd.float64.taps", "backbone.res2.0"].find("failure")
+    assert failure.get("message").startswith(f"2 of 3 differ; first '{FIRST}': error 3.00e-03, tolerance 2.00e-06")
+    assert "actual 3.009, expected 3" in failure.text
+    assert "taps 'backbone.res2.0.conv3#0'" in failure.text
+    failed = {key for key, test in tests.items() if test.find("failure") is not None}
+    assert {name for _, name in failed} == {"backbone.res2.0", "backbone.res2.1", "outputs", "final/0", "losses", "0"}
+    assert root[2].find("testcase/skipped").get("message") == "it has two images"
+
+
+def test_junit_tells_a_median_that_is_too_large():
+    check = passing(items=tuple(item("taps", f"a.{index}#0", 1.2e-6) for index in range(3)))
+    root = ET.fromstring(report_junit.as_xml(check))
+    [failure] = root.iter("failure")
+    assert failure.get("message") == "got 1.200, allowed 1.1"
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "expected"),
+    [
+        ("taps", "backbone.layers.3.blocks.1.attn.attn_drop#0", "backbone.layers.3.blocks.1"),
+        ("taps", "sem_seg_head.pixel_decoder.layer_4.norm#0", "sem_seg_head.pixel_decoder.layer_4"),
+        ("gradients", "sem_seg_head.predictor.mask_embed.layers.2.weight", "sem_seg_head.predictor.mask_embed.layers.2"),
+        ("variables", "backbone.stem.conv1.norm.running_var", "backbone.stem.conv1.norm"),
+        ("matcher", "final/1/cost_mask", "final/1"),
+        ("inference", "0/resized/sem_seg", "0/resized"),
+        ("losses", "loss_dice_3", "losses"),
+    ],
+)
+def test_blocks(group, name, expected):
+    assert block(Item(group, name, True)) == expected
+
+
+# --- HTML
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags are balanced, and collects text, tags and addresses."""
+
+    VOID = ("meta", "img", "br", "link", "input")
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.addresses, self.words = [], [], [], []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "action", "data", "srcset")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self.open):
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module", params=["passing", "failing"])
+def written(request, tmp_path_factory):
+    """The check, the folder with its reports, and the page."""
+    check, folder = CHECKS[request.param](), tmp_path_factory.mktemp("report")
+    report.write(check, folder)
+    return check, folder, Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_all_files_are_written(written):
+    check, folder, _ = written
+    assert sorted(path.name for path in folder.iterdir()) == sorted(report.FILES)
+    assert (folder / "error_along_depth.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "report.txt").read_text(encoding="utf-8") == report.text(check) + "\n"
+
+
+def test_the_page_needs_nothing_else(written):
+    _, folder, page = written
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert len(page.addresses) >= 2
+    assert not re.search(r"https?:|@import|url\(", (folder / "report.html").read_text(encoding="utf-8"))
+    assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "base"}
+
+
+def test_text_of_files_is_escaped(written):
+    _, _, page = written
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert any(NASTY.rstrip("\x07") in words for words in page.words)
+
+
+def test_the_page_tells_everything(written):
+    check, _, page = written
+    words = "".join(page.words)
+    assert words.index(report_text.verdict(check)[0]) < words.index("weights")  # the verdict is on top
+    assert ("header", {"class": "passed" if check.passed else "failed"}) in page.tags
+    for told in ("da3e60d85", "tf.matmul 4-D", "2.21.0", "nobody needs it", "it has two images", "no partner"):
+        assert told in words
+    for column, _ in report_html.COLUMNS:
+        assert column in page.words
+    leaves = [attributes for tag, attributes in page.tags if tag == "div" and attributes.get("class", "").startswith("row ")]
+    assert len(leaves) - len(check.cases) == sum(len(case.items) for case in check.cases)
+    if not check.passed:
+        assert sum("failed" in attributes["class"] for attributes in leaves) == len(FAULTS)
+        assert "actual 3.009, expected 3" in words
+
+
+def test_each_row_of_the_tree_has_every_column(written):
+    _, folder, _ = written
+    rows = re.findall(
+        r"<(?:div|summary) class=['\"]row .*?(?=</div>|</summary>)", (folder / "report.html").read_text(encoding="utf-8"), re.S
+    )
+    assert len(rows) > 40
+    assert {len(re.findall(r"<span", row)) for row in rows} == {1 + len(report_html.COLUMNS)}
+
+
+# --- a real check
+
+
+def test_a_broken_port_is_reported_in_every_format(converted, tmp_path, monkeypatch, capsys):
+    name, culprit = "tiny_per_pixel", "backbone.res3.0.conv2.norm"
+    trace = Path(__file__).parents[1] / "golden" / name
+    options = ("--dtype", "float64", "--report", str(tmp_path))
+    code, found = run_broken(weight(f"{culprit}.bias", lambda value: value + 0.1), converted(name), trace, monkeypatch, capsys, *options)
+    assert code == cli.MISMATCH
+    jsonschema.validate(found, SCHEMA)
+    assert found == json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    root = ET.parse(tmp_path / "junit.xml").getroot()
+    first = next(test for test in root.iter("testcase") if test.find("failure") is not None)
+    assert (first.get("classname"), first.get("name")) == ("odd.float64.taps", "backbone.res3.0")
+    assert f"first '{culprit}#0'" in first.find("failure").get("message")
+    assert len(list(root.iter("testcase"))) < 300 < len(found["cases"][0]["items"])
+    for file in ("report.html", "report.txt"):
+        assert f"{culprit}#0" in (tmp_path / file).read_text(encoding="utf-8")
