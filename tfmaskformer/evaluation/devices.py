@@ -1,0 +1,62 @@
+"""The ``tf.distribute`` strategy for the devices that a user names."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import tensorflow as tf
+
+
+class DeviceError(RuntimeError):
+    """There is no such device, or it cannot be used."""
+
+
+def strategy_for(device: str | None = None, *, tpu: str = "", replicas: int = 1) -> tf.distribute.Strategy:
+    """One device, all devices of a machine, or those of several machines.
+
+    Where the environment's ``TF_CONFIG`` lists several workers, as for ``tf.distribute.MultiWorkerMirroredStrategy``, it is that one.
+
+    Args:
+        device: "tpu", "gpu" or "cpu"; None: the GPUs, if there are any, or the CPU.
+        tpu: name, zone's resource or address of a TPU, "local" on a TPU VM; for ``TPUClusterResolver``.
+        replicas: on how many logical devices the CPU is split; for tests.
+
+    Raises:
+        DeviceError: not there.
+    """
+    try:
+        if device == "tpu":
+            resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
+            tf.config.experimental_connect_to_cluster(resolver)
+            tf.tpu.experimental.initialize_tpu_system(resolver)
+            return tf.distribute.TPUStrategy(resolver)
+        # float32 shall be float32, as on the machines that published the numbers.
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+        if device == "cpu":
+            tf.config.set_visible_devices([], "GPU")
+        gpus = tf.config.get_visible_devices("GPU")
+        if device == "gpu" and not gpus:
+            raise DeviceError("TensorFlow sees no GPU\n  pip install 'tfmaskformer[gpu]', or choose --cpu")
+        if replicas > 1:
+            [cpu] = tf.config.get_visible_devices("CPU")
+            tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
+        if len(json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {}).get("worker", [])) > 1:
+            return tf.distribute.MultiWorkerMirroredStrategy()
+        if len(gpus) > 1:
+            return tf.distribute.MirroredStrategy()
+        if replicas > 1:
+            return tf.distribute.MirroredStrategy([f"/cpu:{index}" for index in range(replicas)])
+        return tf.distribute.OneDeviceStrategy("/gpu:0" if gpus else "/cpu:0")
+    except (tf.errors.OpError, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, DeviceError):
+            raise
+        raise DeviceError(f"cannot use {f'the TPU {tpu!r}' if device == 'tpu' else device or 'the devices'}: {error}") from error
+
+
+def worker(strategy: tf.distribute.Strategy) -> tuple[int, int]:
+    """(n, i): how many processes run this program together, and which of them this one is."""
+    cluster = strategy.cluster_resolver
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) or cluster is None:
+        return 1, 0
+    return len(cluster.cluster_spec().as_dict()["worker"]), cluster.task_id

@@ -1,0 +1,404 @@
+"""Evaluates a checkpoint on a data set: reads, resizes and batches images, runs the model on any device of TensorFlow, and counts.
+
+The flow is that of the official ``train_net.py --eval-only``: the test transform, ``MaskFormer.forward``, results at the size of the
+original image, and the evaluators that it builds for the data set (docs/evaluation.md). Different is how it runs. Images lie on a few
+canvases of fixed shape with masked padding, so that XLA compiles few programs; counts add up exactly, so that they do not depend on who
+counts what; and they are saved with the ids of the images that are in them, so that an evaluation that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import tensorflow as tf
+
+from checkpoints import registry
+from tfmaskformer import checkpoint
+from tfmaskformer.config import MaskFormerConfig
+from tfmaskformer.data.datasets import Sample
+from tfmaskformer.data.listing import read_file
+from tfmaskformer.data.preprocessing import resize_shortest_edge, resized_shape
+from tfmaskformer.data.records import DataError, Problem
+from tfmaskformer.evaluation.canvases import Canvas, choose_canvases
+from tfmaskformer.evaluation.counts import Counts, ids_of
+from tfmaskformer.evaluation.devices import worker
+from tfmaskformer.evaluation.instances import instance_truth
+from tfmaskformer.evaluation.results import JSON_NAME, PNG_FOLDER, encode_png, semantic_annotations
+from tfmaskformer.evaluation.sources import EvaluationError, Source
+from tfmaskformer.static_inference import static_panoptic_inference, static_semantic_inference
+
+FORMAT = 1
+SAVE_EVERY = 100
+"""Images."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class _Ready(NamedTuple):
+    """A sample, the image as the model takes it, and the canvas for it."""
+
+    sample: Sample
+    image: np.ndarray
+    canvas: Canvas
+
+
+class Evaluation:
+    """A model on its devices, and what it has seen of a data set.
+
+    Args:
+        directory: checkpoint directory.
+        source: of this worker.
+        strategy: whose replicas share the images.
+        metrics: of :func:`metrics_of`.
+        batch: images for each replica at a time.
+        canvases: (height, width) of the model's input, px; default: :func:`choose_canvases`.
+        on_error: "stop" at bad data, or "skip" its image.
+        results: folder for the predictions in COCO's and Detectron2's formats; a path or ``gs://…``.
+        resume: folder for what has been counted; an evaluation that is there already goes on.
+
+    Raises:
+        CheckpointError: no checkpoint there.
+        EvaluationError: a canvas is too small, or ``resume`` holds another evaluation.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        source: Source,
+        strategy: tf.distribute.Strategy,
+        metrics: Sequence[str],
+        *,
+        batch: int = 1,
+        canvases: Sequence[tuple[int, int]] | None = None,
+        on_error: str = "stop",
+        results: str | os.PathLike[str] | None = None,
+        resume: str | os.PathLike[str] | None = None,
+    ):
+        self.source, self.strategy, self.metrics = source, strategy, tuple(metrics)
+        self._on_error, self._batch = on_error, batch
+        self._results = None if results is None else os.fspath(results)
+        self._state_file = None
+        self._plan = self._planned(directory)
+        self.counts = Counts.none(metrics, source.info)
+        if resume is not None:
+            workers, index = worker(strategy)
+            self._state_file = os.path.join(os.fspath(resume), f"state-{index}-of-{workers}.json")
+            self._resume()
+        with strategy.scope():
+            self.model = checkpoint.load(directory)
+        self.canvases = self._chosen(canvases)
+        self._seconds = 0.0
+        self._seen = 0
+        self._saved = len(self.counts.done)
+
+    @property
+    def config(self) -> MaskFormerConfig:
+        """Of the model."""
+        return self.model.config
+
+    def run(self, progress: Callable[[int, int], None] = lambda done, images: None) -> None:
+        """Evaluates every image that is not in ``counts``, each once.
+
+        Args:
+            progress: is called with the number of this worker's images done and of all.
+
+        Raises:
+            DataError: bad data, with "stop". What was counted before is saved.
+        """
+        start_s, before = time.monotonic(), len(self.counts.done)
+        room = self._batch * len(self.strategy.experimental_local_results(self._values(lambda replica: replica)))
+        waiting: dict[Canvas, list[_Ready]] = collections.defaultdict(list)
+
+        def step(canvas):
+            for ready, found in zip(waiting[canvas], self._infer(canvas, waiting[canvas], room), strict=False):
+                self._count(ready.sample, *found)
+            waiting[canvas].clear()
+            progress(len(self.counts.done), self.source.share)
+            if len(self.counts.done) - self._saved >= SAVE_EVERY:
+                self.save()
+
+        progress(len(self.counts.done), self.source.share)
+        try:
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                for image_id, ready, problems in _ahead(pool, self._prepare, self.source.items(frozenset(self.counts.done))):
+                    if ready is None:
+                        self._skip(image_id, problems)
+                        continue
+                    waiting[ready.canvas].append(ready)
+                    if len(waiting[ready.canvas]) == room:
+                        step(ready.canvas)
+                for canvas in list(waiting):
+                    if waiting[canvas]:
+                        step(canvas)
+        finally:
+            self.save()
+            self._seconds += time.monotonic() - start_s
+            self._seen += len(self.counts.done) - before
+
+    def save(self) -> None:
+        """Writes what has been counted, where there is a folder for it: whole, or not at all."""
+        if self._state_file is not None:
+            document = {"format": FORMAT, "plan": self._plan, "counts": self.counts.to_dict()}
+            _write(self._state_file, json.dumps(document).encode())
+            self._saved = len(self.counts.done)
+
+    def total(self) -> Counts:
+        """The counts of all workers."""
+        if worker(self.strategy)[0] == 1:
+            return self.counts
+        text = np.frombuffer(json.dumps(self.counts.to_dict()).encode() + b"\n", np.uint8).astype(np.int32)
+        local = len(self.strategy.extended.worker_devices)
+        # The first replica of each worker tells; the others say nothing but an end of line.
+        gathered = self.strategy.gather(self._values(lambda replica: text if replica % local == 0 else text[-1:]), axis=0)
+        parts = [line for line in gathered.numpy().astype(np.uint8).tobytes().splitlines() if line]
+        return functools.reduce(
+            lambda total, part: total + Counts.from_dict(json.loads(part)), parts, Counts.none(self.metrics, self.source.info)
+        )
+
+    def report(self) -> dict[str, Any]:
+        """All metrics in percent, and what they are of, for JSON. Of several workers, all must call this."""
+        counts = self.total()
+        skipped = self.source.skipped + counts.skipped
+        report: dict[str, Any] = {
+            "format": "tfmaskformer-evaluation",
+            "version": FORMAT,
+            "metrics": counts.metrics(self.source.info),
+            "checkpoint": self._plan["checkpoint"] | {"model": self.config.name, "published": _published(self.config.name)},
+            "dataset": {"name": self.source.name, "split": self.source.split, "root": self.source.root},
+            "images": {"evaluated": len(counts.done) - counts.skipped, "skipped": skipped, "of": self.source.images + self.source.skipped},
+            "problems": [dataclasses.asdict(problem) for problem in (*self.source.problems, *counts.problems)],
+            "run": {
+                "canvases": [canvas._asdict() for canvas in self.canvases],
+                "batch": self._batch,
+                "replicas": self.strategy.num_replicas_in_sync,
+                "strategy": type(self.strategy).__name__,
+                "devices": sorted({device.device_type for device in tf.config.list_logical_devices()}),
+                "seconds": round(self._seconds, 3),
+                "images_per_second": round(self._seen / self._seconds, 3) if self._seconds else None,
+                "resumed_with": len(self.counts.done) - self._seen,
+            },
+            "versions": {
+                "python": platform.python_version(),
+                **{package: metadata.version(package) for package in ("tfmaskformer", "keras", "numpy", "pillow")},
+                "tensorflow": tf.__version__,
+            },
+            "counts": {name: value.to_dict() for name in ("panoptic", "semantic") if (value := getattr(counts, name)) is not None},
+        }
+        return report
+
+    def write_results(self) -> None:
+        """Writes ``predictions.json`` beside the PNG files, or ``sem_seg_predictions.json``. Of several workers, all must call this."""
+        if self._results is None:
+            return
+        entries, info = self.total().results, self.source.info
+        if "panoptic" in self.metrics:
+            categories = [
+                {"id": dataset_id, "name": name, "isthing": int(index in info.thing_classes)}
+                for index, (dataset_id, name) in enumerate(zip(ids_of(info), info.class_names, strict=True))
+            ]
+            images = [{"id": entry["image_id"], "file_name": entry["file_name"]} for entry in entries]
+            _write(
+                os.path.join(self._results, JSON_NAME),
+                json.dumps({"images": images, "annotations": entries, "categories": categories}).encode(),
+            )
+        else:
+            _write(os.path.join(self._results, "sem_seg_predictions.json"), json.dumps(entries).encode())
+
+    def _planned(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
+        """All that the counts depend on."""
+        prefix = tf.train.latest_checkpoint(os.fspath(directory))
+        if prefix is None:
+            raise checkpoint.CheckpointError(f"{directory}: no TensorFlow checkpoint in it; expected a directory written by 'convert'")
+        manifest_file = os.path.join(os.fspath(directory), "manifest.json")
+        manifest = json.loads(read_file(manifest_file)) if tf.io.gfile.exists(manifest_file) else {}
+        source = self.source
+        return {
+            "checkpoint": {
+                # Holds the checksum of every tensor.
+                "index_sha256": _sha256(read_file(f"{prefix}.index")),
+                **{key: manifest.get(key) for key in ("source", "weights_license", "dtype", "tool")},
+            },
+            "config": checkpoint.read_config(directory).to_dict(),
+            "dataset": {"name": source.name, "split": source.split, "images": source.images, "identity": source.identity},
+            "metrics": list(self.metrics),
+            "results": self._results,
+        }
+
+    def _resume(self) -> None:
+        try:
+            document = json.loads(read_file(str(self._state_file)))
+        except tf.errors.NotFoundError:
+            self.save()  # so that a folder that cannot be written is told now
+            return
+        except ValueError as error:
+            raise EvaluationError(
+                f"'{self._state_file}' is not what an evaluation saved: {error}\n  remove it, or choose another folder"
+            ) from error
+        if document.get("format") != FORMAT or document.get("plan") != self._plan:
+            plan = document.get("plan", {})
+            differing = ", ".join(key for key in self._plan if plan.get(key) != self._plan[key]) or "format"
+            raise EvaluationError(
+                f"'{self._state_file}' is of another evaluation (different: {differing})\n  choose another --resume folder, or remove it"
+            )
+        self.counts = Counts.from_dict(document["counts"])
+        if self._on_error == "stop" and self.counts.problems:
+            raise DataError(self.counts.problems[0], "it was skipped before: --on-error skip goes on")
+
+    def _chosen(self, given: Sequence[tuple[int, int]] | None) -> list[Canvas]:
+        sizes = [(*self._input_size(*size), *size) for size in self.source.sizes()]
+        if given is None:
+            return choose_canvases(sizes)
+        # Each image lies on the smallest canvas that holds it.
+        rooms = sorted(given, key=lambda room: (room[0] * room[1], room))
+        outputs = dict.fromkeys(rooms, (0, 0))
+        for height, width, *output in sizes:
+            room = next((room for room in rooms if height <= room[0] and width <= room[1]), None)
+            if room is None:
+                told = ", ".join(f"{room[0]}×{room[1]}" for room in rooms)
+                raise EvaluationError(
+                    f"an image of {height}×{width} px after resizing fits none of the canvases {told}\n  give a larger --canvas"
+                )
+            outputs[room] = (max(outputs[room][0], output[0]), max(outputs[room][1], output[1]))
+        return [Canvas(*room, *output) for room, output in outputs.items() if output != (0, 0)]
+
+    def _input_size(self, height: int, width: int) -> tuple[int, int]:
+        test = self.config.test
+        return resized_shape(height, width, test.min_size, test.max_size) if test.min_size else (height, width)
+
+    def _prepare(self, item: Any) -> tuple[str, _Ready | None, list[Problem]]:
+        image_id, sample, problems = self.source.load(item)
+        if sample is None:
+            return image_id, None, problems
+        image, test = sample.image, self.config.test
+        if test.min_size:  # 0: as it is, as Detectron2's ResizeShortestEdge
+            image = resize_shortest_edge(image, test.min_size, test.max_size)
+        sizes = (*image.shape[:2], *sample.image.shape[:2])
+        # One that no size told of has a canvas of its own.
+        canvas = next((canvas for canvas in self.canvases if canvas.holds(sizes)), Canvas(*sizes))
+        return image_id, _Ready(sample, image, canvas), []
+
+    def _values(self, of: Callable[[int], np.ndarray | int]) -> Any:
+        """A value for each replica."""
+        return self.strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(of(context.replica_id_in_sync_group), tf.as_dtype(np.asarray(of(0)).dtype))
+        )
+
+    def _infer(self, canvas: Canvas, batch: Sequence[_Ready], room: int) -> list[tuple[Any, Any]]:
+        """(panoptic result, class of each pixel) of each image; behind the last come those of nothing, which filled the batch."""
+        images = np.zeros([room, canvas.height, canvas.width, 3], np.uint8)
+        sizes = np.array([canvas[:2]] * room, np.int32)
+        output_sizes = np.array([canvas[2:]] * room, np.int32)
+        for index, ready in enumerate(batch):
+            sizes[index], output_sizes[index] = ready.image.shape[:2], ready.sample.image.shape[:2]
+            images[index, : sizes[index, 0], : sizes[index, 1]] = ready.image
+        replicas = room // self._batch
+
+        def share(values):
+            return self._values(lambda replica: np.split(values, replicas)[replica % replicas])
+
+        results = self.strategy.experimental_local_results(
+            self._step(share(images), share(sizes), share(output_sizes), (canvas.output_height, canvas.output_width))
+        )
+        found: list[tuple[Any, Any]] = []
+        for (panoptic, labels), shares in zip(results, np.split(output_sizes, replicas), strict=True):
+            segments = [None] * self._batch if panoptic is None else panoptic.images(shares)
+            maps = (
+                [None] * self._batch
+                if labels is None
+                else [part[:height, :width] for part, (height, width) in zip(labels.numpy(), shares, strict=True)]
+            )
+            found += zip(segments, maps, strict=True)
+        return found
+
+    @functools.cached_property
+    def _step(self) -> Any:
+        """A function of what each replica has of images, their sizes and the original ones, and of the output's canvas."""
+        config, metrics, model = self.config, self.metrics, self.model
+
+        @tf.function(jit_compile=True, autograph=False)
+        def infer(images, sizes, output_sizes, output_canvas):
+            outputs = model(images, sizes, padding="masked")
+            panoptic = labels = None
+            if "panoptic" in metrics:
+                panoptic = static_panoptic_inference(outputs, config, sizes, output_sizes, output_canvas)
+            if "semantic" in metrics:
+                scores = static_semantic_inference(outputs, config, sizes, output_sizes, output_canvas)
+                labels = tf.argmax(scores, 1, tf.int32)
+            return panoptic, labels
+
+        @tf.function(autograph=False)
+        def step(images, sizes, output_sizes, output_canvas):
+            # Not infer itself: MirroredStrategy would make one program of all replicas, which XLA cannot where there are several CPUs.
+            return self.strategy.run(lambda *inputs: infer(*inputs, output_canvas), args=(images, sizes, output_sizes))
+
+        return step
+
+    def _count(self, sample: Sample, panoptic: Any, labels: Any) -> None:
+        counts, info = self.counts, self.source.info
+        true_panoptic_seg: Any = sample.panoptic_seg
+        true_sem_seg: Any = sample.sem_seg
+        image_id, stem = sample.record.image_id, os.path.splitext(os.path.basename(sample.record.image))[0]
+        if counts.panoptic is not None:
+            counts.panoptic.update(true_panoptic_seg, sample.segments_info, *panoptic)
+            if self._results is not None:
+                png = f"{stem}.png"
+                _write(os.path.join(self._results, PNG_FOLDER, png), encode_png(panoptic[0]))
+                segments = [{"id": segment["id"], "category_id": ids_of(info)[segment["category_id"]]} for segment in panoptic[1]]
+                counts.results.append({"image_id": image_id, "file_name": png, "segments_info": segments})
+        if counts.semantic is not None:
+            counts.semantic.update(true_sem_seg, labels)
+            if self._results is not None and counts.panoptic is None:
+                counts.results += semantic_annotations(os.path.basename(sample.record.image), labels, ids_of(info))
+        if counts.instances is not None:
+            counts.instances.update(image_id, *panoptic)
+            counts.truth.append(
+                instance_truth([(image_id, true_panoptic_seg, sample.segments_info)], ids_of(info), info.class_names, info.thing_classes)
+            )
+        counts.done.append(str(image_id))
+
+    def _skip(self, image_id: str, problems: list[Problem]) -> None:
+        if self._on_error == "stop":
+            raise DataError(problems[0], "--on-error skip leaves the image out; 'tfmaskformer data check' lists all problems")
+        self.counts.done.append(image_id)
+        self.counts.skipped += 1
+        self.counts.problems += problems
+
+
+def _ahead(pool: concurrent.futures.Executor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Results in order; as many as the pool has threads, and as many again, are computed before they are asked for."""
+    futures: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
+    for item in items:
+        futures.append(pool.submit(function, item))
+        if len(futures) > 2 * (os.cpu_count() or 1):
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
+
+
+def _published(name: str) -> dict[str, float]:
+    return next((dict(entry.metrics) for entry in registry.entries() if entry.name == name), {})
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write(path: str, content: bytes) -> None:
+    """A file that is there whole, or not at all."""
+    tf.io.gfile.makedirs(os.path.dirname(path))
+    with tf.io.gfile.GFile(f"{path}.new", "wb") as file:
+        file.write(content)
+    tf.io.gfile.rename(f"{path}.new", path, overwrite=True)
