@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check zoo bench fuzz
+.PHONY: help demo parity-check test check zoo bench fuzz
 
 help:
 	@echo "make demo    convert a checkpoint, check its parity, draw what both frameworks see; in demo/"
+	@echo "make parity-check    the parity of a synthetic checkpoint (ENTRY=…, of the model zoo); report in parity-report/report"
 	@echo "make test    everything that CI runs: make check, then the tests"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make zoo     prove all 30 official models against the official code's traces, and make the README's table (an hour)"
@@ -15,6 +16,13 @@ help:
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m parity.demo demo
+
+parity-check: ENTRY ?= maskformer_panoptic_R50_bs64_554k
+parity-check: $(VENV)/demo.stamp
+	mkdir -p parity-report
+	$(BIN)/tfmaskformer zoo synthesize $(ENTRY) --dst parity-report/model_final.pkl --force
+	$(BIN)/convert --src parity-report/model_final.pkl --dst parity-report/tf_ckpt --config $(ENTRY) --force
+	$(BIN)/parity-check --ckpt parity-report/tf_ckpt --reference parity/traces/$(ENTRY) --report parity-report/report
 
 test: check
 	$(BIN)/python -m pytest -n 2
