@@ -13,7 +13,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from parity import cli, compare, report, report_html, report_junit, report_text
+from parity import cli, compare, regression, report, report_html, report_junit, report_text
 from parity.check import Item
 from parity.report_tree import block, grow, share
 
@@ -347,6 +347,28 @@ def test_each_row_of_the_tree_has_every_column(written):
     )
     assert len(rows) > 40
     assert {len(re.findall(r"<span", row)) for row in rows} == {1 + len(report_html.COLUMNS)}
+
+
+# --- CI and documentation
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_ci_runs_the_verb_and_keeps_the_reports():
+    workflow = (ROOT / ".github" / "workflows" / "parity-check.yml").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.findall(r"run: (.*)", workflow) == ["make parity-check"]
+    [kept] = re.findall(r" path: (.*)", workflow)
+    assert f"parity-check --ckpt parity-report/tf_ckpt --reference parity/traces/$(ENTRY) --report {kept}\n" in makefile
+    assert "if: ${{ !cancelled() }}" in workflow
+
+
+def test_the_guide_tells_what_is_written_and_the_rules_of_compare():
+    guide = (ROOT / "docs" / "reports.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([\w.]+)` \|", guide, re.M)) == set(report.FILES)
+    assert f"[--factor {regression.FACTOR}]" in guide
+    assert "3e-7 in float32, 1e-12 in float64" in guide
+    assert regression.RESOLUTION == {"float32": 3e-7, "float64": 1e-12}
 
 
 # --- a real check
