@@ -1,0 +1,1 @@
+"""Training as the official code trains: recipes, learning rates, parameter groups, optimizers."""
