@@ -143,14 +143,20 @@ def layout(of: Entry) -> dict[str, TensorSpec]:
     }
 
 
+MAX_WINDOW = 48
+"""Patches on a side of a window; official models have 7 and 12. The index of all pairs has 8 · window⁴ bytes, which no file may choose."""
+
+
 def relative_position_index(window_size: int) -> np.ndarray:
     """int64 [window_size², window_size²]: for a query and a key of one window, the row of Swin's table that has their bias.
 
-    Rows count the offset from key to query, first down, then right, each from 1 − window_size.
+    Rows count the offset from key to query, first down, then right, each from 1 − window_size. ZooError beyond :data:`MAX_WINDOW`.
 
     >>> relative_position_index(2).tolist()
     [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
     """
+    if not 0 < window_size <= MAX_WINDOW:
+        raise ZooError(f"windows of {window_size} patches, expected 1 to {MAX_WINDOW}")
     row, column = np.divmod(np.arange(window_size**2), window_size)
     down = row[:, None] - row + window_size - 1
     right = column[:, None] - column + window_size - 1

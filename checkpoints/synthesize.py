@@ -156,6 +156,9 @@ def _umask() -> int:
     return mask
 
 
+PICKLE_HEAD = b"\x80\x03cnumpy.core.multiarray\n_reconstruct\nq\x000"
+"""What a pickle written here begins with; ``pickle`` never does: it pops nothing that it has just memoised."""
+
 # Memo slots of what every array needs again.
 _RECONSTRUCT, _NDARRAY, _DTYPE = (bytes([slot]) for slot in range(3))
 _DTYPES = {code: bytes([slot]) for slot, code in enumerate(("f4", "i8", "f2"), 3)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import glob
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -41,11 +42,11 @@ _ALIGNMENT_BYTES = 64
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """A checkpoint of TensorFlow: name → variable in TensorFlow's layout, the kinds of other things in it, and the bytes of its files."""
+    """A checkpoint of TensorFlow: name → variable in TensorFlow's layout, the kinds of other things in it, and its files."""
 
     tensors: dict[str, LazyTensor]
     others: tuple[str, ...]
-    size_bytes: int
+    files: tuple[pathlib.Path, ...]
 
 
 def is_checkpoint(directory: pathlib.Path) -> bool:
@@ -61,7 +62,7 @@ def read(directory: pathlib.Path) -> Contents:
     """
     import tensorflow as tf
 
-    from tfmaskformer.checkpoint import official_name
+    from tfmaskformer.checkpoint import stored_variables
 
     name = quoted(directory)
     try:
@@ -70,22 +71,21 @@ def read(directory: pathlib.Path) -> Contents:
             raise ConversionError(f"{name}: no TensorFlow checkpoint is complete in it", "its files are missing: copy the directory again")
         reader = tf.train.load_checkpoint(prefix)
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
-        size_bytes = sum(file.stat().st_size for file in pathlib.Path(prefix).parent.glob(f"{pathlib.Path(prefix).name}.*"))
+        keys = {found: key for found, key in stored_variables(reader).items() if key in shapes}
+        files = [directory / "checkpoint", *pathlib.Path(prefix).parent.glob(f"{glob.escape(pathlib.Path(prefix).name)}.*")]
+    except ConversionError:
+        raise
     except (tf.errors.OpError, RuntimeError, ValueError, IndexError, OSError) as error:
-        if isinstance(error, ConversionError):
-            raise
         raise ConversionError(f"{name}: the TensorFlow checkpoint cannot be read: {error}", "copy the directory again") from None
 
     def lazy(key: str) -> LazyTensor:
         return LazyTensor(tuple(shapes[key]), np.dtype(dtypes[key].as_numpy_dtype), lambda: _get(reader, key, name))
 
-    names = {key: official_name(key) for key in shapes}
-    slots = "/.OPTIMIZER_SLOT/"
-    tensors = {found: lazy(key) for key, found in names.items() if found is not None and slots not in key}
-    others = {key.split("/")[0] for key, found in names.items() if found is None} - {_SAVE_COUNTER, _GRAPH_KEY}
+    tensors = {found: lazy(key) for found, key in sorted(keys.items())}
+    others = {key.split("/")[0] for key in shapes.keys() - keys.values()} - {_SAVE_COUNTER, _GRAPH_KEY, "model"}
     if not tensors:
         raise ConversionError(f"{name}: the TensorFlow checkpoint has no variables under 'model/'", "save tf.train.Checkpoint(model=model)")
-    return Contents(dict(sorted(tensors.items())), tuple(sorted(others)), size_bytes)
+    return Contents(tensors, tuple(sorted(others)), tuple(sorted(files)))
 
 
 def _get(reader: Any, key: str, name: str) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -28,17 +30,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from converters.errors import ConversionError, quoted
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     progress = _Progress(sys.stderr.isatty())
     try:
-        return arguments.run(arguments, progress)
+        code = arguments.run(arguments, progress)
+        sys.stdout.flush()
+        return code
     except ConversionError as error:
         return _failed(progress, str(error), error.exit_code)
     except ImportError as error:
-        return _failed(progress, f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
+        remedy = "\n  pip install 'tfmaskformer[cpu]'" if error.name in ("tensorflow", "keras") else ""
+        return _failed(progress, f"cannot import {error.name}: {error}{remedy}", COULD_NOT_RUN)
     except MemoryError:
         return _failed(progress, f"{quoted(arguments.what)} needs more memory than there is: about 1.3 times its size", COULD_NOT_RUN)
     except KeyboardInterrupt:
-        return _failed(progress, "interrupted; nothing was written", COULD_NOT_RUN)
+        return _failed(
+            progress, "interrupted; on this machine nothing was written, in a bucket nothing that counts as a checkpoint", COULD_NOT_RUN
+        )
+    except OSError as error:  # of the terminal or the pipe; those of files have been told as what they are
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _failed(progress, f"cannot print: {error.strerror}", COULD_NOT_RUN)
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -139,7 +152,7 @@ def _convert(arguments: argparse.Namespace, progress: _Progress) -> int:
     from converters.init import initialize
 
     start_s = time.monotonic()
-    json_file = _writable(arguments.json)
+    json_file = _writable(arguments.json, (arguments.what, arguments.dst))
     how = {"dtype": arguments.dtype, "force": arguments.force, "progress": progress}
     if arguments.init:
         conversion = initialize(arguments.init, arguments.dst, arguments.config, arguments.seed or 0, **how)
@@ -150,7 +163,7 @@ def _convert(arguments: argparse.Namespace, progress: _Progress) -> int:
         print(json.dumps(conversion.manifest))
     else:
         if json_file is not None:
-            json_file.write_text(json.dumps(conversion.manifest) + "\n", encoding="utf-8")
+            _write_json(json_file, conversion.manifest)
         print(_summary(conversion, time.monotonic() - start_s))
     return OK
 
@@ -173,25 +186,51 @@ def _diff(arguments: argparse.Namespace, progress: _Progress) -> int:
     return OK if found.same else DIFFERENT
 
 
-def _writable(path: str | None) -> pathlib.Path | None:
+def _writable(path: str | None, others: Sequence[str | None]) -> pathlib.Path | None:
+    """The file to write the manifest to; refused where it is the source, the destination, or a file that is no JSON."""
     from converters.errors import ConversionError, quoted
 
     if path in (None, "-"):
         return None
     file = pathlib.Path(str(path))
-    if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
-        raise ConversionError(f"cannot write {quoted(path)}", "choose another --json file, in a directory that exists")
+    try:
+        if any(other and file.resolve() == pathlib.Path(other).resolve() for other in others):
+            raise ConversionError(f"--json {quoted(path)} is the source or the destination", "choose another --json file")
+        if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+            raise ConversionError(f"cannot write {quoted(path)}", "choose another --json file, in a directory that exists")
+        if file.is_file() and file.stat().st_size and file.open("rb").read(1) != b"{":
+            raise ConversionError(f"{quoted(path)} exists and is no JSON", "choose another --json file")
+    except OSError as error:
+        raise ConversionError(f"cannot write {quoted(path)}: {error.strerror}", "choose another --json file") from None
     return file
 
 
+def _write_json(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    from converters.errors import ConversionError, quoted
+
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        if file.exists() and not file.is_file():  # /dev/stderr and the like
+            file.write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+            return
+        beside.write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+        beside.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise ConversionError(f"cannot write {quoted(file)}: {error.strerror}; the conversion itself is complete") from None
+
+
 def _summary(conversion: Conversion, seconds: float) -> str:
+    from converters.errors import printable
+
     manifest, config = conversion.manifest, conversion.inference.config
     source, entry = manifest["source"], manifest["model"]["zoo_entry"]
     elements = sum(_product(tensor["target_shape"]) for tensor in manifest["tensors"])
     dropped: dict[str, list[str]] = {}
     for drop in manifest["dropped"]:
         dropped.setdefault(drop["reason"], []).append(drop["source"])
-    done = "; re-read, every byte equal" if conversion.destination else "; a dry run, nothing was written"
+    done = "; re-read, every tensor equal" if conversion.destination else "; a dry run, nothing was written"
     rows = {
         "source": f"{source['file']}, {source['bytes'] / 1e6:.1f} MB, key layout {source['key_layout']}, SHA-256 {source['sha256']}",
         "model": f"{config.name}" + (" (the tensors fit exactly)" if entry else ""),
@@ -211,8 +250,8 @@ def _summary(conversion: Conversion, seconds: float) -> str:
     rows["licence"] = manifest["weights_license"]
     rows["time"] = f"{seconds:.1f} s"
     wrap = textwrap.TextWrapper(width=120, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)
-    lines = [wrap.fill(f"  {label:<11}{text}") for label, text in rows.items() if text]
-    return "\n".join([f"{source['file']} → {conversion.destination or 'nothing'}", *lines])
+    lines = [wrap.fill(f"  {label:<11}{printable(text, 2000)}") for label, text in rows.items() if text]
+    return "\n".join([f"{printable(source['file'])} → {printable(conversion.destination or 'nothing')}", *lines])
 
 
 def _rounding(tensors: Sequence[Mapping[str, Any]]) -> str:
@@ -222,6 +261,8 @@ def _rounding(tensors: Sequence[Mapping[str, Any]]) -> str:
         return ""
     worst, name = max(losses, key=lambda item: item[0]["relative_l2"])
     zeros = sum(loss["underflows"] for loss, _ in losses)
+    if not worst["relative_l2"]:
+        return ""
     return f"{len(losses)} tensors; the largest relative L2 error is {worst['relative_l2']:.1e}, of {name}; {zeros} values became 0"
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from checkpoints import registry
 from converters import checkpoint, target
 from converters.destination import Destination
-from converters.errors import ConversionError, quoted
+from converters.errors import ConversionError, printable, quoted
 from converters.infer import Inference, infer
 from converters.manifest import Loss, manifest
 from converters.named_config import named_config
@@ -38,8 +38,6 @@ THREADS = 2
 
 DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 """What a converted checkpoint can have."""
-
-_BLOCK_BYTES = 1 << 20
 
 Progress = Callable[[str, float], None]
 """Told the step and the share of it that is done, 0 … 1."""
@@ -141,7 +139,9 @@ def run(
                 return _Run(file, planner(file), target.DIRECTORY, dtype, pool, progress).examined()
         with upload(destination, force) as place:
             form = target.format_of(str(destination))
-            staged = Destination(place, force, form.files, lambda path: _is_kind(path, form.kind))
+            if place.exists() and path.exists() and place.samefile(path):
+                raise ConversionError(f"{quoted(destination)} is the source itself", "choose another --dst")
+            staged = Destination(place, force, form.files, target.is_own)
             with staged.staging() as directory:
                 with ThreadPoolExecutor(THREADS) as pool, open_source(path) as file:
                     todo = planner(file)
@@ -180,7 +180,7 @@ class _Run:
         self.dtype = DTYPES[dtype or "float32"]
         self.pool = pool
         self.progress = progress
-        self.file_digest = pool.submit(self._file_digest)
+        self.file_digest = pool.submit(file.sha256)
         self.hashing: list[Future[None]] = []
         self.losses: dict[str, Loss] = {}
         self.digests: dict[str, str] = {}
@@ -257,6 +257,7 @@ class _Run:
             inference=todo.inference,
             tensors=todo.tensors,
             digests=self.digests,
+            written={move.source: self.expected[move.target] for move in todo.moves if move.target in self.expected},
             moves=todo.moves,
             drops=todo.drops,
             losses=self.losses,
@@ -335,21 +336,17 @@ class _Run:
             raise ConversionError("the file just written holds other values than intended", *wrong[:10], "the disk may be failing")
 
     def _origin(self) -> str:
-        """Compares the tensors' digests with those in the source's own manifest, whatever that may be."""
+        """Compares the tensors' digests with those that the source's own manifest has, whatever that may be."""
         with contextlib.suppress(KeyError, TypeError, AttributeError):
             earlier = self.file.manifest
-            known = {line["target"]: line["sha256"] for line in earlier["tensors"] if "loss" not in line}
-            changed = sum(known[name] != self.digests[name] for name in known.keys() & self.digests.keys())
-            told = f"{len(known) - changed} of {len(known)} tensors have the bytes" if changed else "every tensor has the bytes"
-            return f"{told} that it had in {earlier['source']['file']}" if known else ""
+            known = {line["target"]: line.get("written", line["sha256"]) for line in earlier["tensors"]}
+            found = {move.target: self.digests[move.source] for move in self.todo.moves}
+            if known.keys() != found.keys():
+                return ""
+            changed = sum(known[name] != found[name] for name in found)
+            told = f"{len(found) - changed} of {len(found)} tensors have" if changed else "every tensor has"
+            return f"{told} the bytes that were converted from {printable(earlier['source']['file'])}"
         return ""
-
-    def _file_digest(self) -> str:
-        """SHA-256 of the file. Of a directory: of its files' names and digests, in the order of their names."""
-        if self.file.data is not None:
-            return _sha256(self.file.path)
-        files = sorted(file for file in self.file.path.iterdir() if file.is_file())
-        return hashlib.sha256("".join(f"{_sha256(file)}  {file.name}\n" for file in files).encode()).hexdigest()
 
 
 def _official_order(config: MaskFormerConfig, names: Mapping[str, Any]) -> list[str]:
@@ -359,14 +356,6 @@ def _official_order(config: MaskFormerConfig, names: Mapping[str, Any]) -> list[
         if set(order) == set(names):
             return order
     return list(names)
-
-
-def _is_kind(path: pathlib.Path, kind: str) -> bool:
-    try:
-        with open_source(path) as file:
-            return file.kind == kind
-    except ConversionError:
-        return False
 
 
 def _check_space(path: pathlib.Path, directory: pathlib.Path, size_bytes: int) -> None:
@@ -384,17 +373,6 @@ def _not_finite(name: str, tensor: np.ndarray) -> str:
 def _sha256_of(array: np.ndarray) -> str:
     """Of the elements in C order."""
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
-
-
-def _sha256(path: pathlib.Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-    except OSError as error:
-        raise ConversionError(f"cannot read {quoted(path)}: {error.strerror}") from None
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

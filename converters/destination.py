@@ -15,6 +15,7 @@ import fcntl
 import os
 import pathlib
 import secrets
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 
@@ -49,12 +50,16 @@ class Destination:
         self.own_files = own_files
         self._is_own = is_own
         parent = self.path.parent
-        if not parent.is_dir():
-            raise ConversionError(f"cannot write {quoted(path)}: the directory {quoted(parent)} does not exist", f"mkdir -p {parent}")
-        if self.path.is_symlink():
-            what = "directory" if own_files else "file"
-            raise ConversionError(f"cannot write {quoted(path)}: it is a symbolic link", f"name the {what} itself")
-        self._check_existing()
+        try:
+            if not parent.is_dir():
+                remedy = f"mkdir -p {shlex.quote(str(parent))}"
+                raise ConversionError(f"cannot write {quoted(path)}: the directory {quoted(parent)} does not exist", remedy)
+            if self.path.is_symlink():
+                what = "directory" if own_files else "file"
+                raise ConversionError(f"cannot write {quoted(path)}: it is a symbolic link", f"name the {what} itself")
+            self._check_existing()
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[pathlib.Path]:
@@ -101,6 +106,7 @@ class Destination:
             self._check_existing()
             raise
         except OSError:  # a file system without links
+            self._check_existing()
             file.replace(self.path)
 
     def _exists(self) -> bool:
@@ -117,8 +123,8 @@ class Destination:
                 raise ConversionError(f"{name} is a directory, and the name asks for a file", "choose another --dst")
             if self.force and not self._is_own(self.path):
                 raise ConversionError(
-                    f"{name} exists and is no such checkpoint",
-                    "choose another --dst; --force replaces only what 'convert' could have written",
+                    f"{name} exists and was not written by 'convert'",
+                    "choose another --dst; --force replaces only what 'convert' wrote",
                 )
         elif not self.path.is_dir():
             raise ConversionError(f"{name} exists and is no directory", "choose another --dst")

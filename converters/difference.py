@@ -14,8 +14,9 @@ from converters.errors import ConversionError, quoted
 from converters.named_config import named_config
 from converters.official import official
 from converters.remote import local_copy
-from converters.source import Source, open_source
-from converters.tensor import Tensor
+from converters.source import VARIABLES, Source, open_source
+from converters.tensor import Tensor, is_float
+from tfmaskformer.config import MaskFormerConfig
 
 _LISTED = 20
 
@@ -72,8 +73,11 @@ class Difference:
         return not (self.differences or self.only_first or self.only_second)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return dataclasses.asdict(self) | {"same": self.same}
+        """As JSON types; a number that is not finite is the text "nan" or "inf"."""
+        values = dataclasses.asdict(self)
+        for item in values["differences"]:
+            item |= {name: str(value) for name, value in item.items() if isinstance(value, float) and not np.isfinite(value)}
+        return values | {"same": self.same}
 
     def text(self) -> str:
         """For a terminal."""
@@ -109,8 +113,6 @@ def diff(
     base = named_config(config) if config else None
     with local_copy(first, progress) as one, local_copy(second, progress) as two, open_source(one) as a, open_source(two) as b:
         tensors, others = _named(a, base), _named(b, base)
-        if not tensors.keys() & others.keys():  # files that are no MaskFormer's, or one that is
-            tensors, others = a.tensors, b.tensors
         common = [name for name in tensors if name in others]
         found = []
         for count, name in enumerate(common, 1):
@@ -130,11 +132,15 @@ def diff(
     )
 
 
-def _named(source: Source, config: Any) -> Mapping[str, Tensor]:
+def _named(source: Source, config: MaskFormerConfig | None) -> Mapping[str, Tensor]:
+    """The tensors under official names, and what has none under its own; all under their own where there is no MaskFormer."""
     try:
-        return official(source, config).v2()
+        found = official(source, config)
     except ConversionError:
+        if source.kind in VARIABLES:
+            raise
         return source.tensors
+    return {**found.v2(), **{name: source.tensors[name] for name, _ in found.dropped}}
 
 
 def _compare(name: str, first: Tensor, second: Tensor) -> TensorDifference | None:
@@ -147,6 +153,8 @@ def _compare(name: str, first: Tensor, second: Tensor) -> TensorDifference | Non
     what = f"{a.dtype.name} and {b.dtype.name}" if a.dtype != b.dtype else ""
     exact, other = a.astype(np.float64), b.astype(np.float64)
     differ = ~((exact == other) | (np.isnan(exact) & np.isnan(other)))
+    if a.dtype == b.dtype and not is_float(a.dtype):
+        differ = a != b
     if not differ.any():
         return TensorDifference(name, what or "the same values in other bits (a sign of 0, or a NaN)", 0.0, 0.0, 0)
     with np.errstate(invalid="ignore"):

@@ -64,7 +64,7 @@ def _listed(path: pathlib.Path) -> dict[str, Any]:
     return listed
 
 
-def _view(name: str, dtype_name: str, shape: list[int] | None, offset: int | None, data: mmap.mmap) -> np.ndarray:
+def _view(name: str, dtype_name: str, shape: list[int] | None, offset: int | None, data: mmap.mmap | bytes) -> np.ndarray:
     if dtype_name[1:] not in unpickle.DTYPES:
         raise ConversionError(f"{quoted(name)} has elements of type {quoted(dtype_name)}, expected numbers")
     if shape is None:

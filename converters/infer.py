@@ -17,7 +17,7 @@ import numpy as np
 
 from checkpoints import registry
 from converters.errors import ConversionError
-from converters.tensor import Tensor
+from converters.tensor import Tensor, is_float
 from tfmaskformer.config import RESNET_BLOCKS, ConfigError, MaskFormerConfig
 
 OWN = ("num_classes", "predictor.num_queries", "criterion.no_object_weight")
@@ -191,7 +191,10 @@ class _File:
 
     def swin_window(self) -> int:
         """The bias table has a row for each offset: (2 · window − 1)² of them."""
-        return (math.isqrt(self.size(_BIAS_TABLE.format(0), 0, 2)) + 1) // 2
+        window = (math.isqrt(self.size(_BIAS_TABLE.format(0), 0, 2)) + 1) // 2
+        if window > registry.MAX_WINDOW:
+            self.problems.append(f"'{_BIAS_TABLE.format(0)}' is of windows of {window}; expected {registry.MAX_WINDOW} at most")
+        return window
 
     def swin_mlp_ratio(self) -> float:
         outputs, inputs = (self.size("backbone.layers.0.blocks.0.mlp.fc1.weight", axis, 2) for axis in (0, 1))
@@ -218,8 +221,8 @@ class _File:
         if not (classes := self.size("criterion.empty_weight", 0, 1)) > 1:
             return 0.0
         weight = np.asarray(self._tensors["criterion.empty_weight"])[classes - 1]
-        if not np.isfinite(weight):
-            self.problems.append(f"'criterion.empty_weight' ends with {weight}")
+        if not (is_float(weight.dtype) and np.isfinite(weight)):
+            self.problems.append(f"'criterion.empty_weight' ends with {weight} ({weight.dtype.name})")
             return 0.0
         decimals = (float(f"{float(weight):.{digits}g}") for digits in range(1, 18))
         return next(decimal for decimal in decimals if weight.dtype.type(decimal) == weight)

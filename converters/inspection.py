@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from converters.convert import Progress
-from converters.errors import ConversionError, quoted
+from converters.errors import ConversionError, printable, quoted
 from converters.infer import Inference, infer
 from converters.named_config import named_config
 from converters.official import official
@@ -66,7 +66,7 @@ class Inspection:
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
         rows = {
             "kind": f"{self.kind}, {self.size_bytes / 1e6:.1f} MB",
-            "author": self.author,
+            "author": printable(self.author, 200),
             "model": f"{self.model}" + (" (the tensors fit exactly)" if self.entry else "") if self.model else f"unknown: {self.problem}",
             "names": f"key layout {self.key_layout}" if self.key_layout else "",
             "tensors": f"{self.tensors} ({dtypes}), {self.elements / 1e6:.2f} M elements",
@@ -74,10 +74,10 @@ class Inspection:
             "values": "none are NaN, infinite, all zero or all the same" if not self.suspicious else f"{len(self.suspicious)} suspicious:",
         }
         wrap = textwrap.TextWrapper(width=120, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)
-        lines = [wrap.fill(f"  {label:<9}{text}") for label, text in rows.items() if text]
+        lines = [wrap.fill(f"  {label:<9}{printable(text, 2000)}") for label, text in rows.items() if text]
         lines += [f"           {quoted(name)}: {what}" for name, what in list(self.suspicious.items())[:_LISTED]]
         lines += [f"           … and {len(self.suspicious) - _LISTED} more"] * (len(self.suspicious) > _LISTED)
-        return "\n".join([self.name, *lines])
+        return "\n".join([printable(self.name), *lines])
 
 
 def inspect(path: str | os.PathLike[str], config: str | None = None, progress: Progress = lambda step, share: None) -> Inspection:
@@ -125,7 +125,7 @@ def _model(source: Source, base: MaskFormerConfig | None) -> tuple[Inference | N
         key_layout = found.key_layout
         return infer(found.v2(), source.path.name, base), key_layout, ""
     except ConversionError as error:
-        return None, key_layout, str(error).replace("\n  ", "; ")
+        return None, key_layout, str(error).partition("\n")[0]
     except ImportError as error:
         return None, key_layout, "" if base else f"{error.name} is not installed"
 

@@ -58,6 +58,7 @@ def manifest(
     inference: Inference,
     tensors: Mapping[str, Tensor],
     digests: Mapping[str, str],
+    written: Mapping[str, str],
     moves: Sequence[Move],
     drops: Sequence[Drop],
     losses: Mapping[str, Loss],
@@ -72,6 +73,7 @@ def manifest(
         inference: the config and its origins.
         tensors: source name → tensor.
         digests: source name → SHA-256 of the tensor's elements in C order, as hex digits.
+        written: the same of the elements as they are written, still in PyTorch's layout.
         moves: what became a variable.
         drops: what did not.
         losses: source name → what rounding did to it.
@@ -101,6 +103,7 @@ def manifest(
                 "target_shape": list(move.transform.shape(tensors[move.source].shape)),
                 "dtype": tensors[move.source].dtype.name,
                 "sha256": digests[move.source],
+                **({"written": written[move.source]} if written.get(move.source, digests[move.source]) != digests[move.source] else {}),
                 **({"loss": dataclasses.asdict(losses[move.source])} if move.source in losses else {}),
             }
             for move in moves

@@ -60,9 +60,15 @@ def official(source: Source, config: MaskFormerConfig | None = None) -> Official
     if is_huggingface(source.tensors):
         tensors, dropped = official_tensors(source.tensors)
         windows = {
-            name.removesuffix(_TABLE): (math.isqrt(tensor.shape[0]) + 1) // 2 for name, tensor in tensors.items() if name.endswith(_TABLE)
+            name.removesuffix(_TABLE): (math.isqrt(tensor.shape[0]) + 1) // 2
+            for name, tensor in tensors.items()
+            if name.endswith(_TABLE) and tensor.ndim == 2
         }
-        derived = {f"{block}{_INDEX}": registry.relative_position_index(window) for block, window in windows.items()}
+        try:
+            indices = {window: registry.relative_position_index(window) for window in set(windows.values())}
+        except registry.ZooError as error:
+            raise ConversionError(f"the tables of relative positions are those of no Swin: {error}") from None
+        derived = {f"{block}{_INDEX}": indices[window] for block, window in windows.items()}
         return Official(derived | tensors, HUGGING_FACE, dropped)
     prefix = _PARALLEL if all(name.startswith(_PARALLEL) for name in source.tensors) else ""
     named = {name.removeprefix(prefix): tensor for name, tensor in source.tensors.items()}

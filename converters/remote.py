@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import tempfile
@@ -31,9 +32,15 @@ def local_copy(source: str | os.PathLike[str], progress: Progress) -> Iterator[p
         yield _downloaded(lambda fetch, **how: fetch.download(name, **how), progress)
     elif scheme:
         with tempfile.TemporaryDirectory(prefix="tfmaskformer-") as folder:
-            yield _copied_here(name, pathlib.Path(folder), progress)
+            yield _copied_here(name, pathlib.Path(folder) / (name.rstrip("/").rpartition("/")[2] or "checkpoint"), progress)
     elif not os.path.lexists(name) and (entry := _entry(name)) is not None:
         yield _downloaded(lambda fetch, **how: fetch.fetch(entry, **how), progress)
+    elif not os.path.lexists(name) and os.sep not in name and not pathlib.Path(name).suffix:
+        try:
+            registry.entry(name)
+        except registry.ZooError as error:
+            raise ConversionError(f"{quoted(name)} does not exist, and {error}") from None
+        raise ConversionError(f"{quoted(name)} is a test model, which has no official file", f"tfmaskformer zoo synthesize {name} --dst …")
     else:
         yield pathlib.Path(name)
 
@@ -79,17 +86,17 @@ def _downloaded(download: Callable[..., pathlib.Path], progress: Progress) -> pa
         raise failure from None
 
 
-def _copied_here(name: str, folder: pathlib.Path, progress: Progress) -> pathlib.Path:
+def _copied_here(name: str, local: pathlib.Path, progress: Progress) -> pathlib.Path:
     gfile, failed = _gfile()
     try:
         if not gfile.isdir(name):
-            local = folder / (name.rstrip("/").rpartition("/")[2] or "checkpoint")
             _copy(name, local, lambda share: progress("copying", share))
             return local
-        names = [file for file in gfile.listdir(name) if not file.endswith("/")]
-        for file in names:
-            _copy(f"{name.rstrip('/')}/{file}", folder / file, lambda share: progress("copying", share))
-        return folder
+        local.mkdir()
+        for file in gfile.listdir(name):
+            if not file.endswith("/"):
+                _copy(f"{name.rstrip('/')}/{file}", local / file, lambda share: progress("copying", share))
+        return local
     except failed as error:
         raise ConversionError(f"cannot read {quoted(name)}: {_said(error)}", "is the name right, and may you read it?") from None
 
@@ -102,6 +109,15 @@ def _copy(source: str, destination: str | pathlib.Path, progress: Callable[[floa
             writer.write(block)
             done_bytes += len(block)
             progress(done_bytes / total_bytes)
+
+
+def _digest(name: str) -> str:
+    gfile, _ = _gfile()
+    digest = hashlib.sha256()
+    with gfile.GFile(name, "rb") as reader:
+        while block := reader.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class _Remote:
@@ -127,6 +143,19 @@ class _Remote:
             )
         if (names or (exists and not self.files)) and not force:
             raise ConversionError(f"{quoted(self.name)} exists", "choose another --dst, or add --force to replace it")
+        if exists and not self.files and not self._is_own():
+            raise ConversionError(
+                f"{quoted(self.name)} exists and was not written by 'convert'",
+                "choose another --dst; --force replaces only what 'convert' wrote",
+            )
+
+    def _is_own(self) -> bool:
+        with tempfile.NamedTemporaryFile(prefix="tfmaskformer-") as head:
+            gfile, _ = _gfile()
+            with gfile.GFile(self.name, "rb") as file:
+                head.write(file.read(target.HEAD_BYTES))
+            head.flush()
+            return target.is_own(pathlib.Path(head.name))
 
     def put(self, local: pathlib.Path) -> None:
         """Copies a file, or the files of a directory: those that make it a checkpoint go first and come last."""
@@ -134,16 +163,25 @@ class _Remote:
         last = (checkpoint.CONFIG_FILE, checkpoint.MANIFEST_FILE)
         try:
             if not self.files:
-                _copy(str(local), self.name)
+                self._put_file(local, self.name)
                 return
             gfile.makedirs(self.name)
             for file in (checkpoint.MANIFEST_FILE, checkpoint.CONFIG_FILE):
                 if gfile.exists(f"{self.name}/{file}"):
                     gfile.remove(f"{self.name}/{file}")
             for file in (*(file for file in self.files if file not in last), *last):
-                _copy(str(local / file), f"{self.name}/{file}")
+                self._put_file(local / file, f"{self.name}/{file}")
         except failed as error:
             raise self._unwritable(error) from None
+
+    def _put_file(self, local: pathlib.Path, there: str) -> None:
+        """Copies a file, and reads it again."""
+        gfile, _ = _gfile()
+        if gfile.exists(there):
+            gfile.remove(there)
+        _copy(str(local), there)
+        if _digest(str(local)) != _digest(there):
+            raise ConversionError(f"{quoted(there)} reads back differently than it was written", "write to a local path, and copy that")
 
     def _unwritable(self, error: Exception) -> ConversionError:
         return ConversionError(f"cannot write {quoted(self.name)}: {_said(error)}", "choose another --dst, or ask for access to it")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import mmap
 import os
@@ -55,6 +56,7 @@ _FOREIGN = {
     b"{": "JSON",
 }
 _PAGE = mmap.PAGESIZE
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Source:
         kind: one of the kinds above.
         size_bytes: of the file, or of all files of the checkpoint.
         data: the bytes of a file; None for a directory.
+        files: what a directory's checkpoint consists of.
         tensors: name → tensor, in the file's order, with the file's own names and layout.
         author: the ``__author__`` that Detectron2 writes into its files, or "".
         others: what else is in it: "optimizer", "iteration", …
@@ -82,6 +85,18 @@ class Source:
     others: tuple[str, ...] = ()
     config: MaskFormerConfig | None = None
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: tuple[pathlib.Path, ...] = ()
+
+    def sha256(self) -> str:
+        """Of the file that is open. Of a directory: of the names and digests of its checkpoint's files."""
+        if self.data is None:
+            lines = (f"{hashlib.sha256(_bytes(file)).hexdigest()}  {file.name}\n" for file in self.files)
+            return hashlib.sha256("".join(lines).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for start in range(0, len(self.data), _BLOCK_BYTES):
+            digest.update(self.data[start : start + _BLOCK_BYTES])
+            self.data.madvise(mmap.MADV_DONTNEED, start, min(_BLOCK_BYTES, len(self.data) - start))
+        return digest.hexdigest()
 
     def release(self, tensor: Tensor) -> None:
         """Lets the memory go that a tensor's part of the file takes; it is read again when it is needed."""
@@ -137,7 +152,11 @@ def open_source(path: pathlib.Path) -> Iterator[Source]:
     """
     kind = kind_of(path)
     if kind == TENSORFLOW:
-        yield _open_directory(path)
+        source = _open_directory(path)
+        before = _state(source.files)
+        yield source
+        if _state(source.files) != before:
+            raise ConversionError(f"{quoted(path)} changed while it was being read", "wait until it is complete")
         return
     with _mapped(path) as data:
         try:
@@ -167,7 +186,10 @@ def _read_hdf5(path: pathlib.Path, data: mmap.mmap) -> Source:
     contents = hdf5.read(path, data)
     kind = KERAS if any(f"/{hdf5.KERAS_VARIABLES}/" in name for name in contents.tensors) else HDF5
     config = _config(contents.attributes.get(CONFIG_KEY), "its attributes")
-    return Source(path, kind, len(data), data, contents.tensors, contents.attributes.get(AUTHOR_KEY, ""), config=config)
+    tensors, others = contents.tensors, tuple[str, ...]()
+    if kind == KERAS and (optimizer := {name for name in tensors if name.startswith("optimizer/")}):
+        tensors, others = {name: tensor for name, tensor in tensors.items() if name not in optimizer}, ("optimizer",)
+    return Source(path, kind, len(data), data, tensors, contents.attributes.get(AUTHOR_KEY, ""), others, config)
 
 
 _READERS = {PICKLE: _read_pickle, TORCH: _read_torch, SAFETENSORS: _read_safetensors, HDF5: _read_hdf5}
@@ -185,8 +207,34 @@ def _open_directory(path: pathlib.Path) -> Source:
     manifest = manifest if isinstance(manifest, dict) else {}
     author = manifest.get("source", {}).get("author", "") if isinstance(manifest.get("source"), dict) else ""
     return Source(
-        path, TENSORFLOW, contents.size_bytes, None, contents.tensors, str(author), contents.others, config=config, manifest=manifest
+        path,
+        TENSORFLOW,
+        sum(file.stat().st_size for file in contents.files),
+        None,
+        contents.tensors,
+        author if isinstance(author, str) and author.isprintable() else "",
+        contents.others,
+        config,
+        manifest,
+        contents.files,
     )
+
+
+def _state(files: tuple[pathlib.Path, ...]) -> list[tuple[int, int, int]]:
+    """What changes when a file does; raises nothing where one is gone."""
+    found = []
+    for file in files:
+        with contextlib.suppress(OSError):
+            status = file.stat()
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+    return found
+
+
+def _bytes(file: pathlib.Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConversionError(f"cannot read {quoted(file)}: {error.strerror}") from None
 
 
 def _text(file: pathlib.Path) -> str:

@@ -76,6 +76,20 @@ def format_of(path: str) -> Format:
     return next((found for found in FILES if path.lower().endswith(found.endings)), DIRECTORY)
 
 
+def is_own(path: pathlib.Path) -> bool:
+    """Whether ``convert`` may have written a file: every kind has a mark near its beginning."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return False
+    return head.startswith(synthesize.PICKLE_HEAD) or torch_zip.MARK.encode() in head or source.CONFIG_KEY.encode() in head
+
+
+HEAD_BYTES = 1 << 20
+"""Of a file, among which the mark is."""
+
+
 def _write_pickle(path: pathlib.Path, contents: Contents) -> None:
     _refuse_bfloat16(contents, "NumPy's pickles have")
     with path.open("wb") as file:

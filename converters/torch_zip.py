@@ -19,6 +19,8 @@ from converters.errors import ConversionError, quoted
 from converters.tensor import Tensor, little_endian
 from converters.unpickle import STORAGE_DTYPES, PickledModel, read_model_in_parts
 
+MARK = "__tfmaskformer__"
+"""The key beside "model" that tells what was written here; the official loader passes over it."""
 MAGIC = b"PK\x03\x04"
 _HEADER_BYTES = 30
 _UTF_8 = 1 << 11
@@ -145,7 +147,8 @@ def _pickled(tensors: Mapping[str, Tensor], versions: Mapping[str, int]) -> byte
     metadata = ordered_dict + pickle.MARK + metadata + pickle.SETITEMS
     state = pickle.EMPTY_DICT + _text("_metadata") + metadata + pickle.SETITEM
     model = ordered_dict + pickle.MARK + model + pickle.SETITEMS + state + pickle.BUILD
-    return pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + _text("model") + model + pickle.SETITEM + pickle.STOP
+    mark = _text(MARK) + pickle.NEWTRUE + pickle.SETITEM
+    return pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + mark + _text("model") + model + pickle.SETITEM + pickle.STOP
 
 
 def _text(text: str) -> bytes:

@@ -106,7 +106,7 @@ def _model(root: Any, storages: Mapping[str, _Bytes], total_bytes: int) -> Pickl
     if tensor_bytes > total_bytes:
         raise ConversionError(f"the tensors ({tensor_bytes} bytes) are larger than the file ({total_bytes} bytes): they share their data")
     author = root.get("__author__", "")
-    others = tuple(str(key) for key in root if key not in ("model", "__author__")) if "model" in root else ()
+    others = tuple(str(key) for key in root if key != "model" and not str(key).startswith("__")) if "model" in root else ()
     return PickledModel(tensors, _text(author) if isinstance(author, str | memoryview) else "", others)
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import tensorflow as tf
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
 from tfmaskformer.config import ConfigError, MaskFormerConfig
 from tfmaskformer.model import MaskFormer
@@ -33,11 +36,39 @@ def checkpoint_key(name: str) -> str:
     return _PREFIX + name.replace(".", "/") + _SUFFIX
 
 
-def official_name(key: str) -> str | None:
-    """Inverse of :func:`checkpoint_key`; None for keys of other things (optimizer, step, object graph)."""
-    if not (key.startswith(_PREFIX) and key.endswith(_SUFFIX)):
-        return None
-    return key[len(_PREFIX) : -len(_SUFFIX)].replace("/", ".")
+def stored_variables(reader: Any) -> dict[str, str]:
+    """Official name → key of every variable of the model in a checkpoint.
+
+    The names are those of the attributes that lead from the checkpoint's root through ``model`` to the variable. The key is another one
+    where TensorFlow came to the variable by another way: what an optimizer trains, it calls ``optimizer/_trainable_variables/…``.
+
+    Args:
+        reader: of ``tf.train.load_checkpoint``.
+
+    Raises:
+        ValueError: the checkpoint's own list of objects is damaged or missing.
+    """
+    graph = TrackableObjectGraph()
+    try:
+        graph.ParseFromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
+        nodes = graph.nodes
+        todo = [("", child.node_id) for child in nodes[0].children if child.local_name == "model"]
+        found: dict[str, str] = {}
+        seen = set()
+        while todo:
+            path, node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            for attribute in nodes[node].attributes:
+                if attribute.name == "VARIABLE_VALUE":
+                    found[path] = attribute.checkpoint_key
+            for child in nodes[node].children:
+                if not child.local_name.startswith("_"):  # Keras's own lists of what there is
+                    todo.append((f"{path}.{child.local_name}" if path else child.local_name, child.node_id))
+    except (tf.errors.OpError, DecodeError, IndexError) as error:
+        raise ValueError(f"the checkpoint's list of objects cannot be read: {error}") from error
+    return found
 
 
 def read_config(directory: str | os.PathLike[str]) -> MaskFormerConfig:
@@ -74,11 +105,13 @@ def load(directory: str | os.PathLike[str], dtype: str = "float32") -> MaskForme
     if prefix is None:
         raise CheckpointError(f"{directory}: no TensorFlow checkpoint in it; convert the source again")
     try:
-        reader = tf.train.load_checkpoint(prefix)
-        shapes = reader.get_variable_to_shape_map()
-        _check(directory, model, shapes)
-        model.build_parameters(lambda name: reader.get_tensor(checkpoint_key(name)))
-    except (tf.errors.OpError, RuntimeError, IndexError) as error:
+        reader = tf.compat.v1.train.NewCheckpointReader(prefix)
+        keys, shapes = stored_variables(reader), reader.get_variable_to_shape_map()
+        _check(directory, model, {name: tuple(shapes[key]) for name, key in keys.items() if key in shapes})
+        model.build_parameters(lambda name: reader.get_tensor(keys[name]))
+    except CheckpointError:
+        raise
+    except (tf.errors.OpError, RuntimeError, IndexError, ValueError) as error:
         raise CheckpointError(f"{prefix}: not a readable TensorFlow checkpoint ({error}); convert the source again") from error
     return model
 
@@ -87,9 +120,8 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or type(error).__name__
 
 
-def _check(directory: str | os.PathLike[str], model: MaskFormer, shapes: dict[str, list[int]]) -> None:
+def _check(directory: str | os.PathLike[str], model: MaskFormer, stored: dict[str, tuple[int, ...]]) -> None:
     specs = parameter_specs(model)
-    stored = {name: tuple(shape) for key, shape in shapes.items() if (name := official_name(key)) is not None}
     problems = [f"missing variable '{name}' {specs[name].shape}" for name in specs.keys() - stored.keys()]
     problems += [f"variable '{name}' {stored[name]} is not in the model" for name in stored.keys() - specs.keys()]
     problems += [

@@ -11,6 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from checkpoints import registry
+
 RESNET_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 """Bottleneck blocks in res2…res5 for each depth (Detectron2 ``modeling/backbone/resnet.py``)."""
 
@@ -73,7 +75,7 @@ class SwinConfig:
     embed_dim: int = 96  # MODEL.SWIN.EMBED_DIM: channels of the first stage, doubled by each further one
     depths: tuple[int, ...] = (2, 2, 6, 2)  # MODEL.SWIN.DEPTHS: blocks of each stage
     num_heads: tuple[int, ...] = (3, 6, 12, 24)  # MODEL.SWIN.NUM_HEADS
-    window_size: int = 7  # MODEL.SWIN.WINDOW_SIZE, in patches
+    window_size: int = 7  # MODEL.SWIN.WINDOW_SIZE, in patches; at most registry.MAX_WINDOW
     mlp_ratio: float = 4.0  # MODEL.SWIN.MLP_RATIO
     drop_rate: float = 0.0  # MODEL.SWIN.DROP_RATE
     attn_drop_rate: float = 0.0  # MODEL.SWIN.ATTN_DROP_RATE
@@ -83,6 +85,7 @@ class SwinConfig:
         _require("backbone.name", self.name, self.name == "D2SwinTransformer", "'D2SwinTransformer'")
         for field in ("embed_dim", "window_size", "mlp_ratio"):
             _require_positive("backbone", self, field)
+        _require("backbone.window_size", self.window_size, self.window_size <= registry.MAX_WINDOW, f"at most {registry.MAX_WINDOW}")
         _require("backbone.depths", self.depths, len(self.depths) == 4 and min(self.depths) > 0, "four positive numbers")
         fits = len(self.num_heads) == 4 and all(heads > 0 and self.embed_dim * 2**i % heads == 0 for i, heads in enumerate(self.num_heads))
         _require("backbone.num_heads", self.num_heads, fits, "four numbers that divide the channels of their stage")

@@ -340,7 +340,7 @@ def test_summary_and_json(tensors, checkpoint_file, tmp_path, capsys):
     output = capsys.readouterr().out
     assert output.startswith(f"model_final.pkl → {tmp_path / 'a'}\n")
     assert f"{len(tensors) - 1} tensors, " in output
-    assert " M elements, float32; re-read, every byte equal" in output
+    assert " M elements, float32; re-read, every tensor equal" in output
     assert cli.main(["--src", str(source), "--dst", str(tmp_path / "b"), "--config", CONFIG, "--json", "-"]) == 0
     manifest = json.loads(capsys.readouterr().out)
     assert manifest == json.loads((tmp_path / "m.json").read_text()) == json.loads((tmp_path / "b" / "manifest.json").read_text())

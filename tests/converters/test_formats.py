@@ -62,7 +62,7 @@ def test_back_from_tensorflow_the_file_has_the_same_bytes(model, official_file, 
     convert(source, tmp_path / "tf_ckpt", model)
     back = convert(tmp_path / "tf_ckpt", tmp_path / "model_final.pkl")
     assert (tmp_path / "model_final.pkl").read_bytes() == source.read_bytes()
-    assert back.origin == f"every tensor has the bytes that it had in {source.name}"
+    assert back.origin == f"every tensor has the bytes that were converted from {source.name}"
     assert back.inference.config.name == model
 
 
@@ -295,7 +295,7 @@ def test_existing_files(official_file, tmp_path, capsys):
     folder.mkdir()
     link.symlink_to(mine)
     for path, message in {
-        mine: "exists and is no such checkpoint",
+        mine: "exists and was not written by 'convert'",
         folder: "is a directory, and the name asks for a file",
         link: "is a symbolic link",
         tmp_path / "none" / "a.pkl": "does not exist",
