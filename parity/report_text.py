@@ -25,9 +25,10 @@ def text(check: Check, colour: bool = False) -> str:
     def paint(words: str, style: str) -> str:
         return f"\x1b[{_STYLES[style]}m{_printable(words)}\x1b[0m" if colour else _printable(words)
 
+    first = check.first_failure
     lines = [*map(_printable, heading(check)), ""]
     for case in check.cases:
-        lines += [paint(title(case), "bold"), *(_printable(f"  {line}".rstrip()) for line in _case(check, case)), ""]
+        lines += [paint(title(case), "bold"), *(_printable(f"  {line}".rstrip()) for line in _case(case, first[1] if first else None)), ""]
     lines += [_printable(f"not checked: case {exemption.name}: {exemption.reason}") for exemption in check.left_out]
     line, *more = verdict(check)
     return "\n".join([*lines, *map(_printable, more), *[""][: len(more)], paint(line, "green" if check.passed else "red")])
@@ -45,8 +46,8 @@ def verdict(check: Check) -> list[str]:
         cases = len({case.case for case in check.cases})
         return [f"match: all {compared} comparisons of {cases} case{'s' * (cases != 1)} in {' and '.join(check.settings.dtypes)} hold"]
     lines = []
-    if check.first_failure is not None:
-        case, item = check.first_failure
+    if (first := check.first_failure) is not None:
+        case, item = first
         judged = [each.passed for checked in check.cases for each in checked.items]
         count = f"{judged.count(False)} of {len(judged)} comparisons fail"
         lines += [
@@ -118,12 +119,12 @@ def title(case: CaseCheck) -> str:
     return f"{case.case} ({sizes} px), {case.dtype}, {stored}: {'match' if case.passed else 'MISMATCH'}"
 
 
-def _case(check: Check, case: CaseCheck) -> Iterator[str]:
+def _case(case: CaseCheck, first: Item | None) -> Iterator[str]:
     yield f"{'':12} " + " ".join(f"{column:>10}" for column in next(iter(case.ledger().values())))
     for group, counts in case.ledger().items():
         yield f"{group:12} " + " ".join(f"{count:10}" for count in counts.values())
     yield ""
-    yield from _trees(check, case)
+    yield from _trees(case, first)
     if case.dtype == "float32":
         yield f"median over taps of error / floor: {case.median_ratio:.3f}; of all cases together {compare.MEDIAN_FACTOR} is allowed"
         yield "gradients: in float32 shape and finiteness are judged, the error is judged in float64"
@@ -139,10 +140,9 @@ def _case(check: Check, case: CaseCheck) -> Iterator[str]:
         yield f"… and {len(failures) - SHOWN} more; --report writes them all"
 
 
-def _trees(check: Check, case: CaseCheck) -> Iterator[str]:
+def _trees(case: CaseCheck, first: Item | None) -> Iterator[str]:
     """Every group of the case, opened where something fails."""
     yield f"{'error':>8} {'floor':>8} {'ratio':>7} {'allowed':>8}  of the worst below"
-    first = check.first_failure[1] if check.first_failure and check.first_failure[0] is case else None
     for group in LEDGER:
         items = [item for item in case.items if item.group == group]
         if items and not (group == "variables" and all(item.passed for item in items)):
