@@ -51,11 +51,10 @@ MODES = {"float32": "graph", "float64": "eager"}
 """How TensorFlow runs in each dtype. In float32 that matters, for every mode rounds in its own way; in float64 it does not, and eager
 execution takes half the time, which is that of tracing a graph for a single run."""
 
-APART = (
-    "maskformer_swin_large_IN21k_384_bs16_160k_res640",
-    "maskformer_panoptic_swin_large_IN21k_384_bs64_554k",
-    "per_pixel_baseline_plus_R50_bs16_200k",
-)
+GRAPH_ONLY = ("per_pixel_baseline_plus_R50_bs16_200k",)
+"""Entries that run in graph mode in float64 too: eagerly, the masks of 847 queries need more than 20 GB."""
+
+APART = ("maskformer_swin_large_IN21k_384_bs16_160k_res640", "maskformer_panoptic_swin_large_IN21k_384_bs64_554k")
 """Entries of which masked padding checks one case at a time in float64, because two at once need more than 20 GB."""
 
 SAMPLES = 32
@@ -117,6 +116,7 @@ def prove(entry: registry.Entry, paddings: Sequence[str] = ("official", "masked"
         back = there_and_back(entry, converted)
         checks = []
         for padding, (dtype, mode) in itertools.product(paddings, MODES.items()):
+            mode = "graph" if entry.name in GRAPH_ONLY else mode
             apart = entry.name in APART and (padding, dtype) == ("masked", "float64")
             for cases in [(name,) for name, _ in _cases(entry)] if apart else [()]:
                 settings = Settings(str(converted), str(traces / entry.name), (dtype,), cases, padding=padding, mode=mode)
