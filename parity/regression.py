@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from parity import compare
 from parity.report import FORMAT, VERSION
+from parity.report_text import printable
 
 FACTOR = 1.5
 """By how much an error may grow, if nothing else is asked for: official runs differ among themselves by up to 1.46 × (docs/parity.md)."""
@@ -96,7 +97,7 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ReportError(f"cannot read '{path}': {error}\n  {EXPECTED}") from error
     if not isinstance(report, dict) or report.get("format") != FORMAT:
         raise ReportError(f"'{path}' is no report: 'format' is not '{FORMAT}'\n  {EXPECTED}")
@@ -196,7 +197,7 @@ def text(found: Regression) -> str:
     lines += _listed("vanished", [str(key) for key in found.vanished])
     lines += _listed("appeared", [f"{key}{': fails' * (key in found.appeared_failing)}" for key in found.appeared])
     lines += _listed("other surroundings", [f"{name}: {old} → {new}" for name, (old, new) in found.environment.items()])
-    return "\n".join([*lines, verdict(found)])
+    return "\n".join(map(printable, [*lines, verdict(found)]))
 
 
 def _listed(heading: str, entries: Sequence[str]) -> Iterator[str]:

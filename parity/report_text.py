@@ -23,18 +23,18 @@ def text(check: Check, colour: bool = False) -> str:
     """The report for a terminal; its last line is the verdict."""
 
     def paint(words: str, style: str) -> str:
-        return f"\x1b[{_STYLES[style]}m{_printable(words)}\x1b[0m" if colour else _printable(words)
+        return f"\x1b[{_STYLES[style]}m{printable(words)}\x1b[0m" if colour else printable(words)
 
     first = check.first_failure
-    lines = [*map(_printable, heading(check)), ""]
+    lines = [*map(printable, heading(check)), ""]
     for case in check.cases:
-        lines += [paint(title(case), "bold"), *(_printable(f"  {line}".rstrip()) for line in _case(case, first[1] if first else None)), ""]
-    lines += [_printable(f"not checked: case {exemption.name}: {exemption.reason}") for exemption in check.left_out]
+        lines += [paint(title(case), "bold"), *(printable(f"  {line}".rstrip()) for line in _case(case, first[1] if first else None)), ""]
+    lines += [printable(f"not checked: case {exemption.name}: {exemption.reason}") for exemption in check.left_out]
     line, *more = verdict(check)
-    return "\n".join([*lines, *map(_printable, more), *[""][: len(more)], paint(line, "green" if check.passed else "red")])
+    return "\n".join([*lines, *map(printable, more), *[""][: len(more)], paint(line, "green" if check.passed else "red")])
 
 
-def _printable(words: str) -> str:
+def printable(words: str) -> str:
     """What comes from files cannot steer the terminal."""
     return "".join(character if character.isprintable() else "\ufffd" for character in words)
 

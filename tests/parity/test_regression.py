@@ -133,6 +133,12 @@ def test_other_surroundings_are_told_and_are_no_regression():
     assert '  settings.mode: "graph" → "xla"' in regression.text(result).splitlines()
 
 
+def test_names_of_files_cannot_steer_the_terminal():
+    result = found(passing(items=()), passing(items=(item("taps", "x\x1b[2J#0", 1.0),)))
+    assert "\x1b" not in regression.text(result)
+    assert len(result.appeared_failing) == 2
+
+
 # --- the command
 
 
@@ -179,6 +185,7 @@ def test_json_has_everything(files, capsys):
     [
         (None, "cannot read"),
         ("{", "cannot read"),
+        ("[" * 100_000, "cannot read"),
         ("[]", "is no report"),
         ('{"format": "tfmaskformer-trace"}', "is no report"),
         (json.dumps({"format": report.FORMAT, "version": 99}), "has report version 99, expected 1"),
