@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 MOST_CANVASES = 4
-"""Each is one compilation; more of them pad less. On sizes like COCO's 4 leave 10 % of the pixels to padding."""
+"""Each is one compilation; more of them pad less."""
 
 _MOST_KINDS = 256
 """Of sizes, among which canvases are chosen."""

@@ -135,9 +135,11 @@ def _evaluate(arguments: argparse.Namespace, progress: _Progress) -> int:
     )
     evaluation.run(progress)
     progress.end()
-    report = evaluation.report()
+    counts = evaluation.total()
     if shard[1]:  # the first worker tells
         return OK
+    evaluation.write_results(counts)
+    report = evaluation.report(counts)
     for problem in report["problems"]:
         print(f"skipped: {problem['file']}: {problem['kind']}", file=sys.stderr)
     if arguments.json == "-":

@@ -156,7 +156,7 @@ class Evaluation:
             self._saved = len(self.counts.done)
 
     def total(self) -> Counts:
-        """The counts of all workers."""
+        """The counts of all workers, each of which must call this."""
         if worker(self.strategy)[0] == 1:
             return self.counts
         text = np.frombuffer(json.dumps(self.counts.to_dict()).encode() + b"\n", np.uint8).astype(np.int32)
@@ -168,9 +168,8 @@ class Evaluation:
             lambda total, part: total + Counts.from_dict(json.loads(part)), parts, Counts.none(self.metrics, self.source.info)
         )
 
-    def report(self) -> dict[str, Any]:
-        """All metrics in percent, and what they are of, for JSON. Of several workers, all must call this."""
-        counts = self.total()
+    def report(self, counts: Counts) -> dict[str, Any]:
+        """All metrics of :meth:`total`'s counts in percent, and what they are of, for JSON."""
         skipped = self.source.skipped + counts.skipped
         report: dict[str, Any] = {
             "format": "tfmaskformer-evaluation",
@@ -199,11 +198,11 @@ class Evaluation:
         }
         return report
 
-    def write_results(self) -> None:
-        """Writes ``predictions.json`` beside the PNG files, or ``sem_seg_predictions.json``. Of several workers, all must call this."""
+    def write_results(self, counts: Counts) -> None:
+        """Writes ``predictions.json`` beside the PNG files, or ``sem_seg_predictions.json``, of :meth:`total`'s counts."""
         if self._results is None:
             return
-        entries, info = self.total().results, self.source.info
+        entries, info = counts.results, self.source.info
         if "panoptic" in self.metrics:
             categories = [
                 {"id": dataset_id, "name": name, "isthing": int(index in info.thing_classes)}
@@ -247,9 +246,9 @@ class Evaluation:
             raise EvaluationError(
                 f"'{self._state_file}' is not what an evaluation saved: {error}\n  remove it, or choose another folder"
             ) from error
-        if document.get("format") != FORMAT or document.get("plan") != self._plan:
-            plan = document.get("plan", {})
-            differing = ", ".join(key for key in self._plan if plan.get(key) != self._plan[key]) or "format"
+        plan = document.get("plan") if isinstance(document, dict) and document.get("format") == FORMAT else None
+        if plan != self._plan:
+            differing = ", ".join(key for key in self._plan if plan.get(key) != self._plan[key]) if plan else "format"
             raise EvaluationError(
                 f"'{self._state_file}' is of another evaluation (different: {differing})\n  choose another --resume folder, or remove it"
             )
