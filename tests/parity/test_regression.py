@@ -97,7 +97,8 @@ def test_what_vanished_is_a_regression_and_what_appeared_only_where_it_fails():
     more = found(less, passing())
     assert more.appeared == result.vanished
     assert not more.regressed
-    new = found(passing(), passing(items=(*ITEMS, Item("taps", "new#0", False))))
+    fails = Item("taps", "old#0", False)
+    new = found(passing(items=(*ITEMS, fails)), passing(items=(*ITEMS, fails, Item("taps", "new#0", False))))
     assert [key.name for key in new.appeared_failing] == ["new#0"] * 2
     assert new.regressed
     assert "  odd float32 taps 'new#0': fails" in regression.text(new).splitlines()
