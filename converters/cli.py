@@ -35,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     progress = _Progress(sys.stderr.isatty())
     try:
-        code = arguments.run(arguments, progress)
-        sys.stdout.flush()
-        return code
+        return arguments.run(arguments, progress)
     except ConversionError as error:
         return _failed(progress, str(error), error.exit_code)
     except ImportError as error:
@@ -49,9 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(
             progress, "interrupted; on this machine nothing was written, in a bucket nothing that counts as a checkpoint", COULD_NOT_RUN
         )
-    except OSError as error:  # of the terminal or the pipe; those of files have been told as what they are
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _failed(progress, f"cannot print: {error.strerror}", COULD_NOT_RUN)
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -160,11 +155,11 @@ def _convert(arguments: argparse.Namespace, progress: _Progress) -> int:
         conversion = convert(arguments.src, arguments.dst, arguments.config, **how)
     progress.end()
     if arguments.json == "-":
-        print(json.dumps(conversion.manifest))
+        _print(json.dumps(conversion.manifest))
     else:
         if json_file is not None:
             _write_json(json_file, conversion.manifest)
-        print(_summary(conversion, time.monotonic() - start_s))
+        _print(_summary(conversion, time.monotonic() - start_s))
     return OK
 
 
@@ -173,7 +168,7 @@ def _inspect(arguments: argparse.Namespace, progress: _Progress) -> int:
 
     found = inspect(arguments.what, arguments.config, progress)
     progress.end()
-    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found.text())
+    _print(json.dumps(found.to_dict(), indent=2) if arguments.json else found.text())
     return OK
 
 
@@ -182,7 +177,7 @@ def _diff(arguments: argparse.Namespace, progress: _Progress) -> int:
 
     found = diff(arguments.what, arguments.other, arguments.config, progress)
     progress.end()
-    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found.text())
+    _print(json.dumps(found.to_dict(), indent=2) if arguments.json else found.text())
     return OK if found.same else DIFFERENT
 
 
@@ -198,7 +193,7 @@ def _writable(path: str | None, others: Sequence[str | None]) -> pathlib.Path | 
             raise ConversionError(f"--json {quoted(path)} is the source or the destination", "choose another --json file")
         if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
             raise ConversionError(f"cannot write {quoted(path)}", "choose another --json file, in a directory that exists")
-        if file.is_file() and file.stat().st_size and file.open("rb").read(1) != b"{":
+        if file.is_file() and file.stat().st_size and file.read_bytes()[:1] != b"{":
             raise ConversionError(f"{quoted(path)} exists and is no JSON", "choose another --json file")
     except OSError as error:
         raise ConversionError(f"cannot write {quoted(path)}: {error.strerror}", "choose another --json file") from None
@@ -297,6 +292,18 @@ def _product(sizes: Sequence[int]) -> int:
     for size in sizes:
         result *= size
     return result
+
+
+def _print(text: str) -> None:
+    from converters.errors import ConversionError
+
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it when it ends
+        failure = ConversionError(f"cannot print: {error.strerror}")
+        failure.exit_code = COULD_NOT_RUN
+        raise failure from None
 
 
 def _failed(progress: _Progress, message: str, code: int) -> int:

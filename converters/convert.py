@@ -139,9 +139,9 @@ def run(
                 return _Run(file, planner(file), target.DIRECTORY, dtype, pool, progress).examined()
         with upload(destination, force) as place:
             form = target.format_of(str(destination))
-            if place.exists() and path.exists() and place.samefile(path):
-                raise ConversionError(f"{quoted(destination)} is the source itself", "choose another --dst")
             staged = Destination(place, force, form.files, target.is_own)
+            if place.exists() and place.samefile(path):
+                raise ConversionError(f"{quoted(destination)} is the source itself", "choose another --dst")
             with staged.staging() as directory:
                 with ThreadPoolExecutor(THREADS) as pool, open_source(path) as file:
                     todo = planner(file)
