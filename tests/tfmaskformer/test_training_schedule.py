@@ -23,8 +23,8 @@ def schedule_of(recorded):
     return build_lr_scheduler(recipe_of(official_tree(recorded["config"], changes)))
 
 
-ULPS = 4e-16
-"""Compiled, relative: measured 3.4e-16, two units of the last place."""
+COMPILED_ATOL = 4e-16
+"""Of the base learning rate; measured 2.2e-16. Compilers turn the division by max_iter into a product."""
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -43,10 +43,10 @@ def test_official_trainings(entry):
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize("name", ["steps_warmup", "steps_constant", "poly_warmup", "poly_ending", "two_million"])
 def test_compiled(name, jit_compile):
-    recorded = SCHEDULES[name]["learning_rates"]
-    rate = tf.function(schedule_of(SCHEDULES[name]), jit_compile=jit_compile, input_signature=[tf.TensorSpec([], tf.int64)])
+    recorded, schedule = SCHEDULES[name]["learning_rates"], schedule_of(SCHEDULES[name])
+    rate = tf.function(schedule, jit_compile=jit_compile, input_signature=[tf.TensorSpec([], tf.int64)])
     found = [float(rate(iteration)) for iteration, _ in recorded]
-    np.testing.assert_allclose(found, [value for _, value in recorded], rtol=ULPS, atol=0)
+    np.testing.assert_allclose(found, [value for _, value in recorded], rtol=0, atol=COMPILED_ATOL * schedule.base_lr)
 
 
 def test_eager_with_a_variable():

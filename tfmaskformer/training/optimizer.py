@@ -1,7 +1,7 @@
 """AdamW and SGD in PyTorch's form, with the official parameter groups and full-model gradient clipping.
 
-Sources: MaskFormer ``train_net.py`` (``Trainer.build_optimizer``); PyTorch's documentation of ``torch.optim.AdamW``, ``torch.optim.SGD``
-and ``torch.nn.utils.clip_grad_norm_``; papers: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
+Sources: MaskFormer ``train_net.py`` (``Trainer.build_optimizer``); PyTorch's ``torch.optim.AdamW``, ``torch.optim.SGD`` and
+``torch.nn.utils.clip_grad_norm_``; paper: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
 
 Keras' own AdamW adds epsilon elsewhere and has other defaults; ``tf.clip_by_global_norm`` clips each replica for itself. Which is why:
 docs/decisions/0013-optimizer.md.
@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 
 from tfmaskformer.layers import Embedding, GroupNorm, LayerNorm
-from tfmaskformer.module import Module, named_modules, named_variables
+from tfmaskformer.module import Module, named_modules, named_variables, parameter_specs
 from tfmaskformer.training.recipe import Recipe
 from tfmaskformer.training.schedule import build_lr_scheduler
 
@@ -47,14 +47,14 @@ def parameters(root: keras.layers.Layer, recipe: Recipe) -> list[Parameter]:
     Needs no variable to exist.
     """
     decays = {"weight": recipe.weight_decay, "norm": recipe.weight_decay_norm, "embed": recipe.weight_decay_embed, "position": 0.0}
-    found = []
-    for path, module in named_modules(root):
-        for name, spec in module._declared.items():
-            if spec.trainable:
-                part = "backbone" if "backbone" in path else "sem_seg_head"
-                kind = _kind(module, name)
-                factor = recipe.backbone_multiplier if part == "backbone" else 1.0
-                found.append(Parameter(f"{path}.{name}", f"{part}.{kind}", factor, decays[kind]))
+    modules, found = dict(named_modules(root)), []
+    for name, spec in parameter_specs(root).items():
+        if spec.trainable:
+            path, _, last = name.rpartition(".")
+            part = "backbone" if "backbone" in path else "sem_seg_head"
+            kind = _kind(modules[path], last)
+            factor = recipe.backbone_multiplier if part == "backbone" else 1.0
+            found.append(Parameter(name, f"{part}.{kind}", factor, decays[kind]))
     return found
 
 
@@ -101,8 +101,7 @@ class TorchOptimizer(keras.optimizers.Optimizer):
     float64, where they meet it.
 
     In a checkpoint, a slot's key is its name and the official one (``exp_avg/backbone/stem/conv1/weight``), and the model's variables are
-    not repeated. ``gradient_norm`` is the
-    norm of the last step's gradient, summed over replicas, before clipping; it is not in a checkpoint.
+    not repeated. ``gradient_norm`` is the norm of the last step's gradient, summed over replicas, before clipping; no checkpoint has it.
 
     Args:
         learning_rate: a schedule (``tfmaskformer.training.schedule``), or a float, which Keras keeps as a float32 variable.
