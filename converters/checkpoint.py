@@ -68,7 +68,10 @@ def read(directory: pathlib.Path) -> Contents:
     try:
         prefix = tf.train.latest_checkpoint(str(directory))
         if prefix is None:
-            raise ConversionError(f"{name}: no TensorFlow checkpoint is complete in it", "its files are missing: copy the directory again")
+            raise ConversionError(
+                f"{name}: no TensorFlow checkpoint is complete in it",
+                "copy the directory again, with the files 'checkpoint', *.index and *.data-*",
+            )
         reader = tf.train.load_checkpoint(prefix)
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
         keys = {found: key for found, key in stored_variables(reader).items() if key in shapes}

@@ -120,8 +120,10 @@ def kind_of(path: pathlib.Path) -> str:
             if not checkpoint.is_checkpoint(path):
                 raise ConversionError(f"{name} is a directory without a TensorFlow checkpoint", EXPECTED)
             return TENSORFLOW
+        if path.with_name(f"{path.name}.index").is_file() or path.suffix == ".index" or ".data-0" in path.suffix:
+            raise ConversionError(f"{name} is part of a TensorFlow checkpoint", f"name its directory: {path.parent}")
         if not path.is_file():
-            raise ConversionError(f"{name} does not exist, or is no regular file")
+            raise ConversionError(f"{name} does not exist" if not path.exists() else f"{name} is no regular file")
         with path.open("rb") as file:
             head = file.read(64)
             size_bytes = os.fstat(file.fileno()).st_size

@@ -262,6 +262,13 @@ def test_unknown_names_are_told_with_the_nearest(tmp_path, capsys, monkeypatch):
     assert "tfmaskformer zoo synthesize tiny_panoptic" in refused(capsys, "--src", "tiny_panoptic", "--dst", "a")
 
 
+def test_parts_of_a_tensorflow_checkpoint(official, tmp_path, capsys):
+    convert(official, tmp_path / "run", MODEL)
+    for name in ("ckpt", "ckpt.index", "ckpt.data-00000-of-00001"):
+        message = refused(capsys, "--src", tmp_path / "run" / name, "--dst", tmp_path / "a")
+        assert f"is part of a TensorFlow checkpoint\n  name its directory: {tmp_path / 'run'}" in message
+
+
 def test_paths_that_cannot_be(official, capsys, tmp_path):
     for destination in ("x" * 300, tmp_path / ("y" * 300) / "z"):
         assert "cannot write" in refused(capsys, "--src", official, "--config", MODEL, "--dst", destination)
