@@ -1,8 +1,9 @@
 """Evaluations in processes of their own; run by test_evaluate.py, imports TensorFlow once and then only forks.
 
-``python evaluation_processes.py replicas CKPT DATA`` evaluates with 1, 2 and 4 logical devices of the CPU. ``… kills CKPT DATA`` kills one
-evaluation with SIGKILL again and again, each time elsewhere, and goes on with what it saved. Both print a JSON object: the counts of each
-run by its name, and, of kills, what each of them left: how many images its state has, or -1 if it cannot be read.
+``python evaluation_processes.py replicas CKPT DATA`` evaluates with 1, 2 and 4 logical devices of the CPU, and with 2 compiled; the others
+are plain graphs, since compiling takes seconds. ``… kills CKPT DATA`` kills one evaluation with SIGKILL again and again, each time
+elsewhere, and goes on with what it saved. Both print a JSON object: the counts of each run by its name, and, of kills, what each of them
+left: how many images its state has, or -1 if it cannot be read.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ def main(what: str, ckpt: str, data: str) -> None:
     evaluate.SAVE_EVERY = 1
     scratch = pathlib.Path(tempfile.mkdtemp())
 
-    def evaluated(name: str, resume: str | None, replicas: int, sabotage: Callable[[], None]) -> int:
+    def evaluated(name: str, resume: str | None, replicas: int, sabotage: Callable[[], None], compiled: bool = False) -> int:
         """Exit code of a process that writes its counts to ``name``."""
         child = os.fork()
         if child:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         code = 1
         try:
+            if not compiled:
+                function = tf.function
+                tf.function = lambda **options: function(**(options | {"jit_compile": None}))
             strategy = strategy_for("cpu", replicas=replicas)
             source = sources.open_source(data, default_name=read_config(ckpt).dataset)
             metrics = sources.metrics_of(read_config(ckpt), source)
@@ -86,12 +90,12 @@ def main(what: str, ckpt: str, data: str) -> None:
 
     left = []
     if what == "replicas":
-        names = ["1", "2", "4"]
-        codes = [evaluated(name, None, int(name), nothing) for name in names]
-        assert codes == [0, 0, 0], codes
+        names = ["1", "2", "4", "2 compiled"]
+        codes = [evaluated(name, None, int(name[0]), nothing, "compiled" in name) for name in names]
+        assert codes == [0] * 4, codes
     else:
         resume = str(scratch / "resume")
-        for sabotage in (while_counting(1), at_rename(2, after=False), at_rename(1, after=True), while_counting(2)):
+        for sabotage in (at_rename(2, after=False), at_rename(1, after=True), while_counting(2)):
             assert evaluated("killed", resume, 1, sabotage) == DIED
             try:
                 left.append(len(json.loads((scratch / "resume" / "state-0-of-1.json").read_text())["counts"]["done"]))

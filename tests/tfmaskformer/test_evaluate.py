@@ -32,7 +32,7 @@ from tfmaskformer.module import parameter_specs
 
 IMAGES = 50
 SMALL = importlib.resources.files("checkpoints") / "small"
-CANVASES = ["--canvas", "160", "160", "128", "128"]
+CANVAS = ["--canvas", "160", "160"]
 OFFICIAL = json.loads((SMALL / "shapes_panoptic.json").read_text(encoding="utf-8"))["validation"][f"first_{IMAGES}_images"]
 TINY = MaskFormerConfig(
     name="tiny",
@@ -117,7 +117,7 @@ def test_official_quality(tmp_path, capsys):
     shapes.write(tmp_path / "data", "val", IMAGES)
     capsys.readouterr()
     folders = ["--results", str(tmp_path / "results"), "--resume", str(tmp_path / "resume")]
-    report = evaluate("--ckpt", str(tmp_path / "ckpt"), "--data", str(tmp_path / "data"), *CANVASES, "--batch", "4", "--ap", *folders)
+    report = evaluate("--ckpt", str(tmp_path / "ckpt"), "--data", str(tmp_path / "data"), *CANVAS, "--batch", "4", "--ap", *folders)
     for group in ("all", "things", "stuff"):
         for key, official in OFFICIAL[group].items():
             assert report["metrics"]["panoptic"][group][key] == pytest.approx(official, abs=0.005 + 1e-4), (group, key)  # two decimals
@@ -160,20 +160,19 @@ def test_official_quality(tmp_path, capsys):
     assert len(instances.detections) == sum(info["category_id"] in things for _, infos in found.values() for info in infos)
 
     # Again: nothing is left to do, and the result is the same.
-    again = evaluate("--ckpt", str(tmp_path / "ckpt"), "--data", str(tmp_path / "data"), *CANVASES, "--ap", *folders)
+    again = evaluate("--ckpt", str(tmp_path / "ckpt"), "--data", str(tmp_path / "data"), *CANVAS, "--ap", *folders)
     assert (again["metrics"], again["counts"]) == (report["metrics"], report["counts"])
     assert again["run"]["resumed_with"] == IMAGES
 
 
-def test_the_same_as_each_image_alone(tiny, cityscapes, tmp_path, capsys):
+def test_the_same_as_each_image_alone(tiny, cityscapes, tmp_path, capsys, monkeypatch):
     """Semantic results of images on canvases, against each unpadded one, by hand; the bad image is skipped; and the same from TFRecords."""
     results = tmp_path / "results"
-    canvases = ["--canvas", "64", "100", "100", "64", "--batch", "3", "--on-error", "skip"]
-    report = evaluate("--ckpt", tiny, "--data", cityscapes, *canvases, "--results", str(results))
+    options = ["--canvas", "100", "100", "--batch", "3", "--on-error", "skip"]
+    report = evaluate("--ckpt", tiny, "--data", cityscapes, *options, "--results", str(results))
     assert "skipped: " in capsys.readouterr().err
     assert report["images"] == {"evaluated": 8, "skipped": 1, "of": 9}
     assert [problem["kind"] for problem in report["problems"]] == ["corrupt image"]
-    assert len(report["run"]["canvases"]) == 2
 
     model = tfmaskformer.load(tiny)
     quality, files = SemanticQuality(TINY.num_classes), {}
@@ -181,12 +180,12 @@ def test_the_same_as_each_image_alone(tiny, cityscapes, tmp_path, capsys):
     padded = 0
     for sample in dataset.samples("skip"):
         image = resize_shortest_edge(sample.image, TINY.test.min_size, TINY.test.max_size)
-        padded += image.shape[:2] not in ((64, 100), (100, 64))
+        padded += image.shape[:2] != (100, 100)
         [scores] = tfmaskformer.semantic_inference(model(image[None]), TINY, [image.shape[:2]], [sample.image.shape[:2]])
         labels = np.argmax(scores, 0)
         quality.update(sample.sem_seg, labels)
         files[os.path.basename(sample.record.image)] = {label: int((labels == label).sum()) for label in np.unique(labels).tolist()}
-    assert padded >= 4
+    assert padded == 8
     assert min(map(len, files.values())) > 10  # classes
     assert report["counts"]["semantic"] == quality.to_dict()
     assert report["metrics"]["semantic"]["miou"] == 100 * quality.result().miou
@@ -196,7 +195,10 @@ def test_the_same_as_each_image_alone(tiny, cityscapes, tmp_path, capsys):
     assert areas == files
 
     tfrecords.build(dataset, tmp_path / "records", shards=2, on_error="skip")
-    packed = evaluate("--ckpt", tiny, "--data", str(tmp_path / "records"), *canvases)
+    function = tf.function
+    monkeypatch.setattr(tf, "function", lambda **kwargs: function(**(kwargs | {"jit_compile": None})))  # compiling takes seconds
+    packed = evaluate("--ckpt", tiny, "--data", str(tmp_path / "records"), *options, "--canvas", "64", "100", "100", "64")
+    assert len(packed["run"]["canvases"]) == 2
     for key in ("counts", "images", "metrics", "problems"):
         assert packed[key] == report[key], key
 
@@ -221,16 +223,20 @@ def test_replicas_count_the_same(tiny, sound):
     """Seven images do not divide by 2 or 4."""
     counts = processes("replicas", tiny, sound)["counts"]
     ids = [record.image_id for record in open_dataset("cityscapes", sound).records]
+    assert len(counts) == 4
     for name, count in counts.items():
         assert sorted(count["done"]) == sorted(ids), name
-        assert count["semantic"] == counts["1"]["semantic"], name
+    assert counts["1"] == counts["2"] == counts["4"]
+    plain, compiled = (SemanticQuality.from_dict(counts[name]["semantic"]).confusion for name in ("2", "2 compiled"))
+    assert plain.sum() == compiled.sum()
+    assert np.abs(plain - compiled).sum() <= 10  # px; XLA adds in another order
     pixels = sum(sample.sem_seg.size for sample in open_dataset("cityscapes", sound).samples())
     assert sum(counts["1"]["semantic"]["counts"]) == pixels
 
 
 def test_a_killed_evaluation_goes_on(tiny, sound):
     result = processes("kills", tiny, sound)
-    assert result["left"] == [0, 1, 2, 3]
+    assert result["left"] == [1, 2, 3]
     killed, whole = (result["counts"][name] for name in ("killed", "whole"))
     assert len(killed["done"]) == len(set(killed["done"])) == 7
     assert killed == whole
@@ -248,13 +254,15 @@ def test_another_evaluation_is_not_resumed(tiny, cityscapes, tmp_path, capsys):
 def test_data_that_does_not_fit(tiny, cityscapes, tmp_path, capsys):
     generated.write("ade20k", tmp_path, "val", 1)
     generated.write("shapes", tmp_path, "val", 1)
+    (tmp_path / "file").write_text("")
     for arguments, message in (
-        (["--data", "nowhere"], "missing file"),
+        (["--data", "nowhere"], "empty folder"),
         (["--data", str(tmp_path), "--dataset", "ade20k"], "19 classes, expected 150"),
         (["--data", str(tmp_path), "--dataset", "shapes"], "19 classes, expected 7"),
         (["--data", cityscapes, "--canvas", "64", "64"], "give a larger --canvas"),
         (["--data", cityscapes, "--split", "test"], "unknown split"),
         (["--data", cityscapes, "--json", "no/such/folder.json"], "cannot write"),
+        (["--data", cityscapes, "--results", str(tmp_path / "file" / "results")], "cannot make the folder"),
         (["--data", cityscapes, "--ckpt", str(tmp_path)], "expected a directory written by 'convert'"),
     ):
         assert cli.main(["--ckpt", tiny, "--cpu", *arguments]) == cli.BAD_INPUT, message

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import tensorflow as tf
 
+import tfmaskformer
 from checkpoints import registry
 from tfmaskformer import checkpoint
 from tfmaskformer.config import MaskFormerConfig
@@ -35,7 +36,7 @@ from tfmaskformer.evaluation.canvases import Canvas, choose_canvases
 from tfmaskformer.evaluation.counts import Counts, ids_of
 from tfmaskformer.evaluation.devices import worker
 from tfmaskformer.evaluation.instances import instance_truth
-from tfmaskformer.evaluation.results import JSON_NAME, PNG_FOLDER, encode_png, semantic_annotations
+from tfmaskformer.evaluation.results import JSON_NAME, PNG_FOLDER, _mask_api, encode_png, semantic_annotations
 from tfmaskformer.evaluation.sources import EvaluationError, Source
 from tfmaskformer.static_inference import static_panoptic_inference, static_semantic_inference
 
@@ -71,7 +72,8 @@ class Evaluation:
 
     Raises:
         CheckpointError: no checkpoint there.
-        EvaluationError: a canvas is too small, or ``resume`` holds another evaluation.
+        EvaluationError: a canvas is too small, a folder cannot be made, or ``resume`` holds another evaluation.
+        ImportError: pycocotools is missing, and needed.
     """
 
     def __init__(
@@ -91,6 +93,11 @@ class Evaluation:
         self._on_error, self._batch = on_error, batch
         self._results = None if results is None else os.fspath(results)
         self._state_file = None
+        for folder in (results, resume):
+            if folder is not None:
+                _make(os.fspath(folder))
+        if "instances" in metrics or (results is not None and "panoptic" not in metrics):
+            _mask_api()  # for its error
         self._plan = self._planned(directory)
         self.counts = Counts.none(metrics, source.info)
         if resume is not None:
@@ -191,8 +198,9 @@ class Evaluation:
             },
             "versions": {
                 "python": platform.python_version(),
-                **{package: metadata.version(package) for package in ("tfmaskformer", "keras", "numpy", "pillow")},
+                **{package: metadata.version(package) for package in ("keras", "numpy", "pillow")},
                 "tensorflow": tf.__version__,
+                "tfmaskformer": tfmaskformer.__version__,
             },
             "counts": {name: value.to_dict() for name in ("panoptic", "semantic") if (value := getattr(counts, name)) is not None},
         }
@@ -393,6 +401,13 @@ def _published(name: str) -> dict[str, float]:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _make(folder: str) -> None:
+    try:
+        tf.io.gfile.makedirs(folder)
+    except tf.errors.OpError as error:
+        raise EvaluationError(f"cannot make the folder '{folder}': {error.message}\n  choose another one") from error
 
 
 def _write(path: str, content: bytes) -> None:
