@@ -150,10 +150,12 @@ class Evaluation:
                 for canvas in list(waiting):
                     if waiting[canvas]:
                         step(canvas)
-        finally:
-            self.save()
-            self._seconds += time.monotonic() - start_s
-            self._seen += len(self.counts.done) - before
+        except DataError:
+            self.save()  # not after others, which may come in the middle of counting
+            raise
+        self.save()
+        self._seconds += time.monotonic() - start_s
+        self._seen += len(self.counts.done) - before
 
     def save(self) -> None:
         """Writes what has been counted, where there is a folder for it: whole, or not at all."""
