@@ -25,10 +25,11 @@ def text(check: Check, colour: bool = False) -> str:
     def paint(words: str, style: str) -> str:
         return f"\x1b[{_STYLES[style]}m{printable(words)}\x1b[0m" if colour else printable(words)
 
-    first = check.first_failure
+    first_case, first = check.first_failure or (None, None)
     lines = [*map(printable, heading(check)), ""]
     for case in check.cases:
-        lines += [paint(title(case), "bold"), *(printable(f"  {line}".rstrip()) for line in _case(case, first[1] if first else None)), ""]
+        told_of = _case(case, first if case is first_case else None)
+        lines += [paint(title(case), "bold"), *(printable(f"  {line}".rstrip()) for line in told_of), ""]
     lines += [printable(f"not checked: case {exemption.name}: {exemption.reason}") for exemption in check.left_out]
     line, *more = verdict(check)
     return "\n".join([*lines, *map(printable, more), *[""][: len(more)], paint(line, "green" if check.passed else "red")])
