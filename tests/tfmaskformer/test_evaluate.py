@@ -130,7 +130,7 @@ def test_official_quality(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == f"shapes_panoptic on shapes val: {IMAGES} images, 0 skipped"
     assert ["all", *(f"{OFFICIAL['all'][key]:.2f}" for key in ("pq", "sq", "rq")), "7"] in [line.split() for line in out.splitlines()]
-    assert err == ""
+    assert "skipped" not in err  # progress at most
 
     ids = [category.id for category in shapes.CATEGORIES]
     found = {image_id: result for image_id, _, *result in read_panoptic(tmp_path / "results", ids)}
