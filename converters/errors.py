@@ -33,8 +33,8 @@ def quoted(name: object, limit: int = 120) -> str:
 def printable(text: object, limit: int = 300) -> str:
     """Text from a file as a terminal may show it: control characters escaped, shortened to about ``limit`` characters.
 
-    >>> printable("a" + chr(27) + "[2J")
-    'a\\x1b[2J'
+    >>> print(printable("a" + chr(27) + "[2J"))
+    a\\x1b[2J
     """
     shown = "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(text)[:limit])
     return shown + "…" * (len(str(text)) > limit)
