@@ -33,7 +33,7 @@ from checkpoints import registry, synthesize
 
 ENTRY = "maskformer_panoptic_R50_bs64_554k"
 LARGEST = "maskformer_panoptic_swin_large_IN21k_384_bs64_554k"
-TURNS = 5
+TURNS = 3
 FLOOR, CONVERT = "floor", "convert"
 SOURCES = ("model.pkl", "model.pth", "model.safetensors", "model.h5")
 PAIRS = [(name, "tf_ckpt") for name in SOURCES] + [("tf_ckpt", name) for name in SOURCES]

@@ -317,7 +317,7 @@ class _Run:
 
     def _verify(self, path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
         """Reads the file just written as any source, and compares the digest of every tensor with what it should be."""
-        with open_source(path) as file:
+        with open_source(path, own=True) as file:
             found = official(file).v2()
             wrong = sorted(found.keys() ^ tensors.keys())
 

@@ -39,13 +39,15 @@ class Contents:
     attributes: dict[str, str]
 
 
-def read(path: pathlib.Path, data: mmap.mmap) -> Contents:
-    """All datasets of the file ``path``, as views of ``data``, which are its bytes. A process of its own lists them.
+def read(path: pathlib.Path, data: mmap.mmap, own: bool = False) -> Contents:
+    """All datasets of the file ``path``, as views of ``data``, which are its bytes.
+
+    A process of its own lists them, unless the file is our ``own``, just written.
 
     Raises:
         ConversionError: damaged, or a dataset that is a link, compressed, stored elsewhere, or not of numbers.
     """
-    listed = _listed(path)
+    listed = hdf5_listing.listing(str(path)) if own else _listed(path)
     tensors = {name: _view(name, dtype, shape, offset, data) for name, dtype, shape, offset in listed["tensors"]}
     if not tensors:
         raise ConversionError("the HDF5 file has no datasets")

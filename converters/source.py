@@ -146,8 +146,8 @@ def kind_of(path: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def open_source(path: pathlib.Path) -> Iterator[Source]:
-    """The checkpoint's tensors; what is hashed and what is converted are the same bytes.
+def open_source(path: pathlib.Path, own: bool = False) -> Iterator[Source]:
+    """The checkpoint's tensors; what is hashed and what is converted are the same bytes. ``own``: it was written just now, by us.
 
     Raises:
         ConversionError: the file holds something else, or changed while it was open.
@@ -162,7 +162,7 @@ def open_source(path: pathlib.Path) -> Iterator[Source]:
         return
     with _mapped(path) as data:
         try:
-            source = _READERS[kind](path, data)
+            source = _read_hdf5(path, data, own) if kind == HDF5 else _READERS[kind](path, data)
         except ConversionError as error:
             raise ConversionError(f"{quoted(path.name)}: {error}") from None
         yield source
@@ -184,8 +184,8 @@ def _read_safetensors(path: pathlib.Path, data: mmap.mmap) -> Source:
     return Source(path, SAFETENSORS, len(data), data, contents.tensors, contents.metadata.get(AUTHOR_KEY, ""), config=config)
 
 
-def _read_hdf5(path: pathlib.Path, data: mmap.mmap) -> Source:
-    contents = hdf5.read(path, data)
+def _read_hdf5(path: pathlib.Path, data: mmap.mmap, own: bool) -> Source:
+    contents = hdf5.read(path, data, own)
     kind = KERAS if any(f"/{hdf5.KERAS_VARIABLES}/" in name for name in contents.tensors) else HDF5
     config = _config(contents.attributes.get(CONFIG_KEY), "its attributes")
     tensors, others = contents.tensors, tuple[str, ...]()
@@ -194,7 +194,7 @@ def _read_hdf5(path: pathlib.Path, data: mmap.mmap) -> Source:
     return Source(path, kind, len(data), data, tensors, contents.attributes.get(AUTHOR_KEY, ""), others, config)
 
 
-_READERS = {PICKLE: _read_pickle, TORCH: _read_torch, SAFETENSORS: _read_safetensors, HDF5: _read_hdf5}
+_READERS = {PICKLE: _read_pickle, TORCH: _read_torch, SAFETENSORS: _read_safetensors}
 
 
 def _open_directory(path: pathlib.Path) -> Source:
