@@ -1,8 +1,9 @@
 """Converting a checkpoint between kinds, beside the least that any converter must do.
 
-The floor of a pair is one read of the source, one write of the same tensors (making them TensorFlow's is not counted), one SHA-256 pass
-over the source and one re-read of what was written, each with the kind's usual library and one after the other. The converter does more:
-it works out the model, checks every value, transposes, hashes each tensor, compares every byte, and waits until the disk has them.
+The floor of a pair is one read of the source, one write of the same tensors that waits for the disk (making them TensorFlow's or
+PyTorch's is not counted), one SHA-256 pass over the source and one re-read of what was written, each with the kind's usual library and
+one after the other. The converter does more: it works out the model, checks every value, transposes, hashes each tensor and compares
+every byte.
 
 Every run is a process of its own, with imports done and TensorFlow started before the clock; floor and converter take turns. Memory is
 measured on the largest model.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import pathlib
@@ -22,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +34,9 @@ from checkpoints import registry, synthesize
 
 ENTRY = "maskformer_panoptic_R50_bs64_554k"
 LARGEST = "maskformer_panoptic_swin_large_IN21k_384_bs64_554k"
-TURNS = 3
+TURNS = 5
+LIBRARIES = {".pth": "torch", ".h5": "h5py", ".safetensors": "safetensors.numpy"}
+"""The usual one of a kind."""
 FLOOR, CONVERT = "floor", "convert"
 SOURCES = ("model.pkl", "model.pth", "model.safetensors", "model.h5")
 PAIRS = [(name, "tf_ckpt") for name in SOURCES] + [("tf_ckpt", name) for name in SOURCES]
@@ -57,7 +60,8 @@ def main() -> int:
         largest_bytes = (place / SOURCES[0]).stat().st_size
     text = (
         f"`python -m bench.convert`: the synthetic {ENTRY}, {gigabytes(size_bytes)}; {TURNS} runs each, taken in turns, without imports. "
-        "The floor: read the source, write the tensors, SHA-256 of the source, read the result, each with the kind's usual library. "
+        "The floor: read the source, write the tensors to the disk, SHA-256 of the source, read the result, each with the kind's usual "
+        "library. "
         "Memory: the process's peak above what it has after its imports, as a multiple of the source's size; of "
         f"{LARGEST}, {gigabytes(largest_bytes)}: {', '.join(peaks)}."
     )
@@ -110,6 +114,8 @@ def _run(name: str, entry: str, source: str, target: str) -> int:
     import tfmaskformer.model  # noqa: F401 - an import, which is not measured
     from converters.convert import convert
 
+    for suffix in {pathlib.Path(path).suffix for path in (source, target)} & LIBRARIES.keys():
+        importlib.import_module(LIBRARIES[suffix])
     tf.constant(0.0)  # starts TensorFlow's runtime
     elapsed_s = 0.0
 
@@ -127,7 +133,7 @@ def _run(name: str, entry: str, source: str, target: str) -> int:
     else:
         with measured():
             arrays = _read(pathlib.Path(source))
-        prepared = {key: tf.constant(value) for key, value in arrays.items()} if "." not in os.path.basename(target) else arrays
+        prepared = _prepared(arrays, os.path.splitext(target)[1])
         with measured():
             _write(pathlib.Path(target), prepared)
         with measured():
@@ -145,34 +151,50 @@ def _run(name: str, entry: str, source: str, target: str) -> int:
     return 0
 
 
+def _prepared(arrays: dict[str, np.ndarray], suffix: str) -> dict[str, Any]:
+    """The tensors as the library of the target takes them, which is not measured."""
+    if suffix == "":
+        import tensorflow as tf
+
+        return {key: tf.constant(value) for key, value in arrays.items()}
+    if suffix == ".pth":
+        import torch
+
+        return {key: torch.from_numpy(value) for key, value in arrays.items()}
+    return arrays
+
+
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors with the kind's usual library; of an archive or safetensors, which have none here, the bytes."""
+    """All tensors, with the kind's usual library."""
     if path.is_dir():
         import tensorflow as tf
 
         reader = tf.train.load_checkpoint(str(path / "ckpt"))
-        shapes = reader.get_variable_to_shape_map()
-        return {key: reader.get_tensor(key) for key in shapes if reader.get_variable_to_dtype_map()[key].is_floating}
+        dtypes = reader.get_variable_to_dtype_map()
+        return {key: reader.get_tensor(key) for key in dtypes if dtypes[key].is_floating}
     if path.suffix == ".pkl":
         with path.open("rb") as file:
             return pickle.load(file)["model"]
     if path.suffix == ".pth":
-        with zipfile.ZipFile(path) as archive:
-            return {name: np.frombuffer(archive.read(name), np.uint8) for name in archive.namelist()}
+        import torch
+
+        return {name: tensor.numpy() for name, tensor in torch.load(path, weights_only=True)["model"].items()}
     if path.suffix == ".h5":
         import h5py
 
         with h5py.File(path) as file:
             return {name: file[name][()] for name in file}
-    return {"all": np.fromfile(path, np.uint8)}
+    from safetensors.numpy import load_file
+
+    return load_file(path)
 
 
 def _write(path: pathlib.Path, tensors: dict[str, Any]) -> None:
-    """All tensors with the kind's usual library; see :func:`_read`."""
+    """All tensors, with the kind's usual library, down to the disk."""
     if not path.suffix:
         import tensorflow as tf
 
@@ -184,9 +206,9 @@ def _write(path: pathlib.Path, tensors: dict[str, Any]) -> None:
         with path.open("wb") as file:
             pickle.dump({"model": tensors}, file, 4)
     elif path.suffix == ".pth":
-        with zipfile.ZipFile(path, "w") as archive:
-            for index, tensor in enumerate(tensors.values()):
-                archive.writestr(f"data/{index}", tensor.data)
+        import torch
+
+        torch.save({"model": tensors}, path)
     elif path.suffix == ".h5":
         import h5py
 
@@ -194,9 +216,12 @@ def _write(path: pathlib.Path, tensors: dict[str, Any]) -> None:
             for name, tensor in tensors.items():
                 file.create_dataset(name.replace("/", "."), data=tensor)
     else:
-        with path.open("wb") as file:
-            for tensor in tensors.values():
-                file.write(tensor.data)
+        from safetensors.numpy import save_file
+
+        save_file(tensors, path)
+    for written in _files(path):
+        with written.open("rb") as opened:
+            os.fsync(opened.fileno())
 
 
 if __name__ == "__main__":
