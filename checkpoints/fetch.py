@@ -150,9 +150,9 @@ def _get(
                 part.restart()
             _transfer(url, part, progress)
             if not part.is_whole():
-                part.refuse(f"{url} is no whole checkpoint: it ends in the middle", "it may have been cut off on the server")
+                part.refuse(f"{_shown(url)} is no whole checkpoint: it ends in the middle", "it may have been cut off on the server")
             if sha256 and part.sha256.hexdigest() != sha256:
-                part.refuse(f"{url} is another file than it was", f"SHA-256 expected {sha256}, got {part.sha256.hexdigest()}")
+                part.refuse(f"{_shown(url)} is another file than it was", f"SHA-256 expected {sha256}, got {part.sha256.hexdigest()}")
             return path, part.commit()
     except _ChangedError as changed:
         raise FetchError(f"'{path}' is not what was downloaded", str(changed), f"to have it anew: {remedy}") from None
@@ -173,9 +173,19 @@ def _checked(url: str) -> str:
         _ = parts.port
         host = parts.netloc.encode("idna").decode() if not parts.netloc.isascii() else parts.netloc
     except ValueError as error:
-        raise FetchError(f"cannot use the address {url!r}: {error}") from None
+        raise FetchError(f"cannot use the address {_shown(url)!r}: {error}") from None
     path, query = (urllib.parse.quote(part, safe="%/:=&?~+!$,;'@()*[]") for part in (parts.path, parts.query))
     return urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
+
+
+def _shown(url: str) -> str:
+    """``url`` as it is told and kept: without its query, which may be a signature that opens the file to whoever reads it.
+
+    >>> _shown("https://example.org/model_final.pkl?token=abc")
+    'https://example.org/model_final.pkl?…'
+    """
+    address, mark, _ = url.partition("?")
+    return f"{address}?…" if mark else address
 
 
 def _place(url: str, cache: pathlib.Path) -> pathlib.Path:
@@ -346,7 +356,7 @@ def _transfer(url: str, part: _Part, progress: Progress) -> None:
             if hopeless or attempt == _ATTEMPTS - 1:
                 kept = f"{part.size_bytes:,} bytes are kept; " if part.size_bytes else ""
                 offline = "without a network, only what is in the cache can be had; behind a proxy, set $https_proxy; " if hopeless else ""
-                raise NetworkError(f"cannot download {url}: {error}", f"{kept}{offline}run the same again later") from None
+                raise NetworkError(f"cannot download {_shown(url)}: {error}", f"{kept}{offline}run the same again later") from None
             pause_s = _BACKOFF_S * 2**attempt
             _say(f"{error}; attempt {attempt + 2} of {_ATTEMPTS} in {pause_s:.0f} s")
             time.sleep(pause_s)
@@ -361,7 +371,7 @@ def _attempt(url: str, part: _Part, progress: Progress) -> None:
         # http.client stops at Content-Length, so that a server which sends more would go unseen.
         told_bytes, response.length = response.length, None
         etag, last_modified = (_printable(response.headers.get(name, "")) for name in ("ETag", "Last-Modified"))
-        offered = _Record(url, etag, last_modified, told_bytes)
+        offered = _Record(_shown(url), etag, last_modified, told_bytes)
         blocks = _blocks(response)
         if response.status == http.HTTPStatus.PARTIAL_CONTENT and part.record:
             part.record = dataclasses.replace(part.record, size_bytes=_total_bytes(response, offered, part))
@@ -377,7 +387,7 @@ def _attempt(url: str, part: _Part, progress: Progress) -> None:
             part.restart(offered)
             part.append(head)
         else:
-            raise NetworkError(f"cannot download {url}: the server gave an answer that was not asked for, HTTP {response.status}")
+            raise NetworkError(f"cannot download {_shown(url)}: the server gave an answer that was not asked for, HTTP {response.status}")
         total_bytes = part.record.size_bytes if part.record else None
         progress(part.size_bytes, total_bytes)
         try:
@@ -390,7 +400,7 @@ def _attempt(url: str, part: _Part, progress: Progress) -> None:
             if part.size_bytes != total_bytes:
                 raise
     if total_bytes is not None and part.size_bytes > total_bytes:
-        part.refuse(f"cannot use {url}: the server sends more than the {total_bytes:,} bytes it told")
+        part.refuse(f"cannot use {_shown(url)}: the server sends more than the {total_bytes:,} bytes it told")
     if part.size_bytes < total_bytes if total_bytes is not None else not part.is_whole():
         raise _BrokenError(f"the connection broke off after {part.size_bytes:,} of {total_bytes or 'unknown'} bytes")
 
@@ -432,7 +442,9 @@ def _check_head(url: str, head: bytes) -> None:
         found = "a web page: often an error message in place of the file"
     else:
         found = f"something that begins with {head[:16]!r}"
-    raise FetchError(f"{url} is no checkpoint but {found}", "expected a .pkl, .pth, .safetensors or .h5 file; nothing of it was kept")
+    raise FetchError(
+        f"{_shown(url)} is no checkpoint but {found}", "expected a .pkl, .pth, .safetensors or .h5 file; nothing of it was kept"
+    )
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -443,7 +455,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         target = urllib.parse.urljoin(req.full_url, headers.get("Location", ""))
         schemes = [urllib.parse.urlsplit(url).scheme for url in (req.full_url, target)]
         if schemes[1] not in ("http", "https") or schemes == ["https", "http"]:
-            what = f"cannot download {req.full_url}: it leads to {_printable(target)}"
+            what = f"cannot download {_shown(req.full_url)}: it leads to {_printable(_shown(target))}"
             raise FetchError(what, f"a redirect from {schemes[0]} to {schemes[1]} is not followed")
         return super().http_error_302(req, fp, 307 if code == 308 else code, msg, headers)  # Python 3.10 does not know 308
 
@@ -474,12 +486,12 @@ def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         error.close()
         raise _refusal(url, error) from None
     except http.client.InvalidURL as error:
-        raise FetchError(f"cannot use the address {url!r}: {error}") from None
+        raise FetchError(f"cannot use the address {_shown(url)!r}: {error}") from None
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, ssl.SSLCertVerificationError):
             raise NetworkError(
-                f"cannot download {url}: the server's certificate is not valid ({reason.verify_message})",
+                f"cannot download {_shown(url)}: the server's certificate is not valid ({reason.verify_message})",
                 "check the machine's date; for a proxy with a certificate of its own, set $SSL_CERT_FILE",
             ) from None
         unreachable = isinstance(reason, socket.gaierror | ConnectionRefusedError) or (
@@ -496,8 +508,8 @@ def _refusal(url: str, error: urllib.error.HTTPError) -> Exception:
     if error.code in (http.HTTPStatus.REQUEST_TIMEOUT, http.HTTPStatus.TOO_MANY_REQUESTS) or error.code >= 500:
         return _BrokenError(f"the server fails ({answer})")
     if error.code in (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.GONE):
-        return FetchError(f"{url} is not there ({answer})", "check the address")
-    return NetworkError(f"cannot download {url}: {answer}", "the server, or a proxy before it, does not give the file")
+        return FetchError(f"{_shown(url)} is not there ({answer})", "check the address")
+    return NetworkError(f"cannot download {_shown(url)}: {answer}", "the server, or a proxy before it, does not give the file")
 
 
 def _reason(error: object) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -98,6 +99,9 @@ def _copied_here(name: str, local: pathlib.Path, progress: Progress) -> pathlib.
                 _copy(f"{name.rstrip('/')}/{file}", local / file, lambda share: progress("copying", share))
         return local
     except failed as error:
+        if shutil.disk_usage(local.parent).free < _BLOCK_BYTES:
+            what = f"no room for a copy of {quoted(name)} in '{local.parent.parent}'"
+            raise ConversionError(what, "make room there, or set $TMPDIR to a folder on a larger disk") from None
         raise ConversionError(f"cannot read {quoted(name)}: {_said(error)}", "is the name right, and may you read it?") from None
 
 

@@ -484,6 +484,26 @@ def test_addresses_do_not_share_files(server):
     assert_whole(fetch.download(f"{server.url}/a/model.pkl?version=2"), OTHER)
 
 
+def test_what_is_behind_a_question_mark_is_neither_told_nor_kept(server, tmp_path, capsys):
+    redirect = Answer(status=302, location="/elsewhere.pkl?signature=SECRET")
+    server.answers = [
+        redirect,
+        Answer(BODY, stop_after=HALF),
+        Answer(BODY),
+        Answer(status=302, location="ftp://x/?SECRET"),
+        Answer(b"<html>"),
+    ]
+    path = fetch.download(f"{server.url}/zoo/model.pkl?signature=SECRET")
+    record = path.with_name("model.pkl.json").read_text()
+    assert json.loads(record)["url"] == f"{server.url}/zoo/model.pkl?…"
+    messages = []
+    for _ in range(2):
+        with pytest.raises(fetch.FetchError) as raised:
+            fetch.download(f"{server.url}/nothing.pkl?signature=SECRET")
+        messages.append(str(raised.value))
+    assert "SECRET" not in "".join([record, *messages, capsys.readouterr().err, *map(str, (tmp_path / "cache").rglob("*"))])
+
+
 def test_a_changed_file_in_the_cache(server):
     server.answers = [Answer(BODY)]
     path = get(server)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 import pytest
+import tensorflow as tf
 
 from checkpoints import fetch, registry, synthesize
 from converters import cli, remote
@@ -49,3 +51,23 @@ def test_what_cannot_be_downloaded_is_told(server, tmp_path, capsys):
     assert cli.main(["inspect", f"{server.url}/other.pkl"]) == 3
     assert "cannot download" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_no_room_for_a_copy_is_not_taken_for_an_unreadable_source(tmp_path, monkeypatch, capsys):
+    tf.io.gfile.makedirs("ram://full")
+    with tf.io.gfile.GFile("ram://full/model.pkl", "wb") as file:
+        file.write(b"x" * 100)
+
+    def full(source, destination, progress=None):
+        raise tf.errors.ResourceExhaustedError(None, None, f"{destination}; No space left on device")
+
+    monkeypatch.setattr(remote, "_copy", full)
+    arguments = ["--src", "ram://full/model.pkl", "--dst", str(tmp_path / "a")]
+    assert cli.main(arguments) == 2
+    assert "cannot read 'ram://full/model.pkl'" in capsys.readouterr().err
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda folder: collections.namedtuple("Usage", "free")(4096))
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "no room for a copy of 'ram://full/model.pkl'" in message
+    assert "$TMPDIR" in message
+    assert not list(tmp_path.iterdir())
