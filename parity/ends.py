@@ -1,0 +1,400 @@
+"""The two ends of the pipeline: from a photograph's file to the network's input, and from the network's results to a metric's figures.
+
+Preprocessing. A trace has the images as they enter the model, and of the photographs their names and the SHA-256 of what they became.
+Where a photograph of that name lies beside the trace or in ``checkpoints/photos`` and Pillow makes of it what was recorded, TensorFlow
+must make the same of it, bit for bit. The canvas that the network sees is compared, whole, with the definition, in NumPy.
+
+Metrics. Our counts of the *official* results against the trace's targets are compared with those of the official packages, where the
+trace has them (group "metrics"), else with the definitions, in NumPy (:func:`panoptic_counts`, :func:`confusion`). Made-up targets seldom
+match anything, so the official result itself, moved by :data:`SHIFT_PX`, is a second ground truth. What our counts make of *our* results
+must be the same again, but for pixels at a near-tie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from parity import compare
+
+if TYPE_CHECKING:
+    from parity.check import Exemption, Item
+    from parity.tensorflow_run import CaseResults
+    from parity.trace import Case
+    from tfmaskformer.config import MaskFormerConfig
+
+PHOTOS = Path(__file__).parents[1] / "checkpoints" / "photos"
+"""Where photographs are looked for, besides the trace's own folder."""
+
+SHIFT_PX = (2, 3)
+"""(down, right): how far the second ground truth is moved. Large segments still match with an IoU below 1, small ones no more."""
+
+VOID = 0
+
+BY_DEFINITION = "against the definition: the trace has no figures of the official packages"
+
+
+# --- preprocessing
+
+
+def judge_preprocessing(
+    case: Case, described: Sequence[Mapping[str, Any]], folder: Path, results: CaseResults, config: MaskFormerConfig, dtype: str
+) -> Iterator[Item | Exemption]:
+    """Group "preprocessing" of a case: ``{i}/decoded``, ``{i}/resized`` and ``{i}/canvas`` of each image.
+
+    Args:
+        described: the images in the trace's manifest: ``file``, ``size_px``, ``sha256`` of the resized pixels.
+        folder: of the trace.
+        results: of the case; its tap ``images#0`` is the canvas.
+        dtype: what TensorFlow computed in.
+    """
+    images = case.images
+    for index, (image, description) in enumerate(zip(images, described, strict=True)):
+        yield from _judge_photograph(f"{index}", image, description, (folder, PHOTOS))
+    canvas_px = results.view.canvas_px if results.view else _rounded_up(images, max(config.size_divisibility, 1))
+    for index, image in enumerate(images):
+        place = results.view.image if results.view else index
+        actual = np.asarray(results.groups["taps"]["images#0"])[place]
+        expected = canvas(image, canvas_px, config)
+        yield _item("preprocessing", f"{index}/canvas", actual, expected, compare.tolerance(dtype, 0.0), dtype=dtype)
+
+
+def _judge_photograph(name: str, image: np.ndarray, description: Mapping[str, Any], folders: Sequence[Path]) -> Iterator[Item | Exemption]:
+    from parity.check import Exemption, Item
+    from tfmaskformer.data import preprocessing
+
+    file = str(description["file"])
+    steps = (f"{name}/decoded", f"{name}/resized")
+    found = [path for folder in folders if (path := folder / Path(file).name).is_file()]
+    if not found:
+        for step in steps:
+            yield Exemption("preprocessing", step, f"the photograph '{file}' is not here; only its name and hash are recorded")
+        return
+    data = found[0].read_bytes()
+    decoded, resized = _by_pillow(data, image.shape[:2])
+    if hashlib.sha256(resized.tobytes()).hexdigest() != description["sha256"]:
+        for step in steps:
+            yield Exemption("preprocessing", step, f"of '{file}' Pillow makes other pixels here: another photograph, or another Pillow")
+        return
+    kind = next((kind for start, kind in _KINDS.items() if data.startswith(start)), None)
+    if kind is None:
+        for step in steps:
+            yield Exemption("preprocessing", step, f"'{file}' is neither PNG nor JPEG, which TensorFlow reads")
+        return
+    import tensorflow as tf
+
+    try:
+        got = preprocessing.decode_image_tf(tf.constant(data), tf.constant(kind))
+        got_resized = preprocessing.resize_bilinear(got, tf.constant(image.shape[:2])).numpy()
+    except (tf.errors.OpError, ValueError) as error:
+        yield Item("preprocessing", steps[0], False, note=f"TensorFlow cannot read '{file}': {error}")
+        return
+    yield _item("preprocessing", steps[0], got.numpy(), decoded, 0.0, dtype="uint8")
+    yield _item("preprocessing", steps[1], got_resized, image, 0.0, dtype="uint8")
+
+
+_KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg"}
+"""First bytes of a file → its format."""
+
+
+def _by_pillow(data: bytes, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 RGB, decoded and resized to (height, width), as :meth:`parity.inputs.ImageSpec.read` does it."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as opened:
+        image = opened.convert("RGB")
+    return np.asarray(image), np.asarray(image.resize((int(size[1]), int(size[0])), Image.Resampling.BILINEAR))
+
+
+def canvas(image: np.ndarray, canvas_px: Sequence[int], config: MaskFormerConfig) -> np.ndarray:
+    """float64 [height, width, 3]: the image, normalised, in the top left corner, zeros elsewhere (Detectron2 ``ImageList.from_tensors``).
+
+    As upstream, mean and standard deviation are float32 numbers.
+    """
+    mean, std = (np.asarray(values, np.float32).astype(np.float64) for values in (config.pixel_mean, config.pixel_std))
+    padded = np.zeros((*canvas_px, 3))
+    padded[: image.shape[0], : image.shape[1]] = (image - mean) / std
+    return padded
+
+
+def _rounded_up(images: Sequence[np.ndarray], divisor: int) -> tuple[int, int]:
+    height, width = (-(-max(image.shape[axis] for image in images) // divisor) * divisor for axis in (0, 1))
+    return height, width
+
+
+# --- metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """A panoptic ground truth of one image.
+
+    Attributes:
+        ids: int32 [height, width], :data:`VOID` for none.
+        classes: id → class, of the ids that the map has.
+        crowds: ids of regions of several objects; as in panopticapi, only the last of a class excuses predictions.
+    """
+
+    ids: np.ndarray
+    classes: dict[int, int]
+    crowds: tuple[int, ...] = ()
+
+    @property
+    def segments_info(self) -> list[dict[str, int]]:
+        """As panopticapi has it."""
+        return [{"id": index, "category_id": label, "iscrowd": int(index in self.crowds)} for index, label in self.classes.items()]
+
+
+def target_truth(target: Mapping[str, np.ndarray]) -> Truth:
+    """Of a trace's target: later objects lie over earlier ones; what is nobody's is void."""
+    ids = np.zeros(target["masks"].shape[1:], np.int32)
+    for index, mask in enumerate(target["masks"], 1):
+        ids[mask] = index
+    return Truth(ids, {index: int(label) for index, label in enumerate(target["labels"], 1) if (ids == index).any()})
+
+
+def target_sem_seg(target: Mapping[str, np.ndarray], ignore_label: int) -> np.ndarray:
+    """int32 [height, width]: the class of each pixel of a trace's target, ``ignore_label`` where there is none."""
+    if "sem_seg" in target:
+        return target["sem_seg"]
+    truth = target_truth(target)
+    sem_seg = np.full(truth.ids.shape, ignore_label, np.int32)
+    for index, label in truth.classes.items():
+        sem_seg[truth.ids == index] = label
+    return sem_seg
+
+
+def shifted_truth(ids: np.ndarray, classes: Mapping[int, int]) -> Truth:
+    """A panoptic result, :func:`moved`; of two segments or more the last is a crowd."""
+    ids = moved(ids, VOID)
+    present = {index: label for index, label in classes.items() if (ids == index).any()}
+    return Truth(ids, present, (max(present),) if len(present) > 1 else ())
+
+
+def moved(values: np.ndarray, fill: int) -> np.ndarray:
+    """``values`` [height, width] moved by :data:`SHIFT_PX`; where nothing comes from, ``fill``."""
+    down, right = SHIFT_PX
+    result = np.full_like(values, fill)
+    result[down:, right:] = values[: values.shape[0] - down, : values.shape[1] - right]
+    return result
+
+
+def panoptic_counts(truth: Truth, ids: np.ndarray, classes: Mapping[int, int], num_classes: int) -> np.ndarray:
+    """float64 [classes, 4]: sum of the IoU of matched segments, true positives, false positives, false negatives, by the definition
+    (Kirillov et al., Panoptic Segmentation, section 4): segment by segment, with no table of overlaps.
+    """
+    counts = np.zeros((num_classes, 4))
+    void = truth.ids == VOID
+    for category in {*truth.classes.values(), *classes.values()}:
+        wanted = [truth.ids == index for index, label in truth.classes.items() if label == category and index not in truth.crowds]
+        crowds = [index for index in truth.crowds if truth.classes[index] == category]
+        excuse = void | (truth.ids == crowds[-1]) if crowds else void
+        missed = len(wanted)
+        for mask in (ids == index for index, label in classes.items() if label == category):
+            shares = [np.count_nonzero(mask & true) / np.count_nonzero((mask & ~void) | true) for true in wanted]
+            if max(shares, default=0.0) > 0.5:
+                counts[category] += (max(shares), 1, 0, 0)
+                missed -= 1
+            elif np.count_nonzero(mask & excuse) <= np.count_nonzero(mask) / 2:
+                counts[category, 2] += 1
+        counts[category, 3] = missed
+    return counts
+
+
+def panoptic_quality(counts: np.ndarray, is_thing: np.ndarray) -> np.ndarray:
+    """float64 [3, 3]: (pq, sq, rq) of all classes, of things and of stuff; nan where no class was met."""
+    rows = []
+    for members in (np.ones_like(is_thing), is_thing, ~is_thing):
+        iou, true, surplus, missed = counts[members & (counts[:, 1:].sum(1) > 0)].T
+        size = true + (surplus + missed) / 2
+        sq = np.divide(iou, true, out=np.zeros_like(iou), where=true > 0)
+        rows.append([float(np.mean(values)) if size.size else math.nan for values in (iou / size, sq, true / size)])
+    return np.array(rows)
+
+
+def confusion(truth: np.ndarray, classes: np.ndarray, num_classes: int, ignore_label: int) -> np.ndarray:
+    """int64 [classes, classes + 1]: pixels by predicted and true class, the last true class "ignored"."""
+    counts = np.zeros((num_classes, num_classes + 1), np.int64)
+    np.add.at(counts, (classes.ravel(), np.where(truth == ignore_label, num_classes, truth).ravel()), 1)
+    return counts
+
+
+def semantic_quality(counts: np.ndarray) -> np.ndarray:
+    """float64 [4]: mean IoU, frequency-weighted IoU, mean accuracy, pixel accuracy; over the classes that the ground truth has."""
+    counted = counts[:, :-1]
+    met = np.flatnonzero(counted.sum(0))
+    if not met.size:
+        return np.full(4, math.nan)
+    right, true = counted[met, met], counted[:, met].sum(0)
+    iou = right / (true + counted[met].sum(1) - right)
+    return np.array([iou.mean(), (iou * true).sum() / true.sum(), (right / true).mean(), right.sum() / true.sum()])
+
+
+def judge_metrics(case: Case, results: CaseResults, config: MaskFormerConfig, items: Sequence[Item]) -> Iterator[Item | Exemption]:
+    """Group "metrics" of a case: below ``{i}/panoptic/`` and ``{i}/semantic/`` our counts of the official result against the ``targets``
+    and against itself ``shifted``, the ``quality`` of both together, and the counts of TensorFlow's ``own`` result against those.
+
+    Args:
+        results: of the case.
+        items: of the group "inference": the results themselves, judged.
+    """
+    inference = {item.name: item for item in items if item.group == "inference"}
+    for index, target in enumerate(case.targets):
+        if config.test.panoptic_on:
+            yield from _judge_panoptic(case, results, config, f"{index}", target, inference)
+        yield from _judge_semantic(case, results, config, f"{index}", target, inference)
+
+
+def _judge_panoptic(
+    case: Case,
+    results: CaseResults,
+    config: MaskFormerConfig,
+    image: str,
+    target: Mapping[str, np.ndarray],
+    inference: Mapping[str, Item],
+) -> Iterator[Item]:
+    from tfmaskformer.evaluation.panoptic import PanopticQuality
+
+    ids, classes = panoptic_result(case.reference.read, image)
+    truths = {"targets": target_truth(target), "shifted": shifted_truth(ids, classes)}
+
+    def count(ids: np.ndarray, classes: Mapping[int, int]) -> dict[str, Any]:
+        counted = {name: PanopticQuality(config.num_classes, config.thing_classes) for name in truths}
+        for name, quality in counted.items():
+            told = [{"id": index, "category_id": label} for index, label in classes.items()]
+            quality.update(truths[name].ids, truths[name].segments_info, ids, told)
+        return counted | {"both": counted["targets"] + counted["shifted"]}
+
+    ours = count(ids, classes)
+    defined = {name: panoptic_counts(truth, ids, classes, config.num_classes) for name, truth in truths.items()}
+    for name in truths:
+        yield _against(case, f"{image}/panoptic/{name}", _table(ours[name]), defined[name])
+    is_thing = np.isin(np.arange(config.num_classes), list(config.thing_classes))
+    quality = np.array([group[:3] for group in ours["both"].result().values()])
+    yield _against(case, f"{image}/panoptic/quality", quality, panoptic_quality(defined["targets"] + defined["shifted"], is_thing))
+
+    name, result = f"{image}/panoptic/own", inference[f"{image}/panoptic_seg"]
+    own_ids, own_classes = panoptic_result(lambda group, name: results.groups[group][name], image)
+    try:
+        actual = _table(count(own_ids, own_classes)["both"])
+    except ValueError as error:  # another size, or segments that do not fit the map
+        yield _failed(name, str(error))
+        return
+    expected, differing = _table(ours["both"]), int(np.count_nonzero(own_ids != ids))
+    # With each ground truth, a pixel that goes to another segment moves the IoU of two segments by no more than 1 / area.
+    areas = [int(np.count_nonzero(truth.ids == index)) for truth in truths.values() for index in truth.classes]
+    allowed = 4 * differing / min(areas, default=1) / max(float(np.linalg.norm(expected)), 1.0)
+    item = _item("metrics", name, actual, expected, max(allowed, compare.FLOAT64_TOLERANCE))
+    if differing:
+        same_counts = result.passed and np.array_equal(actual[:, 1:], expected[:, 1:])
+        near_tie = result.passed and result.note.startswith("near-tie")
+        note = f"{differing} pixels belong to other segments{': a near-tie' * near_tie}"
+        item = dataclasses.replace(item, passed=near_tie or (same_counts and item.passed), note=note)
+    yield item
+
+
+def _judge_semantic(
+    case: Case,
+    results: CaseResults,
+    config: MaskFormerConfig,
+    image: str,
+    target: Mapping[str, np.ndarray],
+    inference: Mapping[str, Item],
+) -> Iterator[Item | Exemption]:
+    from parity.check import Exemption
+    from tfmaskformer.evaluation.semantic import SemanticQuality
+
+    scores = np.asarray(results.groups["inference"][f"{image}/sem_seg"])
+    own, official = scores.argmax(0), official_classes(case, image)
+    classes = own if official is None else official
+    ignore = config.criterion.ignore_value
+    truths = {"targets": target_sem_seg(target, ignore), "shifted": moved(classes, ignore)}
+
+    def count(classes: np.ndarray) -> dict[str, Any]:
+        counted = {name: SemanticQuality(config.num_classes, ignore) for name in truths}
+        for name, quality in counted.items():
+            quality.update(truths[name], classes)
+        return counted | {"both": counted["targets"] + counted["shifted"]}
+
+    name = f"{image}/semantic/own"
+    try:
+        ours, of_own = count(classes), count(own)["both"]
+    except ValueError as error:  # another size
+        yield _failed(name, str(error))
+        return
+    defined = {name: confusion(truth, classes, config.num_classes, ignore) for name, truth in truths.items()}
+    for which in truths:
+        yield _against(case, f"{image}/semantic/{which}", ours[which].confusion, defined[which])
+    quality = np.array(ours["both"].result()[:4])
+    yield _against(case, f"{image}/semantic/quality", quality, semantic_quality(defined["targets"] + defined["shifted"]))
+
+    if official is None:
+        reason = (
+            "the trace has samples of the official scores, not the class of each pixel; the counts are those of TensorFlow's own result"
+        )
+        yield Exemption("metrics", name, reason)
+        return
+    # A pixel may have another class where its two best scores are equal but for the error that scores may have.
+    best = np.partition(scores, -2, axis=0)[-2:]
+    noise = 2 * inference[f"{image}/sem_seg"].tolerance * float(np.abs(scores).max())
+    near = int(np.count_nonzero(best[1] - best[0] <= noise))
+    differing = int(np.count_nonzero(own != official))
+    expected = ours["both"].confusion
+    item = _item("metrics", name, of_own.confusion, expected, 4 * near / max(float(np.linalg.norm(expected)), 1.0))
+    if differing:
+        note = f"{differing} pixels have another class, {near} are at a near-tie"
+        item = dataclasses.replace(item, note=note, passed=item.passed and differing <= near)
+    yield item
+
+
+def panoptic_result(read: Callable[[str, str], np.ndarray], image: str) -> tuple[np.ndarray, dict[int, int]]:
+    """The map of ids [height, width] and id → class, of what ``read(group, name)`` gives."""
+    rows = read("inference", f"{image}/segments")
+    return np.asarray(read("inference", f"{image}/panoptic_seg")), {int(row[0]): int(row[1]) for row in rows}
+
+
+def official_classes(case: Case, image: str) -> np.ndarray | None:
+    """int [height, width]: the class of each pixel by the official scores in float64; None where only samples of them were stored."""
+    if ("metrics", f"{image}/semantic/classes") in case.reference.records:
+        return case.reference.read("metrics", f"{image}/semantic/classes")
+    if case.reference["inference", f"{image}/sem_seg"].samples is not None:
+        return None
+    return case.reference.read("inference", f"{image}/sem_seg").argmax(0)
+
+
+def _table(quality: Any) -> np.ndarray:
+    """What :func:`panoptic_counts` gives, of a :class:`tfmaskformer.evaluation.panoptic.PanopticQuality`."""
+    columns = (quality.iou, quality.true_positives, quality.false_positives, quality.false_negatives)
+    return np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
+
+
+def _against(case: Case, name: str, actual: np.ndarray, defined: np.ndarray) -> Item:
+    """Our figures against the official packages', or, in a trace without them, against the definition's."""
+    if ("metrics", name) not in case.reference.records:
+        item = _item("metrics", name, actual, defined, compare.FLOAT64_TOLERANCE)
+        return dataclasses.replace(item, note=f"{item.note}; {BY_DEFINITION}".removeprefix("; "))
+    expected = case.reference.read("metrics", name)
+    if expected.shape != defined.shape:  # a confusion matrix, as rows (predicted class, true class, pixels)
+        rows, expected = expected, np.zeros_like(defined)
+        expected[rows[:, 0], rows[:, 1]] = rows[:, 2]
+    return _item("metrics", name, actual, expected, compare.FLOAT64_TOLERANCE)
+
+
+def _item(group: str, name: str, actual: np.ndarray, expected: np.ndarray, tolerance: float, dtype: str | None = None) -> Item:
+    from parity.check import Item
+
+    comparison = compare.compare(actual, expected, tolerance, dtype=dtype)
+    return Item(group, name, comparison.passed, comparison.error, math.nan, tolerance, comparison, comparison.fault or "")
+
+
+def _failed(name: str, why: str) -> Item:
+    from parity.check import Item
+
+    return Item("metrics", name, False, comparison=compare.incomparable(why), note=why)
