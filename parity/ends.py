@@ -26,6 +26,7 @@ from parity import compare
 
 if TYPE_CHECKING:
     from parity.check import Exemption, Item
+    from parity.evidence import Evidence
     from parity.tensorflow_run import CaseResults
     from parity.trace import Case
     from tfmaskformer.config import MaskFormerConfig
@@ -46,8 +47,8 @@ BY_DEFINITION = "against the definition: the trace has no figures of the officia
 
 def judge_preprocessing(
     case: Case, described: Sequence[Mapping[str, Any]], folder: Path, results: CaseResults, config: MaskFormerConfig, dtype: str
-) -> Iterator[Item | Exemption]:
-    """Group "preprocessing" of a case: ``{i}/decoded``, ``{i}/resized`` and ``{i}/canvas`` of each image.
+) -> Iterator[Item | Exemption | Evidence]:
+    """Group "preprocessing" of a case: ``{i}/decoded``, ``{i}/resized`` and ``{i}/canvas`` of each image, and the evidence of what fails.
 
     Args:
         described: the images in the trace's manifest: ``file``, ``size_px``, ``sha256`` of the resized pixels.
@@ -63,10 +64,12 @@ def judge_preprocessing(
         place = results.view.image if results.view else index
         actual = np.asarray(results.groups["taps"]["images#0"])[place]
         expected = canvas(image, canvas_px, config)
-        yield _item("preprocessing", f"{index}/canvas", actual, expected, compare.tolerance(dtype, 0.0), dtype=dtype)
+        yield from _judge_pixels(f"{index}/canvas", actual, expected, compare.tolerance(dtype, 0.0), dtype)
 
 
-def _judge_photograph(name: str, image: np.ndarray, description: Mapping[str, Any], folders: Sequence[Path]) -> Iterator[Item | Exemption]:
+def _judge_photograph(
+    name: str, image: np.ndarray, description: Mapping[str, Any], folders: Sequence[Path]
+) -> Iterator[Item | Exemption | Evidence]:
     from parity.check import Exemption, Item
     from tfmaskformer.data import preprocessing
 
@@ -96,8 +99,17 @@ def _judge_photograph(name: str, image: np.ndarray, description: Mapping[str, An
     except (tf.errors.OpError, ValueError) as error:
         yield Item("preprocessing", steps[0], False, note=f"TensorFlow cannot read '{file}': {error}")
         return
-    yield _item("preprocessing", steps[0], got.numpy(), decoded, 0.0, dtype="uint8")
-    yield _item("preprocessing", steps[1], got_resized, image, 0.0, dtype="uint8")
+    yield from _judge_pixels(steps[0], got.numpy(), decoded, 0.0, "uint8")
+    yield from _judge_pixels(steps[1], got_resized, image, 0.0, "uint8")
+
+
+def _judge_pixels(name: str, actual: np.ndarray, expected: np.ndarray, tolerance: float, dtype: str) -> Iterator[Item | Evidence]:
+    from parity.evidence import evidence
+
+    item = _item("preprocessing", name, actual, expected, tolerance, dtype)
+    yield item
+    if not item.passed and actual.shape == expected.shape:
+        yield evidence("preprocessing", name, actual, expected)
 
 
 _KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg"}

@@ -30,7 +30,10 @@ FILES = ("report.html", "report.txt", "report.json", "junit.xml", "error_along_d
 
 def as_dict(check: Check) -> dict[str, Any]:
     """The whole result as JSON types; a number that is not finite is the text "nan", "inf" or "-inf"."""
-    values = dataclasses.asdict(check)
+    unseen = tuple(dataclasses.replace(case, evidence=(), overlays=()) for case in check.cases)
+    values = dataclasses.asdict(dataclasses.replace(check, cases=unseen))
+    for case_values in values["cases"]:
+        del case_values["evidence"], case_values["overlays"]
     for case, case_values in zip(check.cases, values["cases"], strict=True):
         for item, item_values in zip(case.items, case_values["items"], strict=True):
             item_values["ratio"] = item.ratio

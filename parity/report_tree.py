@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from parity.check import Item
 
-SEPARATORS = {"matcher": "/", "inference": "/"}
+SEPARATORS = dict.fromkeys(("preprocessing", "matcher", "inference", "metrics"), "/")
 """Between the parts of a name, by group; "." elsewhere."""
 
 
