@@ -168,6 +168,24 @@ def official_layout(array: np.ndarray, layout: Layout, view: View | None = None)
     return array.reshape([math.prod(array.shape[start:end]) for start, end in zip([0, *ends], ends, strict=False)])
 
 
+def tensorflow_layout(expected: np.ndarray, layout: Layout, actual: np.ndarray, view: View | None = None) -> np.ndarray:
+    """The inverse of :func:`official_layout`: a copy of ``actual`` in which ``expected`` stands wherever that function would show it.
+
+    Args:
+        expected: official layout.
+        actual: in ``layout.actual``; its dtype is kept, and what ``view`` leaves out of it.
+
+    Raises:
+        TapRuleError: ``actual`` has another shape.
+    """
+    places = official_layout(np.arange(actual.size).reshape(actual.shape), layout, view)
+    if places.shape != expected.shape:
+        raise TapRuleError(f"a tensor of shape {places.shape} has no place for one of shape {expected.shape}")
+    tensor = actual.copy()
+    tensor.flat[places.ravel()] = expected.ravel()
+    return tensor
+
+
 def _crop(array: np.ndarray, layout: Layout, view: View) -> np.ndarray:
     """The image's part of ``array``, all axes kept."""
     axes = layout.actual

@@ -7,9 +7,11 @@ them is treated as the border of the map, so the inside is what the map alone wo
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -182,7 +184,7 @@ class Conv2d(Module):
         if bias is not None:
             outputs = tf.nn.bias_add(outputs, tf.cast(bias, inputs.dtype))
         if isinstance(self.norm, FrozenBatchNorm2d):
-            tap(self.norm.official_name, outputs)
+            outputs = tap(self.norm.official_name, outputs)
         elif self.norm is not None:
             outputs = self.norm(outputs, sizes if self.stride == 1 else halved(sizes))
         return outputs if self.activation is None else self.activation(outputs)
@@ -250,6 +252,39 @@ class Embedding(Module):
         self.declare("weight", [num_embeddings, channels], initializer=keras.initializers.RandomNormal(stddev=1.0))
 
 
+Keep: TypeAlias = Callable[[str, "Sequence[int | tf.Tensor]", float], tf.Tensor]
+"""Place (``<official name>#<call>``), shape and rate → bool of that shape: what dropout keeps. Sequences are batch first."""
+
+_masks: list[tuple[Keep, collections.Counter[str]]] = []
+
+
+@contextlib.contextmanager
+def dropout_masks(keep: Keep) -> Iterator[None]:
+    """Inside, eagerly or while a ``tf.function`` is traced, ``keep`` decides what dropout and stochastic depth keep, call by call."""
+    _masks.append((keep, collections.Counter()))
+    try:
+        yield
+    finally:
+        _masks.pop()
+
+
+def dropout(inputs: tf.Tensor, rate: float, name: str, shape: Sequence[int | tf.Tensor]) -> tf.Tensor:
+    """``inputs``, scaled up by ``1 / (1 − rate)`` where they are kept, and 0 elsewhere.
+
+    Args:
+        inputs: any float dtype and shape.
+        rate: probability of an element to become 0, below 1.
+        name: official name of the module.
+        shape: of the mask, which is broadcast: 1 for axes that are dropped as a whole.
+    """
+    if not _masks:
+        return tf.nn.dropout(inputs, rate, noise_shape=tf.stack(shape))
+    keep, calls = _masks[-1]
+    place = f"{name}#{calls[name]}"
+    calls[name] += 1
+    return inputs * tf.where(keep(place, shape, rate), tf.constant(1 / (1 - rate), inputs.dtype), 0)
+
+
 class Dropout(Module):
     """``nn.Dropout``: the identity unless the model runs with ``training=True``."""
 
@@ -258,7 +293,11 @@ class Dropout(Module):
         self.rate = rate
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        return tf.nn.dropout(inputs, self.rate) if training and self.rate > 0 else inputs
+        return dropout(inputs, self.rate, self.official_name, self.mask_shape(inputs)) if training and self.rate > 0 else inputs
+
+    def mask_shape(self, inputs: tf.Tensor) -> list[int | tf.Tensor]:
+        """Every element has its own."""
+        return static_shape(inputs)
 
 
 class MultiheadAttention(Module):
@@ -297,7 +336,7 @@ class MultiheadAttention(Module):
             scores = tf.where(valid_keys[:, None, None, :], scores, tf.constant(-math.inf, scores.dtype))
         attention = tf.nn.softmax(scores)
         if training and self.dropout > 0:
-            attention = tf.nn.dropout(attention, self.dropout)
+            attention = dropout(attention, self.dropout, self.official_name, static_shape(attention))
         batch, heads, length, _ = static_shape(query)
         mixed = tf.transpose(tf.matmul(attention, value), [0, 2, 1, 3])
         mixed = tf.reshape(mixed, [batch, length, heads * head_channels])

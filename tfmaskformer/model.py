@@ -116,8 +116,7 @@ class MaskFormer(keras.Model):
         _, height, width, _ = static_shape(images)
         bottom, right = self._round_up(height) - height, self._round_up(width) - width
         images = tf.cast(tf.pad(images, [[0, 0], [0, bottom], [0, right], [0, 0]]), self.compute_dtype)
-        tap("images", images)
-        return images
+        return tap("images", images)
 
     def _round_up(self, size: Any) -> Any:
         divisor = max(self.config.size_divisibility, 1)

@@ -7,10 +7,11 @@ weight tables, the TensorFlow checkpoint's keys, taps, gradients, reports and er
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -60,9 +61,7 @@ class Module(keras.layers.Layer):
         self.built = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = super().__call__(*args, **kwargs)
-        tap(self.official_name, outputs)
-        return outputs
+        return tap(self.official_name, super().__call__(*args, **kwargs))
 
 
 class ModuleSequence(Module):
@@ -135,37 +134,40 @@ def _constant(value: Any) -> Callable[..., tf.Tensor]:
     return lambda shape, dtype=None: tf.cast(tf.ensure_shape(value, shape), dtype)
 
 
+Substitute: TypeAlias = Callable[[str, tf.Tensor], tf.Tensor]
+"""Tap and what was computed → what the model goes on with, of the same shape."""
+
+
 class Taps(dict[str, tf.Tensor]):
     """Recorded outputs in the order of the calls.
 
     Keys are ``<official name>#<call index>``, with ``[<item>]`` behind it where a module returns several tensors:
     ``sem_seg_head.predictor.transformer.decoder.norm#3``, ``backbone#0[res2]``.
+
+    Attributes:
+        calls: module → how often it has been called.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, substitute: Substitute | None = None) -> None:
         super().__init__()
-        self._calls: dict[str, int] = {}
+        self.calls: collections.Counter[str] = collections.Counter()
+        self._substitute = substitute
 
-    def add(self, name: str, outputs: Any) -> None:
-        """Records one call of module ``name``; dicts, lists and tuples are taken apart."""
-        index = self._calls.get(name, 0)
-        self._calls[name] = index + 1
-        for suffix, tensor in _flatten(outputs):
-            self[f"{name}#{index}{suffix}"] = tensor
+    def add(self, name: str, outputs: Any) -> Any:
+        """Records one call of module ``name`` and returns what its caller goes on with; dicts, lists and tuples are taken apart."""
+        index = self.calls[name]
+        self.calls[name] += 1
+        return self._add(f"{name}#{index}", outputs)
 
-
-def _flatten(outputs: Any) -> Iterator[tuple[str, tf.Tensor]]:
-    if isinstance(outputs, Mapping):
-        items: Any = outputs.items()
-    elif isinstance(outputs, list | tuple):
-        items = enumerate(outputs)
-    else:
-        if outputs is not None:
-            yield "", outputs
-        return
-    for key, value in items:
-        for suffix, tensor in _flatten(value):
-            yield f"[{key}]{suffix}", tensor
+    def _add(self, key: str, outputs: Any) -> Any:
+        if isinstance(outputs, Mapping):
+            return {item: self._add(f"{key}[{item}]", value) for item, value in outputs.items()}
+        if isinstance(outputs, list | tuple):
+            return type(outputs)(self._add(f"{key}[{item}]", value) for item, value in enumerate(outputs))
+        if outputs is None:
+            return None
+        self[key] = outputs
+        return outputs if self._substitute is None else self._substitute(key, outputs)
 
 
 _recordings: list[Taps] = []
@@ -176,19 +178,21 @@ def recording() -> bool:
     return bool(_recordings)
 
 
-def tap(name: str, outputs: Any) -> None:
-    """Shows ``outputs`` to whoever records; costs nothing otherwise. Modules do it by themselves."""
-    if _recordings:
-        _recordings[-1].add(name, outputs)
+def tap(name: str, outputs: Any) -> Any:
+    """Shows ``outputs`` to whoever records, and returns what to go on with; costs nothing otherwise. Modules do it by themselves."""
+    return _recordings[-1].add(name, outputs) if _recordings else outputs
 
 
 @contextlib.contextmanager
-def record_taps() -> Iterator[Taps]:
+def record_taps(substitute: Substitute | None = None) -> Iterator[Taps]:
     """Records the output of every module called inside the block, eagerly or while a ``tf.function`` is traced.
 
     In a ``tf.function`` the tensors are symbolic: return ``dict(taps)`` from the function.
+
+    Args:
+        substitute: is given every tap once it is recorded, and returns what the model goes on with in its place.
     """
-    taps = Taps()
+    taps = Taps(substitute)
     _recordings.append(taps)
     try:
         yield taps
