@@ -60,6 +60,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.what = arguments.src or arguments.init
     if bool(arguments.dst) == arguments.dry_run:
         parser.error("--dst or --dry-run, one of the two")
+    if arguments.port and (arguments.init or arguments.config or arguments.dtype):
+        parser.error("--init, --config and --dtype are for MaskFormer; a port says itself what it is")
     if arguments.init and not arguments.config:
         parser.error("--init needs --config: the model that is to be trained")
     if arguments.seed is not None and not arguments.init:
@@ -99,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
         help="round the weights, and tell the loss of each tensor; default: float32, if that holds them exactly",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="with --init: of the initial values that are random; default: 0")
+    parser.add_argument(
+        "--port",
+        metavar="FILE.py",
+        help="the source is of another model, which this Python file describes (it is run); PATH becomes a directory with Keras weights",
+    )
     parser.add_argument("--force", action="store_true", help="replace what an earlier conversion wrote to PATH")
     parser.add_argument("--json", metavar="FILE", help="also write the manifest as JSON to FILE, or to stdout only (-)")
     parser.set_defaults(run=_convert)
@@ -148,6 +155,8 @@ def _convert(arguments: argparse.Namespace, progress: _Progress) -> int:
 
     start_s = time.monotonic()
     json_file = _writable(arguments.json, (arguments.what, arguments.dst))
+    if arguments.port:
+        return _convert_port(arguments, json_file)
     how = {"dtype": arguments.dtype, "force": arguments.force, "progress": progress}
     if arguments.init:
         conversion = initialize(arguments.init, arguments.dst, arguments.config, arguments.seed or 0, **how)
@@ -160,6 +169,19 @@ def _convert(arguments: argparse.Namespace, progress: _Progress) -> int:
         if json_file is not None:
             _write_json(json_file, conversion.manifest)
         _print(_summary(conversion, time.monotonic() - start_s))
+    return OK
+
+
+def _convert_port(arguments: argparse.Namespace, json_file: pathlib.Path | None) -> int:
+    from converters import ports
+
+    manifest = ports.convert(ports.read(arguments.port), arguments.src, arguments.dst, force=arguments.force)
+    if arguments.json == "-":
+        _print(json.dumps(manifest))
+        return OK
+    if json_file is not None:
+        _write_json(json_file, manifest)
+    _print(ports.summary(manifest, arguments.dst))
     return OK
 
 

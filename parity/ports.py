@@ -1,0 +1,223 @@
+"""Ports of other models: a description, by which ``convert``, ``parity-check record`` and ``parity-check`` do what they do for MaskFormer.
+
+A description is a Python file with ``PORT = Port(…)``. What it needs of PyTorch or TensorFlow it imports inside its functions, so that
+recording needs no TensorFlow, and converting and checking no PyTorch. The TensorFlow model is any tree of Keras layers. The call of a
+layer is compared with the call of the official module that its weights come from; :attr:`Port.modules` names those without weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from converters import ports
+from converters.rules import Drop, Rule
+from parity.tap_rules import Layout, TapRuleError, official_layout
+from parity.tensorflow_run import CaseResults
+
+Tensors = Mapping[str, Any]
+"""Name → array, or tensor of either framework."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """One model in both frameworks.
+
+    Attributes:
+        name: of the model.
+        build_official: makes the PyTorch model; its weights are loaded afterwards.
+        build_tensorflow: makes the Keras model, in Keras's default dtype policy, which is set to float32 or float64 before.
+        call: (model, inputs) → outputs by name. It is given either framework's model, with tensors in that framework's layout.
+        inputs: name of a case → makes its inputs, arrays by name in PyTorch's layout. Floats are cast to the dtype of the run.
+        rules: name in the official ``state_dict`` → name of the variable, and the transform; one line a pattern.
+        layouts: (pattern, :class:`parity.tap_rules.Layout`): exactly one line for each input, tap (``<module>#<call>[<item>]``) and output.
+        drops: what the official file has and TensorFlow does not need, by its exact name.
+        modules: official module → path of the layer that computes the same, where the weights do not tell.
+        partners: official tap → (tap of TensorFlow that is compared with it, reason).
+        exempt: (group, exact name) → reason, for what one side alone has.
+        official_losses, tensorflow_losses: (outputs, inputs) → terms of the loss by name, whose sum is differentiated; None: no losses.
+        stages: name → beginnings of the modules' names, in the order of computation.
+    """
+
+    name: str
+    build_official: Callable[[], Any]
+    build_tensorflow: Callable[[], Any]
+    call: Callable[[Any, Tensors], Tensors]
+    inputs: Mapping[str, Callable[[], Mapping[str, np.ndarray]]]
+    rules: Sequence[Rule]
+    layouts: Sequence[tuple[str, Layout]]
+    drops: Sequence[Drop] = ()
+    modules: Sequence[Rule] = ()
+    partners: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    exempt: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    official_losses: Callable[[Tensors, Tensors], Tensors] | None = None
+    tensorflow_losses: Callable[[Tensors, Tensors], Tensors] | None = None
+    stages: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+
+    def new(self, dtype: str) -> Any:
+        """The TensorFlow model in "float32" or "float64", with all its variables, at any values."""
+        from tfmaskformer.module import Module
+
+        with _precision(dtype):
+            model = self.build_tensorflow()
+            for layer in ports.named_layers(model).values():
+                if isinstance(layer, Module):
+                    layer.build()
+            self.call(model, self.tensors(next(iter(self.inputs.values()))(), dtype))  # builds what Keras builds when it is called
+        names = self.module_names(model)
+        for path, layer in ports.named_layers(model).items():
+            if isinstance(layer, Module):
+                layer.official_name = names[path]
+        return model
+
+    def load(self, directory: str | Path, dtype: str) -> Any:
+        """The TensorFlow model with the weights of a directory that ``convert --port`` wrote; see :func:`converters.ports.load`."""
+        return ports.load(self, directory, dtype)
+
+    def layout_of(self, name: str) -> Layout:
+        """The layout of an input, a tap or an output.
+
+        Raises:
+            TapRuleError: no line fits, or several do.
+        """
+        found = [layout for pattern, layout in self.layouts if Rule(pattern, pattern).target_of(name) is not None]
+        if len(found) != 1:
+            raise TapRuleError(f"{len(found) or 'no'} lines for '{name}' in the layouts of port '{self.name}'; exactly one is needed")
+        return found[0]
+
+    def tensors(self, inputs: Mapping[str, np.ndarray], dtype: str) -> dict[str, Any]:
+        """Inputs in PyTorch's layout → tensors in TensorFlow's, floats in ``dtype``."""
+        import tensorflow as tf
+
+        tensors = {}
+        for name, array in inputs.items():
+            layout = self.layout_of(name)
+            if sorted(layout.actual) != sorted(layout.expected) or array.ndim != len(layout.expected):
+                raise TapRuleError(f"input '{name}' {array.shape}: the layout {layout.expected} → {layout.actual} does not fit it")
+            array = array.transpose([layout.expected.index(axis) for axis in layout.actual])
+            tensors[name] = tf.constant(array.astype(dtype) if array.dtype.kind == "f" else array)
+        return tensors
+
+    def module_names(self, model: Any) -> dict[str, str]:
+        """Path of each layer → official module: by :attr:`modules`, else where its weights come from, else its path.
+
+        Raises:
+            TapRuleError: two layers would have one name.
+        """
+        sources: dict[str, set[str]] = {}
+        for target, move in ports.moves(self, list(ports.named_variables(model))).items():
+            sources.setdefault(target.rpartition(".")[0], set()).add(move.source.rpartition(".")[0])
+        names: dict[str, str] = {}
+        for path in ports.named_layers(model):
+            lines = [name for rule in self.modules if (name := rule.source_of(path)) is not None]
+            by_weights = sources.get(path, set())
+            if len(lines) > 1:
+                raise TapRuleError(f"{len(lines)} lines for layer '{path}' in the modules of port '{self.name}'")
+            names[path] = lines[0] if lines else next(iter(by_weights)) if len(by_weights) == 1 and path else path
+        twice = {name: [path for path in names if names[path] == name] for name in names.values()}
+        for name, paths in twice.items():
+            if len(paths) > 1:
+                told = " and ".join(f"'{path}'" for path in paths)
+                raise TapRuleError(f"layers {told} are both called '{name}'; say in the modules of port '{self.name}' which one it is")
+        return names
+
+    def run(self, model: Any, inputs: Mapping[str, np.ndarray], mode: str = "graph") -> PortResults:
+        """Taps, outputs, losses and gradients of the TensorFlow model.
+
+        Args:
+            model: from :meth:`load`.
+            inputs: of a case, in PyTorch's layout.
+            mode: "graph", "eager" or "xla".
+        """
+        import tensorflow as tf
+
+        from tfmaskformer.module import record_taps
+
+        named = ports.named_variables(model)
+        moves = ports.moves(self, list(named))
+        variables = {moves[name].source: variable.value for name, variable in named.items() if variable.trainable}
+
+        def step(tensors: dict[str, Any]) -> Any:
+            with tf.GradientTape() as tape:
+                with self.tapped(model), record_taps() as taps:
+                    outputs = dict(self.call(model, tensors))
+                losses = dict(self.tensorflow_losses(outputs, tensors)) if self.tensorflow_losses else {}
+                if losses:
+                    losses["total"] = tf.add_n(list(losses.values()))
+            gradients = tape.gradient(losses["total"], variables) if losses else {}
+            dense = {name: tf.convert_to_tensor(gradient) for name, gradient in gradients.items() if gradient is not None}
+            return {name: tensor for name, tensor in taps.items() if not name.startswith("#")}, outputs, losses, dense
+
+        run = step if mode == "eager" else tf.function(step, jit_compile=mode == "xla", autograph=False)
+        with _precision(model.compute_dtype):
+            found = run(self.tensors(inputs, model.compute_dtype))
+        taps, outputs, losses, gradients = ({name: np.asarray(tensor) for name, tensor in group.items()} for group in found)
+        transforms = {move.source: move.transform for move in moves.values()}
+        gradients = {name: np.asarray(transforms[name].invert(gradient)) for name, gradient in gradients.items()}
+        groups = {"taps": taps, "outputs": outputs, "losses": losses, "gradients": gradients, "matcher": {}, "inference": {}}
+        return PortResults(groups, layout_of=self.layout_of)
+
+    @contextlib.contextmanager
+    def tapped(self, model: Any) -> Iterator[None]:
+        """Inside, the call of every Keras layer shows its output to :func:`tfmaskformer.module.record_taps`, under its official name.
+
+        Layers that no attribute leads to show too, under a name that nothing else has: they cannot be forgotten.
+        """
+        import keras
+
+        from tfmaskformer.module import Module, tap
+
+        official = self.module_names(model)
+        names = {id(layer): official[path] for path, layer in ports.named_layers(model).items()}
+        original = keras.layers.Layer.__call__
+
+        def call(layer: Any, *arguments: Any, **keywords: Any) -> Any:
+            outputs = original(layer, *arguments, **keywords)
+            if isinstance(layer, Module) or layer is model:
+                return outputs
+            return tap(names.get(id(layer), f"{layer.name} (no attribute of the model)"), outputs)
+
+        with mock.patch.object(keras.layers.Layer, "__call__", call):
+            yield
+
+    def variables(self, model: Any) -> dict[str, bool]:
+        """Official name of every variable → whether it is trained."""
+        named = ports.named_variables(model)
+        return {move.source: bool(named[name].trainable) for name, move in ports.moves(self, list(named)).items()}
+
+    def stage_of(self, module: str) -> str:
+        """The stage of an official module: of the longest beginning that fits; "model" where none does."""
+        fitting = [(len(start), stage) for stage, starts in self.stages.items() for start in starts if f"{module}.".startswith(f"{start}.")]
+        return max(fitting)[1] if fitting else "model"
+
+
+@contextlib.contextmanager
+def _precision(dtype: str) -> Iterator[None]:
+    """Inside, Keras makes layers and inputs of this dtype: inputs of functional models follow ``floatx``, not the policy."""
+    import keras
+
+    policy, floatx = keras.config.dtype_policy(), keras.config.floatx()
+    keras.config.set_dtype_policy(dtype)
+    keras.config.set_floatx(dtype)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(policy)
+        keras.config.set_floatx(floatx)
+
+
+@dataclasses.dataclass(frozen=True)
+class PortResults(CaseResults):
+    """What TensorFlow made of a case of a port; ``layout_of`` is the port's."""
+
+    layout_of: Callable[[str], Layout] = dataclasses.field(kw_only=True)
+
+    def official(self, group: str, name: str) -> np.ndarray:
+        array = self.groups[group][name]
+        return official_layout(array, self.layout_of(name)) if group in ("taps", "outputs") else array
