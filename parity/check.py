@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from parity import compare, probes, tap_rules
+from parity import compare, ends, probes, tap_rules
 from parity.compare import AssignmentComparison, Comparison
+from parity.evidence import Evidence, Overlay, of_failures, of_results
 from parity.tensorflow_run import CaseInputs, CaseResults, run
 from parity.trace import POSITION_EMBEDDING, Case, Record, Trace, relative_error, statistics
 from tfmaskformer.config import CriterionConfig, MaskFormerConfig
@@ -26,7 +27,7 @@ from tfmaskformer.config import CriterionConfig, MaskFormerConfig
 GROUPS = ("taps", "outputs", "matcher", "losses", "gradients", "inference")
 """Of what is computed, in this order, which is the order in which failures are looked for."""
 
-LEDGER = (*GROUPS, "variables")
+LEDGER = ("preprocessing", *GROUPS, "metrics", "variables")
 """Groups of what is accounted for."""
 
 CANVAS_PX = 128
@@ -107,6 +108,7 @@ class CaseCheck:
     Attributes:
         sizes_px: (height, width) of its images.
         samples: elements stored of each large tensor; None: all.
+        evidence, overlays: what there is to see of the first failures and of the results.
     """
 
     case: str
@@ -115,6 +117,8 @@ class CaseCheck:
     samples: int | None
     items: tuple[Item, ...]
     exempted: tuple[Exemption, ...]
+    evidence: tuple[Evidence, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    overlays: tuple[Overlay, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     @property
     def failures(self) -> tuple[Item, ...]:
@@ -319,10 +323,18 @@ def _check_batch(
             cases, inputs, run(model, inputs, mode=settings.mode, padding=settings.padding, pad_to=pad_to), strict=True
         ):
             items, exempted = _judge(case, results, model.config, dtype, loss_floors)
+            described = trace.manifest["cases"][case.name]["images"]
+            first = [*ends.judge_preprocessing(case, described, trace.directory, results, model.config, dtype)]
+            last = [*ends.judge_metrics(case, results, model.config, items)]
+            items = [*(found for found in first if isinstance(found, Item)), *items, *(found for found in last if isinstance(found, Item))]
+            exempted += [found for found in (*first, *last) if isinstance(found, Exemption)]
             items += _judge_variables(model, items)
             samples = next((record.samples for record in case.reference.records.values() if record.samples is not None), None)
             sizes = tuple((image.shape[0], image.shape[1]) for image in case_inputs.images)
-            yield CaseCheck(case.name, dtype, sizes, samples, tuple(items), tuple(exempted))
+            judged = CaseCheck(case.name, dtype, sizes, samples, tuple(items), tuple(exempted))
+            seen = [found for found in first if isinstance(found, Evidence)]
+            seen += of_failures(case, results, model.config, judged.failures)
+            yield dataclasses.replace(judged, evidence=tuple(seen), overlays=tuple(of_results(case, results, model.config)))
     finally:
         for case in cases:
             case.close()

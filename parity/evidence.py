@@ -233,7 +233,7 @@ def _maps(names: Sequence[str], expected: np.ndarray, actual: np.ndarray, differ
     }
 
 
-def overlays(case: Case, results: CaseResults, config: MaskFormerConfig) -> Iterator[Overlay]:
+def of_results(case: Case, results: CaseResults, config: MaskFormerConfig) -> Iterator[Overlay]:
     """Of every image the panoptic result, where there is one, and the semantic one, where the trace has the class of each pixel."""
     own = results.groups["inference"]
     for index, image in enumerate(case.images):
