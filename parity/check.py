@@ -24,7 +24,7 @@ from parity.tensorflow_run import CaseInputs, CaseResults, run
 from parity.trace import POSITION_EMBEDDING, Case, Record, Trace, relative_error, statistics
 from tfmaskformer.config import CriterionConfig, MaskFormerConfig
 
-GROUPS = ("taps", "outputs", "matcher", "losses", "gradients", "inference")
+GROUPS = ("taps", "outputs", "matcher", "losses", "tap_gradients", "gradients", "inference")
 """Of what is computed, in this order, which is the order in which failures are looked for."""
 
 LEDGER = ("preprocessing", *GROUPS, "metrics", "variables")
@@ -315,13 +315,13 @@ def _check_batch(
     cases = [trace.case(name) for name in names]
     try:
         inputs = [_inputs(case, dtype) for case in cases]
+        gradients = "all" if any(case.reference.group("tap_gradients") for case in cases) else "parameters"
         pad_to = settings.pad_to
         if settings.padding == "masked" and pad_to is None:
             largest = np.max([image.shape[:2] for case in inputs for image in case.images], axis=0)
             pad_to = tuple((int(side) // CANVAS_PX + 1) * CANVAS_PX for side in largest)  # type: ignore[assignment]
-        for case, case_inputs, results in zip(
-            cases, inputs, run(model, inputs, mode=settings.mode, padding=settings.padding, pad_to=pad_to), strict=True
-        ):
+        found = run(model, inputs, mode=settings.mode, padding=settings.padding, pad_to=pad_to, gradients=gradients)
+        for case, case_inputs, results in zip(cases, inputs, found, strict=True):
             items, exempted = _judge(case, results, model.config, dtype, loss_floors)
             described = trace.manifest["cases"][case.name]["images"]
             first = [*ends.judge_preprocessing(case, described, trace.directory, results, model.config, dtype)]
@@ -376,14 +376,17 @@ def _judge(
     partners = tap_rules.partners(config)
     for group in GROUPS:
         expected = [name for name in case.reference.group(group) if not (group == "matcher" and name.endswith("/gap"))]
-        left = dict.fromkeys(results.groups[group])
+        left = dict.fromkeys(results.groups.get(group, ()))
+        if group == "tap_gradients":
+            without = case.reference.facts.get("without_gradient", {})
+            exempted += [Exemption(group, name, f"it has no gradient: {reason}") for name, reason in without.items()]
         for name in expected:
             partner = name
-            if group == "taps" and name in partners:
+            if group in ("taps", "tap_gradients") and name in partners:
                 partner, reason = partners[name]
                 exempted.append(Exemption(group, name, f"compared with '{partner}': {reason}"))
             left.pop(partner, None)
-            if partner in results.groups[group]:
+            if partner in results.groups.get(group, ()):
                 items.append(_judge_one(case, results, group, name, partner, config, dtype, loss_floors))
             else:
                 _alone(group, name, "no partner in TensorFlow", items, exempted)
@@ -458,7 +461,12 @@ def _judge_own_rounding(item: Item, actual: np.ndarray, exact: np.ndarray) -> It
     return dataclasses.replace(item, local=local, passed=False, note=item.note or note)
 
 
-LAWS = {"losses": compare.result_tolerance, "gradients": compare.gradient_tolerance, "inference": compare.result_tolerance}
+LAWS = {
+    "losses": compare.result_tolerance,
+    "tap_gradients": compare.gradient_tolerance,
+    "gradients": compare.gradient_tolerance,
+    "inference": compare.result_tolerance,
+}
 """How a floor becomes a tolerance, by group; :func:`parity.compare.tolerance` for the others."""
 
 

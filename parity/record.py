@@ -4,7 +4,10 @@ Each case is run in float64, the reference, and in float32 in four ways that PyT
 these miss the reference is the floor of every tensor: what float32 costs the official code itself.
 
 One forward pass serves everything: evaluation mode (no dropout), gradients on. Inference, costs, losses and gradients all come from its
-outputs, through the official functions. PyTorch is imported when a recording starts, not before.
+outputs, through the official functions. A second pass without hooks must give the same bits.
+
+Every tensor goes to disk as it is computed; what the backward pass needs goes there too where the memory budget does not hold it. A
+recording that was broken off goes on with the first file that is not complete. PyTorch is imported when a recording starts, not before.
 """
 
 from __future__ import annotations
@@ -13,18 +16,18 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import platform
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,7 +35,8 @@ import tfmaskformer
 from parity import official, trace
 from parity.inputs import CaseSpec, InputError, make_targets, parse_case
 from parity.meta_architectures import META_ARCHITECTURES, Emit, RecordError, Targets, Task, numpy
-from parity.trace import Trace, TraceError, TraceFileWriter
+from parity.spool import KEPT_SHARE, Spool, over_budget, parse_bytes
+from parity.trace import Trace, TraceError, TraceFile, TraceFileWriter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,10 @@ RUNS = {
 """The runs of each file of which errors are stored; the first float32 run is the baseline, whose values are stored too."""
 
 
+RunOnce = Callable[[Run, Emit], dict[str, str]]
+"""Runs a model on a case in one way. Everything goes to ``emit``; what is returned tells of the taps without a gradient why (by name)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadedCase:
     """A case in memory: ``images`` uint8 [H, W, 3], and the targets of each."""
@@ -65,6 +73,13 @@ class LoadedCase:
     images: list[np.ndarray]
     targets: list[Targets]
     description: list[dict[str, Any]]
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """The group "inputs" of the trace."""
+        arrays = {f"images/{index}": pixels for index, pixels in enumerate(self.images)}
+        for index, targets in enumerate(self.targets):
+            arrays |= {f"targets/{index}/{name}": target for name, target in targets.items()}
+        return arrays
 
 
 def load_case(case: CaseSpec, config: Any, seed: int) -> LoadedCase:
@@ -96,10 +111,13 @@ def record(
     *,
     options: Sequence[Any] = (),
     samples: int | None = None,
+    samples_float32: int | None = None,
+    gradients: bool = True,
+    memory_budget: int | None = None,
     seed: int = 0,
     command: Sequence[str] = (),
 ) -> Trace:
-    """Records a trace, or completes one: a case that is there and was recorded in the same way is kept.
+    """Records a trace, or completes one: files that are there and were recorded in the same way are kept.
 
     Args:
         code: from :func:`parity.official.load`.
@@ -109,6 +127,9 @@ def record(
         directory: made if it is not there.
         options: keys and values that change the config (Detectron2's ``merge_from_list``).
         samples: elements to store of each large tensor; None: all.
+        samples_float32: the same of the float32 file alone; None: as ``samples``. A check needs little of that file but the floors.
+        gradients: False leaves out the groups "tap_gradients" and "gradients", and the memory that a backward pass needs.
+        memory_budget: bytes; of what the backward pass needs a share of it stays in memory, the rest goes to a temporary file.
         seed: of the targets.
         command: how this was asked for, for the manifest.
 
@@ -127,78 +148,159 @@ def record(
     provenance = _provenance(code, config_name, config, Path(checkpoint), samples, seed)
     if options:
         provenance["options"] = list(options)
-    keys = {case.name: _digest([provenance, case.description]) for case in loaded}
-    manifest_cases = _earlier_cases(Path(directory), provenance)
-    manifest_cases.update({case.name: {"key": keys[case.name], "images": case.description} for case in loaded})
+    if samples_float32 is not None:
+        provenance["samples_float32"] = samples_float32
+    if not gradients:
+        provenance["gradients"] = False
+    of_dtypes = {"float64": samples, "float32": samples if samples_float32 is None else samples_float32}
+
+    @functools.cache
+    def task() -> Task:
+        return META_ARCHITECTURES[config.MODEL.META_ARCHITECTURE](code.model(config, checkpoint))
+
+    def run_of(name: str) -> RunOnce:
+        case = next(case for case in loaded if case.name == name)
+        return lambda run, emit: _run(task(), run, case, emit, functools.partial(_saved, gradients, memory_budget, Path(directory)))
+
+    described = {case.name: {"images": case.description} for case in loaded}
+    inputs = {case.name: case.inputs() for case in loaded}
+    recorded = write(directory, provenance, described, inputs, run_of, of_dtypes, command)
+    if warning := over_budget(memory_budget):
+        say(f"warning: {warning}")
+    return recorded
+
+
+def write(
+    directory: str | Path,
+    provenance: Mapping[str, Any],
+    described: Mapping[str, Mapping[str, Any]],
+    inputs: Mapping[str, Mapping[str, np.ndarray]],
+    run_of: Callable[[str], RunOnce],
+    samples: Mapping[str, int | None],
+    command: Sequence[str],
+) -> Trace:
+    """Writes a trace of what a model computes in all of :data:`RUNS`, or completes one; files that are there already are kept.
+
+    Args:
+        directory: made if it is not there.
+        provenance: everything that the values depend on; a trace with another one is not touched.
+        described: case → what the manifest says of it, in which its inputs are told by their hashes.
+        inputs: case → the group "inputs".
+        run_of: case → what runs it.
+        samples: dtype of a file → elements to store of each large tensor; None: all.
+        command: how this was asked for.
+
+    Raises:
+        TraceError: the directory cannot be written, or holds another trace.
+    """
+    directory = Path(directory)
+    keys = {name: _digest([provenance, description]) for name, description in described.items()}
+    cases = _earlier_cases(directory, provenance) | {name: {"key": keys[name], **description} for name, description in described.items()}
     try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         when = {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": list(command)}
-        trace.write_manifest(directory, {**provenance, **when}, manifest_cases)
+        trace.write_manifest(directory, {**provenance, **when}, cases)
     except OSError as error:
         raise TraceError(f"cannot write trace '{directory}': {error}") from error
-
-    task = None
-    for case in loaded:
-        if _is_recorded(directory, case.name, keys[case.name]):
-            _say(f"{case.name}: there already")
-            continue
-        if task is None:
-            task = META_ARCHITECTURES[config.MODEL.META_ARCHITECTURE](code.model(config, checkpoint))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the official code's deprecations
-            _record_case(task, case, Path(directory), samples, {"key": keys[case.name]})
+    for name, key in keys.items():
+        done = [dtype for dtype in RUNS if _is_recorded(directory, name, dtype, key)]
+        if done:
+            say(f"{name}: {' and '.join(done)} there already")
+        if len(done) < len(RUNS):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the official code's deprecations
+                _record_case(name, inputs[name], run_of(name), directory, samples, {"key": key}, done)
     return Trace(directory)
 
 
-def _record_case(task: Task, case: LoadedCase, directory: Path, samples: int | None, facts: Mapping[str, Any]) -> None:
-    with _Spool(directory) as spool:
-        runs = RUNS["float64"]
-        with TraceFileWriter(directory, case.name, "float64", runs=[run.name for run in runs], samples=samples, facts=facts) as writer:
-            for index, (pixels, targets) in enumerate(zip(case.images, case.targets, strict=True)):
-                writer.add("inputs", f"images/{index}", pixels)
-                for name, target in targets.items():
-                    writer.add("inputs", f"targets/{index}/{name}", target)
+def _record_case(
+    case: str,
+    inputs: Mapping[str, np.ndarray],
+    run: RunOnce,
+    directory: Path,
+    samples: Mapping[str, int | None],
+    facts: Mapping[str, Any],
+    done: Sequence[str],
+) -> None:
+    """Writes those files of a case that are not done. The whole reference is in its own file, or else in a temporary one."""
 
-            def add_reference(group: str, name: str, array: np.ndarray) -> None:
-                writer.add(group, name, array)
+    def writer_of(dtype: str) -> TraceFileWriter:
+        runs = [run.name for run in RUNS[dtype]]
+        return TraceFileWriter(directory, case, dtype, runs=runs, samples=samples[dtype], facts=facts)
+
+    is_whole = samples["float64"] is None
+    with contextlib.ExitStack() as stack:
+        spool = stack.enter_context(Spool(0, directory))
+        if "float64" not in done:
+            with writer_of("float64") as writer:
+                for name, array in inputs.items():
+                    writer.add("inputs", name, array)
+
+                def add_reference(group: str, name: str, array: np.ndarray) -> None:
+                    writer.add(group, name, array)
+                    if not is_whole:
+                        spool.write(group, name, array)
+                    if group == "matcher" and name.endswith("/total"):
+                        writer.add(group, name.replace("total", "gap"), np.array(assignment_gap(array)))
+
+                writer.facts["without_gradient"] = run(REFERENCE, add_reference)
+                _measure(run, RUNS["float64"], case, writer, writer if is_whole else spool)
+        if "float32" in done:
+            return
+        file = stack.enter_context(TraceFile(trace.file_path(directory, case, "float64")))
+        if not is_whole and not spool.keys():
+
+            def respool(group: str, name: str, array: np.ndarray) -> None:
+                if file[group, name].statistics != trace.statistics(array):
+                    raise RecordError(f"{case}: {group} '{name}' is not what '{file.path}' was recorded of; delete that file")
                 spool.write(group, name, array)
-                if group == "matcher" and name.endswith("/total"):
-                    writer.add(group, name.replace("total", "gap"), np.array(assignment_gap(array)))
 
-            _run(task, REFERENCE, case, add_reference)
-            _measure(task, runs, case, writer, spool)
-        runs = RUNS["float32"]
-        with TraceFileWriter(directory, case.name, "float32", runs=[run.name for run in runs], samples=samples, facts=facts) as writer:
-            _measure(task, runs, case, writer, spool, baseline=True)
+            run(REFERENCE, respool)
+        with writer_of("float32") as writer:
+            _measure(run, RUNS["float32"], case, writer, file if is_whole else spool, baseline=True)
 
 
-def _measure(task: Task, runs: Sequence[Run], case: LoadedCase, writer: TraceFileWriter, spool: _Spool, *, baseline: bool = False) -> None:
-    """Runs each of ``runs`` and stores its errors against the spooled reference; with ``baseline``, the values of the first run too."""
+class _Reference(Protocol):
+    """Whole tensors of a case, by group and name."""
+
+    def read(self, group: str, name: str) -> np.ndarray: ...
+
+    def keys(self) -> Collection[tuple[str, str]]: ...
+
+
+def _measure(
+    run_once: RunOnce, runs: Sequence[Run], case: str, writer: TraceFileWriter, reference: _Reference, *, baseline: bool = False
+) -> None:
+    """Runs each of ``runs`` and stores its errors against the reference; with ``baseline``, the values of the first run too."""
     errors: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
     noise: dict[str, float] = collections.defaultdict(float)
+    computed = {
+        (group, name) for group, name in list(reference.keys()) if group != "inputs" and not (group == "matcher" and name.endswith("/gap"))
+    }
     for run in runs:
+        where = f"{run.dtype} {run.name}"
         seen: set[tuple[str, str]] = set()
 
-        def compare(group: str, name: str, array: np.ndarray, run: Run = run, seen: set[tuple[str, str]] = seen) -> None:
+        def compare(
+            group: str, name: str, array: np.ndarray, run: Run = run, where: str = where, seen: set[tuple[str, str]] = seen
+        ) -> None:
+            if (group, name) not in computed:
+                raise RecordError(f"{case}: {group} '{name}' of {where} is not in the reference")
             if baseline and run is runs[0]:
                 writer.add(group, name, array)
             seen.add((group, name))
             if array.dtype.kind != "f":  # ids and assignments have no error
                 return
-            expected = spool.read(group, name)
+            expected = reference.read(group, name)
             if expected.shape != array.shape:
-                raise RecordError(
-                    f"{case.name}: {group} '{name}' is {array.shape} in {run.dtype} {run.name}, {expected.shape} in the reference"
-                )
+                raise RecordError(f"{case}: {group} '{name}' is {array.shape} in {where}, {expected.shape} in the reference")
             errors[group, name].append(trace.relative_error(array, expected))
             if group == "matcher" and name.endswith("/total"):
                 noise[name] = max(noise[name], float(np.abs(array - expected).max(initial=0)))
 
-        _run(task, run, case, compare)
-        if seen != spool.keys():
-            raise RecordError(
-                f"{case.name}: {run.dtype} {run.name} and the reference do not have the same tensors: {sorted(seen ^ spool.keys())[:3]}"
-            )
+        run_once(run, compare)
+        if missing := computed - seen:
+            raise RecordError(f"{case}: {where} lacks what the reference has: {sorted(missing)[:3]}")
     for (group, name), of_runs in errors.items():
         writer.set_floor(group, name, of_runs)
     if baseline:
@@ -206,8 +308,14 @@ def _measure(task: Task, runs: Sequence[Run], case: LoadedCase, writer: TraceFil
             writer.add("matcher", name.replace("total", "cost_noise"), np.array(value))
 
 
-def _run(task: Task, run: Run, case: LoadedCase, emit: Emit) -> None:
-    """One forward and backward pass of the official model; every result goes to ``emit`` in the order of computation."""
+def _run(
+    task: Task, run: Run, case: LoadedCase, emit: Emit, saved: Callable[[], contextlib.AbstractContextManager[bool]]
+) -> dict[str, str]:
+    """One forward and backward pass of the official model; see :data:`RunOnce`.
+
+    Args:
+        saved: context of a forward pass, which decides what it keeps for a backward pass, and tells whether there is to be one.
+    """
     import torch
 
     start = time.perf_counter()
@@ -216,91 +324,212 @@ def _run(task: Task, run: Run, case: LoadedCase, emit: Emit) -> None:
     where = f"{case.name}, {run.dtype} {run.name}"
     sizes = [pixels.shape[:2] for pixels in case.images]
     inputs = [{"image": torch.from_numpy(pixels.transpose(2, 0, 1).copy())} for pixels in case.images]
+    bits = Bits(emit, where)
     with torch.backends.mkldnn.flags(enabled=run.onednn), torch.enable_grad():
-        seen: dict[str, Any] = {}
-        with _taps(task, emit, seen):
-            results = model([{**image, "height": height, "width": width} for image, (height, width) in zip(inputs, sizes, strict=True)])
-        images, returned = seen["images"], seen["returned"]
-        for path, tensor in _flatten(task.outputs(returned)):
-            emit("outputs", _output_name(path), numpy(tensor))
-        _assert_undisturbed(task, images, returned, where)
-        with task.given(returned), torch.no_grad():
-            resized = model([{**image, **_other_size(size)} for image, size in zip(inputs, sizes, strict=True)])
-        for index in range(len(inputs)):
-            for prefix, result in ((f"{index}/", results[index]), (f"{index}/resized/", resized[index])):
-                _emit_inference(result, prefix, emit)
-        del results, resized
+        with saved() as backward:
+            with _network_taps(task, emit, backward) as seen, contextlib.suppress(_HeadReturned):
+                model(inputs)
+            _train(task, seen.returned, seen.images, case.targets, where, backward, bits.remember)
+        with saved():
+            again = getattr(model.sem_seg_head, task.method)(model.backbone(seen.images))
+            _train(task, again, seen.images, case.targets, where, backward, bits.compare)
+        del again
+        with task.given(seen.returned), torch.no_grad():
+            for suffix, output_sizes in (("", sizes), ("resized/", [_other_size(size) for size in sizes])):
+                results = model([{**image, "height": size[0], "width": size[1]} for image, size in zip(inputs, output_sizes, strict=True)])
+                for index, result in enumerate(results):
+                    _emit_inference(result, f"{index}/{suffix}", emit)
+                del results, result
+    say(f"{case.name}: {run.dtype} {run.name} {time.perf_counter() - start:.1f} s")
+    return dict(seen.without_gradient)
 
-        try:
-            losses, total = task.losses(returned, images, case.targets, emit)
-        except RecordError as error:
-            raise RecordError(f"{where}: {error}") from error
-        for name, loss in losses.items():
-            emit("losses", name, numpy(loss))
-        emit("losses", "total", numpy(total))
-        parameters = dict(model.named_parameters())
-        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
-                raise RecordError(f"{where}: the loss does not depend on parameter '{name}'")
-            emit("gradients", name, numpy(gradient))
-    _say(f"{case.name}: {run.dtype} {run.name} {time.perf_counter() - start:.1f} s")
+
+def _train(task: Task, returned: Any, images: Any, targets: Sequence[Targets], where: str, backward: bool, emit: Emit) -> None:
+    """Outputs, costs, losses and the gradients of every parameter, of what the head's method returned; its graph is used up."""
+    import torch
+
+    for path, tensor in _flatten(task.outputs(returned)):
+        emit("outputs", ".".join(map(str, path)), numpy(tensor))
+    try:
+        losses, total = task.losses(returned, images, targets, emit)
+    except RecordError as error:
+        raise RecordError(f"{where}: {error}") from error
+    for name, loss in losses.items():
+        emit("losses", name, numpy(loss))
+    emit("losses", "total", numpy(total))
+    if not backward:
+        return
+    parameters = dict(task.model.named_parameters())
+    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    for name, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            raise RecordError(f"{where}: the loss does not depend on parameter '{name}'")
+        emit("gradients", name, numpy(gradient))
 
 
 @contextlib.contextmanager
-def _taps(task: Task, emit: Emit, seen: dict[str, Any]) -> Iterator[None]:
-    """Emits the output of every module call at once (ReLUs that work in place would change it), and the batch that enters the backbone.
+def _saved(gradients: bool, memory_budget: int | None, directory: Path) -> Iterator[bool]:
+    """Decides what autograd keeps of a forward pass: nothing where no gradients are wanted, and what the budget does not hold on disk.
 
-    Of the head that is the network's outputs, before what some heads do at inference. ``seen`` receives the batch (``images``) and what
-    the head's method returned (``returned``), with their graph.
+    The graph is the same in any case, so what is computed is too.
     """
-    calls: collections.Counter[str] = collections.Counter()
+    import torch
 
-    def emit_call(name: str, output: Any) -> None:
-        index = calls[name]
-        calls[name] += 1
-        for path, tensor in _flatten(output):
-            emit("taps", f"{name}#{index}" + "".join(f"[{item}]" for item in path), numpy(tensor))
+    if gradients and memory_budget is None:
+        yield True
+        return
+    with Spool(memory_budget and memory_budget // KEPT_SHARE, directory) as spool:
+
+        def pack(tensor: Any) -> Any:
+            if not gradients:
+                return None
+            order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+            if isinstance(tensor, torch.nn.Parameter) or not tensor.permute(order).is_contiguous():
+                return tensor.detach()  # there anyway, or with strides that a file would not keep
+            key = str(len(spool.keys()))
+            spool.write("saved", key, numpy(tensor.permute(order)))
+            return key, np.argsort(order).tolist()
+
+        def unpack(packed: Any) -> Any:
+            if not isinstance(packed, tuple):
+                return packed
+            key, order = packed
+            return torch.from_numpy(spool.read("saved", key)).permute(order)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield gradients
+
+
+class Bits:
+    """Holds a pass without hooks to the bits of the recorded one.
+
+    Args:
+        emit: takes what is recorded.
+        where: case and run, for the message.
+    """
+
+    def __init__(self, emit: Emit, where: str):
+        self._emit, self._where = emit, where
+        self._digests: dict[tuple[str, str], bytes] = {}
+
+    def remember(self, group: str, name: str, array: np.ndarray) -> None:
+        """Takes a tensor of the recorded pass, and emits it."""
+        self._digests[group, name] = self._digest(array)
+        self._emit(group, name, array)
+
+    def compare(self, group: str, name: str, array: np.ndarray) -> None:
+        """Takes the same tensor of the other pass.
+
+        Raises:
+            RecordError: any bit of it is another.
+        """
+        if self._digests[group, name] != self._digest(array):
+            what = f"without hooks, {group} '{name}' has other bits"
+            raise RecordError(f"{self._where}: {what}; the recording would not show what the model computes")
+
+    @staticmethod
+    def _digest(array: np.ndarray) -> bytes:
+        return hashlib.blake2b(np.ascontiguousarray(array).data).digest()
+
+
+class Taps(dict[str, str]):
+    """Emits tensors and their gradients by the names of the modules that returned them.
+
+    As a dict: tap → why it has no gradient, for those that have none (so far).
+
+    Args:
+        emit: is given a tensor at once, for what follows may work on it in place, and its gradient when that is computed: that of what
+            the module returned, whatever works on it in place later.
+        backward: whether there will be gradients.
+    """
+
+    def __init__(self, emit: Emit, backward: bool = True):
+        super().__init__()
+        self._emit, self._backward = emit, backward
+        self._calls: collections.Counter[str] = collections.Counter()
+
+    def add(self, name: str, outputs: Any) -> None:
+        """Emits one call of module ``name``; dicts, lists and tuples are taken apart."""
+        index = self._calls[name]
+        self._calls[name] += 1
+        for path, tensor in _flatten(outputs):
+            self._add(f"{name}#{index}" + "".join(f"[{item}]" for item in path), tensor)
+
+    def _add(self, tap: str, tensor: Any) -> None:
+        def emit_gradient(gradient: Any) -> None:
+            self.pop(tap, None)
+            self._emit("tap_gradients", tap, numpy(gradient))
+
+        self._emit("taps", tap, numpy(tensor))
+        if not self._backward:
+            self[tap] = "no gradients were recorded"
+        elif not tensor.requires_grad:
+            self[tap] = "it depends on no parameter"
+        else:
+            self[tap] = "the loss does not depend on it"
+            tensor.register_hook(emit_gradient)
+
+
+@contextlib.contextmanager
+def hooks(model: Any, names: Collection[str], emit: Emit, backward: bool = True) -> Iterator[Taps]:
+    """Emits what every call of the named modules of ``model`` returns, and its gradient; see :class:`Taps`."""
+    taps = Taps(emit, backward)
 
     def hook_for(name: str) -> Callable[..., None]:
-        return lambda _module, _inputs, output: emit_call(name, output)
+        return lambda _module, _inputs, output: taps.add(name, output)
 
-    def see_images(_module: Any, inputs: Any) -> None:
-        seen["images"] = inputs[0]
-        emit("taps", "images#0", numpy(inputs[0]))
-
-    def see_returned(returned: Any) -> None:
-        seen["returned"] = returned
-        emit_call("sem_seg_head", task.outputs(returned))
-
-    untapped = ("", "sem_seg_head", "criterion")
-    named = [(name, module) for name, module in task.model.named_modules() if name not in untapped and not name.startswith("criterion.")]
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in named]
-    handles.append(task.model.backbone.register_forward_pre_hook(see_images))
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules() if name in names]
     try:
-        with task.watched(see_returned):
-            yield
+        yield taps
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _assert_undisturbed(task: Task, images: Any, returned: Any, where: str) -> None:
-    """The same pass without hooks gives the same bits."""
-    import torch
-
-    again = getattr(task.model.sem_seg_head, task.method)(task.model.backbone(images))
-    tensors = dict(_flatten(task.outputs(again)))
-    for path, tensor in _flatten(task.outputs(returned)):
-        if not torch.equal(tensor, tensors[path]):
-            raise RecordError(
-                f"{where}: without hooks, '{_output_name(path)}' has other bits; the recording would not show what the model computes"
-            )
+class _HeadReturned(Exception):  # noqa: N818 it is no error
+    """Ends the official forward pass before its inference, which would need memory while the graph is there."""
 
 
-def _other_size(size: tuple[int, int]) -> dict[str, int]:
+@dataclasses.dataclass
+class _Seen:
+    """The batch that enters the backbone, what the head's method returned, with its graph, and the taps without a gradient."""
+
+    without_gradient: Taps
+    images: Any = None
+    returned: Any = None
+
+
+@contextlib.contextmanager
+def _network_taps(task: Task, emit: Emit, backward: bool) -> Iterator[_Seen]:
+    """Emits the batch that enters the backbone, every module call, and of the head the network's outputs.
+
+    Some heads do more at inference: there the pass ends with :class:`_HeadReturned`.
+    """
+    untapped = ("", "sem_seg_head", "criterion")
+    named = [name for name, _ in task.model.named_modules() if name not in untapped and not name.startswith("criterion.")]
+    with hooks(task.model, named, emit, backward) as taps:
+        seen = _Seen(taps)
+
+        def see_images(_module: Any, inputs: Any) -> None:
+            seen.images = inputs[0]
+            taps.add("images", inputs[0])
+
+        def see_returned(returned: Any) -> None:
+            seen.returned = returned
+            taps.add("sem_seg_head", task.outputs(returned))
+            raise _HeadReturned
+
+        handle = task.model.backbone.register_forward_pre_hook(see_images)
+        try:
+            with task.watched(see_returned):
+                yield seen
+        finally:
+            handle.remove()
+
+
+def _other_size(size: tuple[int, int]) -> tuple[int, int]:
     """An output size (px) that is larger than the image in one axis and smaller in the other."""
-    return {"height": size[0] * 4 // 3, "width": size[1] * 3 // 4}
+    return size[0] * 4 // 3, size[1] * 3 // 4
 
 
 def _emit_inference(result: Mapping[str, Any], prefix: str, emit: Emit) -> None:
@@ -351,42 +580,8 @@ def _flatten(outputs: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[A
         yield from _flatten(value, (*path, key))
 
 
-def _output_name(path: Sequence[Any]) -> str:
-    return ".".join(map(str, path))
-
-
-class _Spool:
-    """The float64 reference of a case, on disk in a temporary file: whole tensors, read back one at a time."""
-
-    def __init__(self, directory: Path):
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 closed by __exit__
-        self._places: dict[tuple[str, str], tuple[int, np.dtype, tuple[int, ...]]] = {}
-
-    def write(self, group: str, name: str, array: np.ndarray) -> None:
-        self._places[group, name] = (self._file.tell(), array.dtype, array.shape)
-        self._file.write(np.ascontiguousarray(array).data)
-
-    def read(self, group: str, name: str) -> np.ndarray:
-        if (group, name) not in self._places:
-            raise RecordError(f"the float64 reference has no {group} '{name}'")
-        offset, dtype, shape = self._places[group, name]
-        self._file.seek(offset)
-        return np.frombuffer(self._file.read(dtype.itemsize * math.prod(shape)), dtype).reshape(shape)
-
-    def keys(self) -> set[tuple[str, str]]:
-        return set(self._places)
-
-    def __enter__(self) -> _Spool:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._file.close()
-
-
 def _provenance(code: official.Official, config_name: str, config: Any, checkpoint: Path, samples: int | None, seed: int) -> dict[str, Any]:
     """Everything that the values of a recording depend on."""
-    import torch
-
     if not checkpoint.is_file():
         raise official.OfficialError(f"no checkpoint '{checkpoint}'")
     digest = hashlib.sha256()
@@ -394,17 +589,25 @@ def _provenance(code: official.Official, config_name: str, config: Any, checkpoi
         while block := file.read(1 << 20):
             digest.update(block)
     return {
-        "tool": f"tfmaskformer {tfmaskformer.__version__}",
         "commits": code.commits,
         "stand_ins": list(code.stand_ins),
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("torch", "numpy", "scipy", "pillow")},
-        "cpu": {"machine": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        **surroundings(("torch", "numpy", "scipy", "pillow")),
         "config": _config_name(config_name),
         "checkpoint": {"file": checkpoint.name, "sha256": digest.hexdigest()},
         **code.metadata(config),
         "samples": samples,
         "seed": seed,
+    }
+
+
+def surroundings(packages: Sequence[str]) -> dict[str, Any]:
+    """What computes: ``tool``, ``versions`` of Python and ``packages``, and ``cpu``, part of a recording's provenance."""
+    import torch
+
+    return {
+        "tool": f"tfmaskformer {tfmaskformer.__version__}",
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "cpu": {"machine": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
     }
 
 
@@ -431,10 +634,10 @@ def _earlier_cases(directory: Path, provenance: Mapping[str, Any]) -> dict[str, 
     return manifest["cases"]
 
 
-def _is_recorded(directory: str | Path, name: str, key: str) -> bool:
+def _is_recorded(directory: Path, case: str, dtype: str, key: str) -> bool:
     try:
-        with trace.Case(directory, name) as case:
-            return case.reference.facts["key"] == key
+        with TraceFile(trace.file_path(directory, case, dtype)) as file:
+            return file.facts.get("key") == key
     except TraceError:
         return False
 
@@ -443,7 +646,8 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tells of the progress."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -466,6 +670,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=int, metavar="N", help="store N elements of each large tensor, and exact statistics; default: everything"
     )
+    parser.add_argument("--samples-float32", type=int, metavar="N", help="the same of the float32 file alone (default: as --samples)")
+    parser.add_argument("--no-gradients", action="store_true", help="leave out all gradients, and the memory that they need")
+    parser.add_argument(
+        "--memory-budget",
+        metavar="BYTES",
+        help="memory to stay below, for example 6GB: what a backward pass needs beyond a quarter of it goes to a temporary file",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the made-up objects (default: 0)")
     for name, variable in official.FOLDERS.items():
         parser.add_argument(f"--{name}", metavar="DIR", help=f"source folder of the official code (default: ${variable})")
@@ -474,8 +685,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """``parity-check record``: 0 recorded, 2 bad input, 3 could not run. Prints the path of the trace."""
     try:
-        if arguments.samples is not None and arguments.samples < 2:
-            raise InputError(f"--samples {arguments.samples}: expected 2 or more, or leave it out to store everything")
+        for option, samples in (("--samples", arguments.samples), ("--samples-float32", arguments.samples_float32)):
+            if samples is not None and samples < 2:
+                raise InputError(f"{option} {samples}: expected 2 or more, or leave it out to store everything")
+        try:
+            memory_budget = arguments.memory_budget and parse_bytes(arguments.memory_budget)
+        except ValueError as error:
+            raise InputError(f"--memory-budget: {error}") from error
         cases = [parse_case(text) for text in arguments.cases]
         code = official.load(arguments.maskformer, arguments.detectron2)
         record(
@@ -485,14 +701,17 @@ def run(arguments: argparse.Namespace) -> int:
             cases,
             arguments.out,
             samples=arguments.samples,
+            samples_float32=arguments.samples_float32,
+            gradients=not arguments.no_gradients,
+            memory_budget=memory_budget,
             seed=arguments.seed,
             command=_command(arguments),
         )
     except (InputError, TraceError, official.OfficialError) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 3 if isinstance(error, official.OfficialUnavailable) else 2
     except RecordError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 3
     print(arguments.out)
     return 0
@@ -511,5 +730,7 @@ def _command(arguments: argparse.Namespace) -> list[str]:
     for case in arguments.cases:
         name, equals, files = case.rpartition("=")
         options += ["--case", name + equals + ",".join(Path(file).name for file in files.split(","))]
-    options += ["--samples", str(arguments.samples)] if arguments.samples is not None else []
+    for option, samples in (("--samples", arguments.samples), ("--samples-float32", arguments.samples_float32)):
+        options += [option, str(samples)] if samples is not None else []
+    options += ["--no-gradients"] if arguments.no_gradients else []
     return ["parity-check", "record", *options, "--seed", str(arguments.seed)]

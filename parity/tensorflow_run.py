@@ -1,7 +1,7 @@
 """The TensorFlow side of a check: one function computes taps, outputs, costs, assignments, losses and gradients.
 
-Everything comes out by its official name and in the official layout; an image of a masked batch like the image alone. TensorFlow is
-imported when a run starts, not before.
+Everything comes out by its official name and in the official layout; an image of a masked batch like the image alone. With a memory
+budget, taps go to a temporary file while they are computed. TensorFlow is imported when a run starts, not before.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 
+from parity.spool import KEPT_SHARE, Spool
 from parity.tap_rules import View, layout_of, official_gradients, official_layout
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 MODES = ("graph", "eager", "xla")
 PADDINGS = ("official", "masked")
+GRADIENTS = ("none", "parameters", "all")
+"""Of the total loss: none, which saves the memory that they need; those of every parameter; those of every tap too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,8 @@ class CaseResults:
     """What TensorFlow made of a case.
 
     Attributes:
-        groups: group (as in :mod:`parity.trace`) → name → array; of taps and outputs the whole batch in TensorFlow's layout.
+        groups: group (as in :mod:`parity.trace`) → name → array; of taps, their gradients and outputs the whole batch in TensorFlow's
+            layout, each read from a temporary file where there is a memory budget.
         view: of masked padding, which image of the batch this is.
         exact: of a float32 run, by group, the losses and the inference results that float64 makes of its own outputs: the difference is
             what the losses and the inference themselves round.
@@ -62,7 +66,7 @@ class CaseResults:
             panoptic inference.
     """
 
-    groups: dict[str, dict[str, np.ndarray]]
+    groups: dict[str, Mapping[str, np.ndarray]]
     view: View | None = None
     exact: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     panoptic: Callable[[float, float], dict[str, np.ndarray]] | None = None
@@ -70,11 +74,19 @@ class CaseResults:
     def official(self, group: str, name: str) -> np.ndarray:
         """One tensor in the official layout."""
         array = self.groups[group][name]
-        return official_layout(array, layout_of(group, name), self.view) if group in ("taps", "outputs") else array
+        table = {"taps": "taps", "tap_gradients": "taps", "outputs": "outputs"}.get(group)
+        return array if table is None else official_layout(array, layout_of(table, name), self.view)
 
 
 def run(
-    model: MaskFormer, cases: Sequence[CaseInputs], *, mode: str = "graph", padding: str = "official", pad_to: tuple[int, int] | None = None
+    model: MaskFormer,
+    cases: Sequence[CaseInputs],
+    *,
+    mode: str = "graph",
+    padding: str = "official",
+    pad_to: tuple[int, int] | None = None,
+    gradients: str = "parameters",
+    memory_budget: int | None = None,
 ) -> list[CaseResults]:
     """Runs the model with taps; one result for each case.
 
@@ -84,11 +96,16 @@ def run(
         mode: "graph", "eager" or "xla".
         padding: see ``MaskFormer.call``.
         pad_to: canvas (height, width) of masked padding, px; None: just large enough.
+        gradients: one of :data:`GRADIENTS`.
+        memory_budget: bytes; of the taps and their gradients a share of it stays in memory, the rest goes to a temporary file. Only where
+            TensorFlow runs eagerly, for a compiled function hands over all taps at once. None: all stay in memory.
     """
     import tensorflow as tf
 
     if padding == "official" and (len(cases) > 1 or pad_to is not None):
         raise ValueError("official padding: expected one case, on its own canvas")
+    if memory_budget is not None and mode != "eager":
+        raise ValueError(f"a memory budget: expected mode 'eager', got '{mode}', which hands over all taps at once")
     images = [image for case in cases for image in case.images]
     sizes = np.array([image.shape[:2] for image in images], np.int32)
     canvas = sizes.max(0) if pad_to is None else pad_to
@@ -96,14 +113,15 @@ def run(
     height, width = (-(-int(side) // divisor) * divisor for side in canvas)
     task = _task(model.config)
     targets = [task.targets(case, height, width) for case in cases]
-    arguments = tf.nest.map_structure(tf.constant, (_padded_images(images, canvas), sizes, targets))
-    step: Any = _step(model, task, padding)
+    arguments = tf.nest.map_structure(tf.constant, (padded_images(images, canvas), sizes, targets))
+    spool = None if memory_budget is None else Spool(memory_budget // KEPT_SHARE)
+    step: Any = _step(model, task, padding, gradients, spool)
     if mode != "eager":
         step = tf.function(step, jit_compile=mode == "xla")
     with _given_position_embeddings(cases):
-        taps, outputs, matchings, losses, exact_losses, gradients = step(*arguments)
+        taps, outputs, matchings, losses, exact_losses, of_parameters, of_taps = step(*arguments)
 
-    whole = {"taps": _numpy(taps), "outputs": _numpy(dict(_flat_outputs(outputs, task.outputs)))}
+    whole = {"taps": _numpy(taps) if spool is None else spool.group("taps"), "outputs": _numpy(dict(_flat_outputs(outputs, task.outputs)))}
     results = []
     for index, case in enumerate(cases):
         view, own_outputs = None, outputs
@@ -111,16 +129,19 @@ def run(
             own_outputs = _of_image(outputs, index)
             valid_height, valid_width = own_outputs["valid_sizes"][0].numpy().tolist()
             view = View(index, (height, width), (valid_height, valid_width))
-        own = {
+        own: dict[str, Mapping[str, np.ndarray]] = {
             "matcher": dict(task.matcher_records(matchings[index], case)),
             "losses": _numpy(losses[index]),
-            "gradients": official_gradients(_numpy(gradients[index]), model.config),
             "inference": dict(_semantic(own_outputs, model.config, case)),
         }
+        if gradients != "none":
+            own["gradients"] = official_gradients(_numpy(of_parameters[index]), model.config)
+        if gradients == "all":
+            own["tap_gradients"] = _numpy(of_taps[index]) if spool is None else spool.group(_of_case(index))
         panoptic = None
         if model.config.test.panoptic_on:
             panoptic = functools.partial(_panoptic, own_outputs, model.config, case)
-            own["inference"] |= panoptic(0.0, 0.0)
+            own["inference"] = {**own["inference"], **panoptic(0.0, 0.0)}
         exact = {}
         if model.compute_dtype == "float32":
             exact_inference = dict(_semantic(_in_float64(own_outputs), model.config, case))
@@ -129,7 +150,9 @@ def run(
     return results
 
 
-def _step(model: MaskFormer, task: _MaskFormerTask | _PerPixelTask, padding: str) -> Callable[..., tuple[Any, ...]]:
+def _step(
+    model: MaskFormer, task: _MaskFormerTask | _PerPixelTask, padding: str, gradients: str, spool: Spool | None
+) -> Callable[..., tuple[Any, ...]]:
     """The function to trace: a forward pass for the batch, then costs, losses and gradients for each case apart."""
     import tensorflow as tf
 
@@ -141,8 +164,15 @@ def _step(model: MaskFormer, task: _MaskFormerTask | _PerPixelTask, padding: str
     def step(batch: Any, sizes: Any, targets: Sequence[Any]) -> tuple[Any, ...]:
         matchings, losses, totals = [], [], []
         exact_losses: list[dict[str, Any]] = []
-        with tf.GradientTape(persistent=len(targets) > 1) as tape:
-            with record_taps() as taps:
+
+        def spill(name: str, tensor: Any) -> Any:
+            spool.write("taps", name, tensor.numpy())  # type: ignore[union-attr]
+            if gradients != "all":
+                del taps[name]
+            return tensor
+
+        with tf.GradientTape(persistent=len(targets) > 1) if gradients != "none" else contextlib.nullcontext() as tape:
+            with record_taps(None if spool is None else spill) as taps:
                 outputs = model(batch, sizes, padding=padding)
             for index, case_targets in enumerate(targets):
                 own = outputs
@@ -154,14 +184,30 @@ def _step(model: MaskFormer, task: _MaskFormerTask | _PerPixelTask, padding: str
                 losses.append(case_losses | {"total": totals[-1]})
                 exact_losses.append({})
                 if model.compute_dtype == "float32":
-                    with tape.stop_recording():
+                    with contextlib.nullcontext() if tape is None else tape.stop_recording():
                         exact = losses_of(_in_float64(own))
                         exact_losses[-1] = exact | {"total": weighted_total(exact)}
                 matchings.append(matching)
-        gradients = [tape.gradient(total, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO) for total in totals]
-        return dict(taps), outputs, matchings, losses, exact_losses, gradients
+        of_parameters: list[dict[str, Any]] = []
+        of_taps: list[dict[str, Any]] = []
+        for index, total in enumerate(totals):
+            if tape is None:
+                break
+            watched = dict(taps) if gradients == "all" else {}
+            found, found_taps = tape.gradient(total, (variables, watched))
+            of_parameters.append({name: tf.zeros_like(variables[name]) if of is None else of for name, of in found.items()})
+            of_taps.append({name: tf.convert_to_tensor(of) for name, of in found_taps.items() if of is not None})
+            if spool is not None:
+                for name, of in of_taps.pop().items():
+                    spool.write(_of_case(index), name, of.numpy())
+        return {} if spool is not None else dict(taps), outputs, matchings, losses, exact_losses, of_parameters, of_taps
 
     return step
+
+
+def _of_case(index: int) -> str:
+    """Group under which the gradients of the taps lie that belong to one of several cases."""
+    return f"tap_gradients/{index}"
 
 
 class _MaskFormerTask:
@@ -284,7 +330,7 @@ def _in_float64(outputs: Mapping[str, Any]) -> dict[str, Any]:
     return tf.nest.map_structure(lambda tensor: tf.cast(tensor, tf.float64) if tensor.dtype.is_floating else tensor, dict(outputs))
 
 
-def _padded_images(images: Sequence[np.ndarray], canvas: Sequence[int]) -> np.ndarray:
+def padded_images(images: Sequence[np.ndarray], canvas: Sequence[int]) -> np.ndarray:
     """uint8 [batch, height, width, 3], each image in the top left corner."""
     batch = np.zeros((len(images), int(canvas[0]), int(canvas[1]), 3), np.uint8)
     for index, image in enumerate(images):

@@ -34,10 +34,13 @@ Records are grouped:
                largest error of ``total`` in any run
 ``losses``     the official keys, as upstream's criterion or head returns them; ``total``, their weighted sum
 ``gradients``  of ``losses/total``, by parameter
+``tap_gradients``  of ``losses/total``, by tap: in the traces that have them, of each tap on which the loss depends. The fact
+               ``without_gradient`` of the float64 file tells of the others why they have none
 ``inference``  ``{i}/sem_seg`` [C, H, W]; with panoptic on ``{i}/panoptic_seg`` int32 [H, W] and ``{i}/segments`` int64 [segments, 3]
                (id, category_id, isthing); the same below ``{i}/resized/`` at another output size
+``scalars``, ``steps``  of a training (:mod:`parity.trajectory`), which has a format of its own
 
-A sampled trace stores, of each large floating-point tensor in ``taps``, ``outputs``, ``gradients`` and ``inference``, only the
+A sampled file stores, of each large floating-point tensor in :data:`SAMPLED_GROUPS`, only the
 elements of :func:`parity.sampling.sample_indices`, and of all of them the sums of :func:`parity.sampling.sketch`, by which the error of
 a whole tensor is known to 1 / √(2 · 128) = 6 %, that of a gradient, which is only judged in float64 and far from its tolerance, to 25 %.
 Statistics and floor are those of the whole tensor too. The float64 file has position embeddings whole: a float64 check needs them
@@ -51,7 +54,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,10 +65,10 @@ from parity.sampling import blocks, sample_indices, sketch
 
 FORMAT = "tfmaskformer-trace"
 VERSION = 3
-GROUPS = ("inputs", "taps", "outputs", "matcher", "losses", "gradients", "inference")
-SAMPLED_GROUPS = ("taps", "outputs", "gradients", "inference")
+GROUPS = ("inputs", "taps", "outputs", "matcher", "losses", "tap_gradients", "gradients", "inference", "scalars", "steps")
+SAMPLED_GROUPS = ("taps", "outputs", "tap_gradients", "gradients", "inference", "steps")
 DTYPES = ("float64", "float32", "int64", "int32", "uint8", "bool")
-SKETCH = {"taps": 128, "outputs": 128, "inference": 128, "gradients": 8}
+SKETCH = {"taps": 128, "outputs": 128, "inference": 128, "tap_gradients": 8, "gradients": 8, "steps": 16}
 """Group → sums that stand for a sampled tensor of it."""
 POSITION_EMBEDDING = "pe_layer"
 """Last part of the name of the modules whose output is stored whole."""
@@ -112,13 +115,14 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     >>> relative_error(np.array([3.0, 4.5]), np.array([3.0, 4.0]))
     0.1
     """
-    expected = np.asarray(expected, np.float64).ravel()
-    difference = np.asarray(actual, np.float64).ravel() - expected
-    error = math.sqrt(np.dot(difference, difference))
-    norm = math.sqrt(np.dot(expected, expected))
-    if error == 0:
+    difference, norm = 0.0, 0.0
+    for (_, got), (_, wanted) in zip(blocks(actual), blocks(expected), strict=True):
+        norm += float(np.dot(wanted, wanted))
+        got -= wanted
+        difference += float(np.dot(got, got))
+    if difference == 0:
         return 0.0
-    return error / norm if norm else math.inf
+    return math.sqrt(difference) / math.sqrt(norm) if norm else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,13 +185,14 @@ class TraceFileWriter:
         dtype: "float64" or "float32": that of the run.
         runs: names of the runs of which errors are stored.
         samples: elements to store of a large tensor in :data:`SAMPLED_GROUPS`, 2 or more; None stores everything.
-        facts: JSON types; what else is known of the run.
+        facts: JSON types; what else is known of the run. More may be added to the attribute while the file is written.
     """
 
     def __init__(self, directory: str | Path, case: str, dtype: str, *, runs: Sequence[str], samples: int | None, facts: Mapping[str, Any]):
         self.path = file_path(directory, case, dtype)
         self.dtype = dtype
         self.samples = samples
+        self.facts = dict(facts)
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._runs = tuple(runs)
         self._rows: dict[tuple[str, str], list[Any]] = {}
@@ -199,7 +204,6 @@ class TraceFileWriter:
         except OSError as error:
             raise TraceError(f"cannot write '{self._partial}': {error}") from error
         self._file.attrs.update(format=FORMAT, version=VERSION, case=case, dtype=dtype, runs=json.dumps(self._runs))
-        self._file.attrs["facts"] = json.dumps(facts)
 
     def add(self, group: str, name: str, array: np.ndarray) -> None:
         """Appends a record; ``array`` is whole, in the official layout. Its values are on disk or copied when this returns."""
@@ -217,6 +221,16 @@ class TraceFileWriter:
         self._statistics.append(statistics(array))
         pool.resize((offset + values.size,))
         pool[offset:] = values
+
+    def read(self, group: str, name: str) -> np.ndarray:
+        """A record that was added and is stored whole."""
+        _, _, shape, dtype, samples, offset = self._rows[group, name]
+        assert samples is None
+        return self._file[f"values/{dtype}"][offset : offset + math.prod(shape)].reshape(shape)
+
+    def keys(self) -> Collection[tuple[str, str]]:
+        """(group, name) of every record so far."""
+        return self._rows.keys()
 
     def _samples_of(self, group: str, name: str, array: np.ndarray) -> int | None:
         if self.samples is None or group not in SAMPLED_GROUPS or array.dtype.kind != "f" or array.size <= self.samples:
@@ -246,6 +260,7 @@ class TraceFileWriter:
             self._file.close()
             self._partial.unlink()
             return
+        self._file.attrs["facts"] = json.dumps(self.facts)
         index = np.frombuffer(json.dumps(list(self._rows.values())).encode(), np.uint8)
         missing = np.full(len(self._runs), np.nan)
         floor = np.array([self._floor.get(key, missing) for key in self._rows]).reshape(-1, len(self._runs))
@@ -319,6 +334,10 @@ class TraceFile:
                     raise ValueError(f"no values for {record.group} '{record.name}'")
         except (KeyError, ValueError, OSError, TypeError) as error:
             raise TraceError(f"'{self.path}' is damaged ({error}); record it again") from error
+
+    def keys(self) -> Collection[tuple[str, str]]:
+        """(group, name) of every record."""
+        return self.records.keys()
 
     def group(self, group: str) -> dict[str, Record]:
         """The records of one group by name, in order."""

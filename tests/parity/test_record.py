@@ -80,7 +80,7 @@ def test_every_call_parameter_and_result_is_there_in_both_files(folder, recorded
         assert {f"sem_seg_head.predictor.transformer.decoder.layers.0.self_attn#0[{index}]" for index in range(2)} <= taps
         assert set(case.reference.group("gradients")) == {name for name, _ in model.named_parameters()}
         assert set(case.reference.group("losses")) == {*model.criterion.weight_dict, "total"}
-        for group in ("taps", "outputs", "losses", "gradients", "inference"):
+        for group in ("taps", "outputs", "losses", "tap_gradients", "gradients", "inference"):
             assert list(case.reference.group(group)) == list(case.baseline.group(group))
         assert next(iter(case.reference.group("taps"))) == "images#0"
         assert {record.dtype for record in case.reference.group("taps").values()} <= {"float64", "float32"}  # position embeddings
@@ -166,8 +166,8 @@ def test_a_recording_is_resumed_and_not_mixed(folder, recorded, capsys):
     (recorded.directory / "batch.float32.h5").unlink()
     assert record.run(options(folder, recorded.directory)) == 0
     progress = capsys.readouterr().err
-    assert "photo: there already" in progress
-    assert "batch: there already" not in progress
+    assert "photo: float64 and float32 there already" in progress
+    assert "batch: float64 there already" in progress
     again = {file.name: file.read_bytes() for file in recorded.directory.iterdir()}
     assert again.pop("manifest.json") != b""
     assert again == {name: content for name, content in first.items() if name != "manifest.json"}  # to the last bit
@@ -200,7 +200,7 @@ def test_hooks_that_change_the_outputs_are_noticed(folder, tmp_path, monkeypatch
 
     monkeypatch.setattr(record, "numpy", meddling)
     assert record.run(options(folder, tmp_path / "out", CASES[:1])) == 3
-    assert "without hooks, 'pred_logits' has other bits" in capsys.readouterr().err
+    assert "without hooks, outputs 'pred_logits' has other bits" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
