@@ -159,8 +159,8 @@ class Port:
             found = run(self.tensors(inputs, model.compute_dtype))
         taps, outputs, losses, gradients = ({name: np.asarray(tensor) for name, tensor in group.items()} for group in found)
         transforms = {move.source: move.transform for move in moves.values()}
-        gradients = {name: np.asarray(transforms[name].invert(gradient)) for name, gradient in gradients.items()}
-        groups = {"taps": taps, "outputs": outputs, "losses": losses, "gradients": gradients, "matcher": {}, "inference": {}}
+        of_parameters = {name: transforms[name].invert(gradient) for name, gradient in gradients.items()}
+        groups: dict[str, Mapping[str, np.ndarray]] = {"taps": taps, "outputs": outputs, "losses": losses, "gradients": of_parameters}
         return PortResults(groups, layout_of=self.layout_of)
 
     @contextlib.contextmanager

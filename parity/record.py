@@ -32,6 +32,8 @@ from typing import Any, Protocol
 import numpy as np
 
 import tfmaskformer
+from converters import ports
+from converters.errors import ConversionError
 from parity import official, trace
 from parity.inputs import CaseSpec, InputError, make_targets, parse_case
 from parity.meta_architectures import META_ARCHITECTURES, Emit, RecordError, Targets, Task, numpy
@@ -160,7 +162,7 @@ def record(
 
     def run_of(name: str) -> RunOnce:
         case = next(case for case in loaded if case.name == name)
-        return lambda run, emit: _run(task(), run, case, emit, functools.partial(_saved, gradients, memory_budget, Path(directory)))
+        return lambda run, emit: _run(task(), run, case, emit, functools.partial(saved, gradients, memory_budget, Path(directory)))
 
     described = {case.name: {"images": case.description} for case in loaded}
     inputs = {case.name: case.inputs() for case in loaded}
@@ -308,13 +310,11 @@ def _measure(
             writer.add("matcher", name.replace("total", "cost_noise"), np.array(value))
 
 
-def _run(
-    task: Task, run: Run, case: LoadedCase, emit: Emit, saved: Callable[[], contextlib.AbstractContextManager[bool]]
-) -> dict[str, str]:
+def _run(task: Task, run: Run, case: LoadedCase, emit: Emit, kept: Callable[[], contextlib.AbstractContextManager[bool]]) -> dict[str, str]:
     """One forward and backward pass of the official model; see :data:`RunOnce`.
 
     Args:
-        saved: context of a forward pass, which decides what it keeps for a backward pass, and tells whether there is to be one.
+        kept: context of a forward pass, which decides what it keeps for a backward pass, and tells whether there is to be one.
     """
     import torch
 
@@ -326,11 +326,11 @@ def _run(
     inputs = [{"image": torch.from_numpy(pixels.transpose(2, 0, 1).copy())} for pixels in case.images]
     bits = Bits(emit, where)
     with torch.backends.mkldnn.flags(enabled=run.onednn), torch.enable_grad():
-        with saved() as backward:
+        with kept() as backward:
             with _network_taps(task, emit, backward) as seen, contextlib.suppress(_HeadReturned):
                 model(inputs)
             _train(task, seen.returned, seen.images, case.targets, where, backward, bits.remember)
-        with saved():
+        with kept():
             again = getattr(model.sem_seg_head, task.method)(model.backbone(seen.images))
             _train(task, again, seen.images, case.targets, where, backward, bits.compare)
         del again
@@ -368,7 +368,7 @@ def _train(task: Task, returned: Any, images: Any, targets: Sequence[Targets], w
 
 
 @contextlib.contextmanager
-def _saved(gradients: bool, memory_budget: int | None, directory: Path) -> Iterator[bool]:
+def saved(gradients: bool, memory_budget: int | None, directory: Path) -> Iterator[bool]:
     """Decides what autograd keeps of a forward pass: nothing where no gradients are wanted, and what the budget does not hold on disk.
 
     The graph is the same in any case, so what is computed is too.
@@ -654,14 +654,16 @@ def say(text: str) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``parity-check record``."""
     parser.add_argument("--src", required=True, metavar="FILE", help="official checkpoint, .pkl or .pth")
-    parser.add_argument(
-        "--config", required=True, metavar="YAML", help="official config, for example coco-panoptic/maskformer_panoptic_R50_bs64_554k"
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--config", metavar="YAML", help="official config, for example coco-panoptic/maskformer_panoptic_R50_bs64_554k")
+    model.add_argument(
+        "--port", metavar="FILE.py", help="another model, which this Python file describes (it is run); --case then is a name in its inputs"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the trace; cases that are there already are kept")
     parser.add_argument(
         "--case",
-        required=True,
         action="append",
+        default=[],
         dest="cases",
         metavar="[NAME=]FILE@HxW[:OBJECTS][,…]",
         help="a photograph, resized to H x W px, and how many objects to make up for the losses; several, separated by commas, "
@@ -692,6 +694,24 @@ def run(arguments: argparse.Namespace) -> int:
             memory_budget = arguments.memory_budget and parse_bytes(arguments.memory_budget)
         except ValueError as error:
             raise InputError(f"--memory-budget: {error}") from error
+        if arguments.port:
+            from parity import port_record
+
+            port_record.record_port(
+                ports.read(arguments.port),
+                arguments.src,
+                arguments.cases,
+                arguments.out,
+                samples=arguments.samples,
+                samples_float32=arguments.samples_float32,
+                gradients=not arguments.no_gradients,
+                memory_budget=memory_budget,
+                command=_command(arguments),
+            )
+            print(arguments.out)
+            return 0
+        if not arguments.cases:
+            raise InputError("no photographs: give --case [NAME=]FILE@HxW[:OBJECTS]")
         cases = [parse_case(text) for text in arguments.cases]
         code = official.load(arguments.maskformer, arguments.detectron2)
         record(
@@ -707,7 +727,7 @@ def run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             command=_command(arguments),
         )
-    except (InputError, TraceError, official.OfficialError) as error:
+    except (ConversionError, InputError, TraceError, official.OfficialError) as error:
         say(f"error: {error}")
         return 3 if isinstance(error, official.OfficialUnavailable) else 2
     except RecordError as error:
@@ -722,8 +742,7 @@ def _command(arguments: argparse.Namespace) -> list[str]:
     options = [
         "--src",
         Path(arguments.src).name,
-        "--config",
-        _config_name(arguments.config),
+        *(("--port", Path(arguments.port).name) if arguments.port else ("--config", _config_name(arguments.config))),
         "--out",
         Path(arguments.out).name,
     ]
@@ -733,4 +752,4 @@ def _command(arguments: argparse.Namespace) -> list[str]:
     for option, samples in (("--samples", arguments.samples), ("--samples-float32", arguments.samples_float32)):
         options += [option, str(samples)] if samples is not None else []
     options += ["--no-gradients"] if arguments.no_gradients else []
-    return ["parity-check", "record", *options, "--seed", str(arguments.seed)]
+    return ["parity-check", "record", *options, *([] if arguments.port else ["--seed", str(arguments.seed)])]
