@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -34,3 +36,34 @@ def gigabytes(size_bytes: float) -> str:
 def progress(message: str) -> None:
     """One line for who waits."""
     print(message, file=sys.stderr, flush=True)
+
+
+class Worker:
+    """A process that makes one pass for each line it is given: ``python -m module NAME …``. It answers with seconds, or its peak memory."""
+
+    def __init__(self, module: str, name: str, *arguments: str):
+        progress(f"  starting {name}")
+        environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "TF_CPP_MIN_LOG_LEVEL": "2"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, name, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def _ask(self, line: str) -> float:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self.process.args!r} ended with exit code {self.process.wait()}")
+        return float(answer)
+
+    def run(self) -> float:
+        """Seconds of one pass."""
+        return self._ask("run")
+
+    def finish(self) -> int:
+        """Ends the process; its peak memory in bytes."""
+        peak_bytes = int(self._ask("peak"))
+        self.process.communicate()
+        return peak_bytes

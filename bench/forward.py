@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import checkpoints.registry
-from bench.common import THREADS, gigabytes, peak_memory_bytes, progress, section
+from bench.common import THREADS, Worker, gigabytes, peak_memory_bytes, progress, section
 
 ENTRY = "maskformer_panoptic_R50_bs64_554k"
 SIZE_PX = 640
@@ -30,7 +29,7 @@ OFFICIAL = ("PyTorch, official", "PyTorch, official, channels last")
 def main() -> int:
     """Measures and prints the section."""
     names = [*OFFICIAL, *TENSORFLOW] if "MASKFORMER_SOURCE" in os.environ and "DETECTRON2_SOURCE" in os.environ else [*TENSORFLOW]
-    workers = {name: _Worker(name) for name in names}
+    workers = {name: Worker("bench.forward", name) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(WARM_UPS + PASSES):
         for name, worker in workers.items():
@@ -59,37 +58,6 @@ def main() -> int:
     )
     print(section("Forward pass", text, ["", "median", "fastest", "ratio", "peak memory"], rows))
     return 0
-
-
-class _Worker:
-    """A process that makes one pass for each line it is given."""
-
-    def __init__(self, name: str):
-        progress(f"  starting {name}")
-        environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "TF_CPP_MIN_LOG_LEVEL": "2"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.forward", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def _ask(self, line: str) -> float:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"{self.process.args!r} ended with exit code {self.process.wait()}")
-        return float(answer)
-
-    def run(self) -> float:
-        """Seconds of one pass."""
-        return self._ask("run")
-
-    def finish(self) -> int:
-        """Ends the process; its peak memory in bytes."""
-        peak_bytes = int(self._ask("peak"))
-        self.process.communicate()
-        return peak_bytes
 
 
 def _worker(name: str) -> int:

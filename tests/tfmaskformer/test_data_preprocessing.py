@@ -80,6 +80,12 @@ def test_tall_and_wide_images_that_shrink(size):
     assert (expected != image[: expected.shape[0], : expected.shape[1]]).any()
 
 
+def test_a_size_of_0_leaves_an_image_as_it_is():
+    image = np.random.default_rng(0).integers(0, 256, (31, 50, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(preprocessing.resize_shortest_edge(image, 0, 20), image)
+    np.testing.assert_array_equal(resize_shortest_edge_tf(image, 0, 20), image)
+
+
 def test_sizes_in_tensorflow():
     """A sweep of sizes, squares among them; TensorFlow's arithmetic rounds as Python's."""
     signature = [tf.TensorSpec(shape, tf.int32) for shape in ([2], [], [])]
@@ -87,7 +93,7 @@ def test_sizes_in_tensorflow():
     rng = np.random.default_rng(0)
     shapes = [(height, width) for height in (1, 2, 427, 640) for width in (1, 427, 640, 1333)]
     for height, width in shapes + rng.integers(200, 2000, (60, 2)).tolist():
-        for sizes in ((800, 1333), (640, 2560)):
+        for sizes in ((800, 1333), (640, 2560), (0, 100)):
             assert tuple(resized_shape_tf([height, width], *sizes).numpy()) == preprocessing.resized_shape(height, width, *sizes)
 
 

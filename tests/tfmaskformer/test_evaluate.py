@@ -1,10 +1,12 @@
-"""``tfmaskformer eval``: the official numbers, images on canvases, replicas, kills, both kinds of data, bad input."""
+"""``tfmaskformer eval``: the official numbers and predictions, images on canvases, augmentation, replicas, kills, both kinds of data, bad
+data and input."""
 
 from __future__ import annotations
 
 import importlib.resources
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,25 +14,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 from pycocotools import mask
 
 import tfmaskformer
 from checkpoints import registry
 from converters import cli as convert
-from tfmaskformer.config import MaskFormerConfig, PixelDecoderConfig, SwinConfig, TestConfig
+from tfmaskformer.config import MaskFormerConfig, PixelDecoderConfig, SwinConfig, TestConfig, TransformerPredictorConfig
+from tfmaskformer.data import cli as data_cli
 from tfmaskformer.data import generated, shapes, tfrecords
 from tfmaskformer.data.datasets import open_dataset
 from tfmaskformer.data.preprocessing import resize_shortest_edge
-from tfmaskformer.evaluation import cli
+from tfmaskformer.evaluation import augmentation, cli
+from tfmaskformer.evaluation.augmentation import Augmentation, augmented_scores
 from tfmaskformer.evaluation.canvases import Canvas, choose_canvases
+from tfmaskformer.evaluation.devices import strategy_for
 from tfmaskformer.evaluation.instances import InstanceQuality, instance_truth
 from tfmaskformer.evaluation.panoptic import PanopticQuality
 from tfmaskformer.evaluation.results import read_panoptic
 from tfmaskformer.evaluation.semantic import SemanticQuality
 from tfmaskformer.model import MaskFormer
 from tfmaskformer.module import parameter_specs
+from tfmaskformer.static_inference import static_panoptic_inference, static_semantic_inference
 
 IMAGES = 50
+MOVED = 5
+"""Pixels of these images, 800 000, that lie so near to a tie that the rounding of float32 may decide about them."""
 SMALL = importlib.resources.files("checkpoints") / "small"
 CANVAS = ["--canvas", "160", "160"]
 OFFICIAL = json.loads((SMALL / "shapes_panoptic.json").read_text(encoding="utf-8"))["validation"][f"first_{IMAGES}_images"]
@@ -44,6 +53,15 @@ TINY = MaskFormerConfig(
     dataset="cityscapes",
 )
 """With random weights: borders of classes lie anywhere."""
+
+TINY_PANOPTIC = TINY.replace(
+    name="tiny_panoptic",
+    head="MaskFormerHead",
+    predictor=TransformerPredictorConfig(hidden_dim=32, num_queries=12, nheads=4, dim_feedforward=32, dec_layers=1),
+    test=TestConfig(panoptic_on=True, min_size=64, max_size=100),  # thresholds of 0: nearly all queries become segments
+    dataset="cityscapes_panoptic",
+    thing_classes=registry.dataset("cityscapes_panoptic").thing_classes,
+)
 
 
 def save(config, folder):
@@ -66,6 +84,45 @@ def save(config, folder):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return save(TINY, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tiny_panoptic(tmp_path_factory):
+    return save(TINY_PANOPTIC, tmp_path_factory.mktemp("tiny_panoptic"))
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Plain graphs: compiling takes seconds."""
+    function = tf.function
+    monkeypatch.setattr(tf, "function", lambda *functions, **options: function(*functions, **(options | {"jit_compile": None})))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The small trained model, converted."""
+    folder = str(tmp_path_factory.mktemp("small") / "tf_ckpt")
+    assert convert.main(["--src", str(SMALL / "shapes_panoptic.pkl"), "--dst", folder, "--config", "shapes_panoptic"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shapes_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    shapes.write(folder, "val", IMAGES)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """tests/golden/evaluation/shapes.npz: what the official loop and evaluators make of the same images and weights."""
+    with np.load(Path(__file__).parents[1] / "golden" / "evaluation" / "shapes.npz") as file:
+        document = json.loads(str(file["json"]))
+        for name in ("panoptic", "semantic"):
+            sizes = file[f"{name}_sizes"]
+            parts = np.split(file[f"{name}_maps"], np.cumsum(sizes.prod(1))[:-1])
+            document[f"{name}_maps"] = [part.reshape(size) for part, size in zip(parts, sizes, strict=True)]
+    return document
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +168,33 @@ def cli_size(height, width):
     return resized_shape(height, width, 800, 1333)
 
 
-def test_official_quality(tmp_path, capsys):
-    """The official PQ, as tests/checkpoints/test_small.py has it, and AP and files from the same predictions."""
-    assert convert.main(["--src", str(SMALL / "shapes_panoptic.pkl"), "--dst", str(tmp_path / "ckpt"), "--config", "shapes_panoptic"]) == 0
-    shapes.write(tmp_path / "data", "val", IMAGES)
-    capsys.readouterr()
+def check_official(metrics, recorded, names):
+    """Every number, overall and per class, to 1e-4 (percent)."""
+    for name, official in names.items():
+        value = recorded[official]
+        assert metrics[name] == (None if np.isnan(value) else pytest.approx(value, rel=0, abs=1e-4)), official
+
+
+def check_official_semantic(report, recorded, confusion, pixels):
+    """And the same class for each pixel, but for near-ties."""
+    check_official(report["metrics"]["semantic"], recorded, {"miou": "mIoU", "fwiou": "fwIoU", "macc": "mACC", "pacc": "pACC"})
+    for row in report["metrics"]["semantic"]["classes"]:
+        check_official(row, recorded, {"iou": f"IoU-{row['name']}", "acc": f"ACC-{row['name']}"})
+    counted = SemanticQuality.from_dict(report["counts"]["semantic"]).confusion
+    assert np.abs(counted - np.array(confusion)[:-1]).sum() <= 2 * pixels
+
+
+def test_official_quality(small, shapes_data, recorded, tmp_path, capsys):
+    """PQ, mIoU and AP of the official code, and its predictions segment for segment."""
     folders = ["--results", str(tmp_path / "results"), "--resume", str(tmp_path / "resume")]
-    report = evaluate("--ckpt", str(tmp_path / "ckpt"), "--data", str(tmp_path / "data"), *CANVAS, "--batch", "4", "--ap", *folders)
+    report = evaluate("--ckpt", small, "--data", shapes_data, *CANVAS, "--batch", "4", "--ap", *folders)
+    panoptic, instances = report["metrics"]["panoptic"], report["metrics"]["instances"]
+    for group, suffix in (("all", ""), ("things", "_th"), ("stuff", "_st")):
+        check_official(panoptic[group], recorded["panoptic"], {key: f"{key.upper()}{suffix}" for key in ("pq", "sq", "rq")})
+    check_official_semantic(report, recorded["semantic"], recorded["confusion"], pixels=MOVED)
+    check_official(instances, recorded["instances"], {name.lower(): name for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")})
+    for row in instances["classes"]:
+        check_official(row, recorded["instances"], {"ap": f"AP-{row['name']}"})
     for group in ("all", "things", "stuff"):
         for key, official in OFFICIAL[group].items():
             assert report["metrics"]["panoptic"][group][key] == pytest.approx(official, abs=0.005 + 1e-4), (group, key)  # two decimals
@@ -140,8 +217,15 @@ def test_official_quality(tmp_path, capsys):
         quality.update(sample.panoptic_seg, sample.segments_info, *found[index])
     assert quality.to_dict() == counts
 
+    moved = 0
+    for index, infos, panoptic_seg in zip(recorded["image_ids"], recorded["segments_info"], recorded["panoptic_maps"], strict=True):
+        segments = [(info["id"], ids[info["category_id"]]) for info in infos]
+        assert [(info["id"], ids[info["category_id"]]) for info in found[index][1]] == segments, index
+        moved += int((found[index][0] != panoptic_seg).sum())
+    assert moved <= MOVED
+
     # On canvases the same, pixel for pixel, as alone.
-    model = tfmaskformer.load(str(tmp_path / "ckpt"))
+    model = tfmaskformer.load(small)
     for index in range(6):
         image = samples[index].image
         [(panoptic_seg, segments_info)] = tfmaskformer.panoptic_inference(model(image[None]), model.config, [image.shape[:2]])
@@ -151,21 +235,21 @@ def test_official_quality(tmp_path, capsys):
         np.testing.assert_array_equal(found[index][0], panoptic_seg)
 
     state = json.loads((tmp_path / "resume" / "state-0-of-1.json").read_text())["counts"]
-    instances = InstanceQuality.from_dict(state["instances"])
+    detections = InstanceQuality.from_dict(state["instances"])
     things = registry.dataset("shapes").thing_classes
     truth = instance_truth([(index, *sample[1:]) for index, sample in samples.items()], ids, registry.dataset("shapes").class_names, things)
-    expected = instances.result(truth)
+    expected = detections.result(truth)
     assert report["metrics"]["instances"]["ap"] == pytest.approx(100 * expected.ap, abs=1e-9)
     assert report["metrics"]["instances"]["ap50"] > 60
-    assert len(instances.detections) == sum(info["category_id"] in things for _, infos in found.values() for info in infos)
+    assert len(detections.detections) == sum(info["category_id"] in things for _, infos in found.values() for info in infos)
 
     # Again: nothing is left to do, and the result is the same.
-    again = evaluate("--ckpt", str(tmp_path / "ckpt"), "--data", str(tmp_path / "data"), *CANVAS, "--ap", *folders)
+    again = evaluate("--ckpt", small, "--data", shapes_data, *CANVAS, "--ap", *folders)
     assert (again["metrics"], again["counts"]) == (report["metrics"], report["counts"])
     assert again["run"]["resumed_with"] == IMAGES
 
 
-def test_the_same_as_each_image_alone(tiny, cityscapes, tmp_path, capsys, monkeypatch):
+def test_the_same_as_each_image_alone(tiny, cityscapes, tmp_path, capsys, request):
     """Semantic results of images on canvases, against each unpadded one, by hand; the bad image is skipped; and the same from TFRecords."""
     results = tmp_path / "results"
     options = ["--canvas", "100", "100", "--batch", "3", "--on-error", "skip"]
@@ -195,18 +279,55 @@ def test_the_same_as_each_image_alone(tiny, cityscapes, tmp_path, capsys, monkey
     assert areas == files
 
     tfrecords.build(dataset, tmp_path / "records", shards=2, on_error="skip")
-    function = tf.function
-    monkeypatch.setattr(tf, "function", lambda **kwargs: function(**(kwargs | {"jit_compile": None})))  # compiling takes seconds
+    request.getfixturevalue("uncompiled")
     packed = evaluate("--ckpt", tiny, "--data", str(tmp_path / "records"), *options, "--canvas", "64", "100", "100", "64")
     assert len(packed["run"]["canvases"]) == 2
     for key in ("counts", "images", "metrics", "problems"):
         assert packed[key] == report[key], key
 
 
+def test_official_augmentation(small, shapes_data, recorded, monkeypatch, uncompiled, capsys):
+    """``--tta`` as upstream's SemanticSegmentorWithTTA behind the test loader: every number, and the class of each pixel."""
+    min_sizes, max_size, flip = recorded["augmentation"]
+    monkeypatch.setitem(augmentation.OFFICIAL, ("shapes", 0), Augmentation(tuple(min_sizes), max_size, flip))
+    report = evaluate("--ckpt", small, "--data", shapes_data, "--limit", "6", "--tta", "--batch", "2", "--canvas", "160", "160")
+    assert report["metrics"].keys() == {"semantic"}
+    assert report["run"]["augmentation"] == {"min_sizes": min_sizes, "max_size": max_size, "flip": flip}
+    check_official_semantic(report, recorded["augmented"], recorded["augmented_confusion"], pixels=MOVED)
+    plain = np.abs(np.array(recorded["augmented_confusion"]) - np.array(recorded["confusion"])).sum()
+    assert plain > 1000  # 6 images of 50
+    assert "mIoU" in capsys.readouterr().out
+
+
+def test_augmented_on_canvases_as_each_image_alone(tiny, cityscapes, monkeypatch, uncompiled, capsys):
+    settings = Augmentation((48, 70), 110)
+    monkeypatch.setitem(augmentation.OFFICIAL, ("cityscapes", 64), settings)
+    report = evaluate("--ckpt", tiny, "--data", cityscapes, "--tta", "--batch", "3", "--on-error", "skip", "--limit", "5")
+    model, quality = tfmaskformer.load(tiny), SemanticQuality(TINY.num_classes)
+    for sample in list(open_dataset("cityscapes", cityscapes).samples("skip"))[:4]:
+
+        def infer(view, output=sample.image.shape[:2]):
+            return tfmaskformer.semantic_inference(model(np.ascontiguousarray(view)[None]), TINY, [view.shape[:2]], [output])[0]
+
+        image = resize_shortest_edge(sample.image, TINY.test.min_size, TINY.test.max_size)
+        quality.update(sample.sem_seg, augmented_scores(infer, image, settings).argmax(0))
+    counted = SemanticQuality.from_dict(report["counts"]["semantic"]).confusion
+    assert counted.sum() == quality.confusion.sum() > 10_000
+    assert np.abs(counted - quality.confusion).sum() <= 4
+
+
+def test_there_is_no_panoptic_augmentation(tmp_path, capsys):
+    info = registry.dataset("coco_panoptic")
+    config = TINY_PANOPTIC.replace(num_classes=len(info.class_names), dataset=info.name, thing_classes=info.thing_classes)
+    generated.write("coco_panoptic", tmp_path, "val", 1)
+    assert cli.main(["--ckpt", save(config, tmp_path), "--cpu", "--data", str(tmp_path), "--tta"]) == cli.BAD_INPUT
+    assert "results with test-time augmentation are semantic, and the data set has panoptic" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound")
-    generated.write("cityscapes", folder, "val", 7)
+    generated.write("cityscapes_panoptic", folder, "val", 7)
     return str(folder)
 
 
@@ -219,10 +340,18 @@ def processes(what, *arguments):
     return json.loads(result.stdout)
 
 
-def test_replicas_count_the_same(tiny, sound):
+def unordered(counts):
+    """What does not depend on the order of images."""
+    instances = sorted(
+        counts["instances"]["detections"], key=lambda detection: (detection["image_id"], detection["segmentation"]["counts"])
+    )
+    return counts["panoptic"], counts["semantic"], sorted(counts["done"]), instances
+
+
+def test_replicas_count_the_same(tiny_panoptic, sound):
     """Seven images do not divide by 2 or 4."""
-    counts = processes("replicas", tiny, sound)["counts"]
-    ids = [record.image_id for record in open_dataset("cityscapes", sound).records]
+    counts = processes("replicas", tiny_panoptic, sound)["counts"]
+    ids = [record.image_id for record in open_dataset("cityscapes_panoptic", sound).records]
     assert len(counts) == 4
     for name, count in counts.items():
         assert sorted(count["done"]) == sorted(ids), name
@@ -230,16 +359,151 @@ def test_replicas_count_the_same(tiny, sound):
     plain, compiled = (SemanticQuality.from_dict(counts[name]["semantic"]).confusion for name in ("2", "2 compiled"))
     assert plain.sum() == compiled.sum()
     assert np.abs(plain - compiled).sum() <= 10  # px; XLA adds in another order
-    pixels = sum(sample.sem_seg.size for sample in open_dataset("cityscapes", sound).samples())
+    pixels = sum(sample.sem_seg.size for sample in open_dataset("cityscapes_panoptic", sound).samples())
     assert sum(counts["1"]["semantic"]["counts"]) == pixels
+    assert len(counts["1"]["instances"]["detections"]) > 7
+    assert sum(counts["1"]["panoptic"]["false_positives"]) > 20
 
 
-def test_a_killed_evaluation_goes_on(tiny, sound):
-    result = processes("kills", tiny, sound)
+def test_processes_count_the_same(tiny_panoptic, sound):
+    """Two real ones with MultiWorkerMirroredStrategy, 4 and 3 images, on one device each and on two."""
+    result = processes("workers", tiny_panoptic, sound)
+    [alone] = processes("alone", tiny_panoptic, sound)["counts"].values()
+    ids = [record.image_id for record in open_dataset("cityscapes_panoptic", sound).records]
+    assert result["own"] == [[ids[::2], ids[1::2]]] * 2
+    assert len(result["counts"]) == 4
+    for name, counts in result["counts"].items():  # every worker gets the whole
+        assert unordered(counts) == unordered(alone), name
+
+
+def test_an_evaluation_killed_at_random_moments(tiny_panoptic, sound):
+    """``make kills`` has 50 of them."""
+    kills = int(os.environ.get("TFMASKFORMER_KILLS", "4"))
+    result = processes("moments", tiny_panoptic, sound, str(kills))
+    assert len(result["left"]) == kills
+    assert all(0 <= kill["before"] <= kill["after"] <= 7 for kill in result["left"]), result["left"]
+    assert sum(0 < kill["after"] < 7 for kill in result["left"]) >= kills // 2
+    whole = result["counts"].pop("whole")
+    assert all(counts == whole for counts in result["counts"].values())
+    assert "killed" in result["counts"]
+
+
+def test_a_killed_evaluation_goes_on(tiny_panoptic, sound):
+    result = processes("kills", tiny_panoptic, sound)
     assert result["left"] == [1, 2, 3]
     killed, whole = (result["counts"][name] for name in ("killed", "whole"))
     assert len(killed["done"]) == len(set(killed["done"])) == 7
     assert killed == whole
+
+
+def spoil(folder):
+    """Ten images of which seven have one fault each; kind → the file that is told."""
+    generated.write("cityscapes_panoptic", folder, "val", 10)
+    records = open_dataset("cityscapes_panoptic", folder).records
+    faults = {}
+
+    def fault(index, kind, field):
+        faults[kind] = getattr(records[index], field)
+        return Path(faults[kind])
+
+    image = fault(1, "corrupt image", "image")
+    image.write_bytes(image.read_bytes()[:-500])
+    fault(2, "missing file", "semantic").unlink()
+    png = fault(3, "ids not in the JSON", "panoptic")
+    with Image.open(png) as opened:
+        pixels = np.array(opened)
+    pixels[40:44, 50:60] = 77, 78, 79
+    Image.fromarray(pixels).save(png)
+    labels = fault(4, "unknown category", "semantic")
+    with Image.open(labels) as opened:
+        Image.new("L", opened.size, 19).save(labels)
+    labels = fault(5, "empty annotation", "semantic")
+    with Image.open(labels) as opened:
+        Image.new("L", opened.size, 255).save(labels)
+    file = folder / "cityscapes" / "gtFine" / "cityscapes_panoptic_val.json"
+    content = json.loads(file.read_text())
+    content["annotations"][6]["segments_info"] = []
+    content["annotations"][7]["segments_info"][0]["category_id"] = 4711
+    file.write_text(json.dumps(content))
+    return faults, file
+
+
+def test_bad_data_is_told_by_file_and_counted(tiny_panoptic, tmp_path, capsys, uncompiled):
+    """Of every kind: ``data check`` finds it, ``data tfrecords`` and ``eval`` stop at it or leave its image out, and all count it."""
+    faults, listing = spoil(tmp_path)
+    data = ["--dataset", "cityscapes_panoptic", "--data", str(tmp_path)]
+    assert data_cli.main(["check", *data, "--json", "-"]) == data_cli.PROBLEMS
+    out, err = capsys.readouterr()
+    checked = json.loads(out)
+    expected = {*faults.items(), ("wrong area", faults["ids not in the JSON"])}
+    listed = {(problem["kind"], problem["file"]) for problem in checked["problems"] if str(listing) in problem["file"]}
+    assert {kind for kind, _ in listed} == {"empty annotation", "unknown category"}
+    assert {(problem["kind"], problem["file"]) for problem in checked["problems"]} == expected | listed
+    assert (checked["images"], checked["sound"]) == (8, 3)
+    assert all(f"{file}: {kind}" in err for kind, file in expected | listed)
+
+    records = ["tfrecords", *data, "--out", str(tmp_path / "records"), "--processes", "1", "--shards", "2"]
+    command = ["--ckpt", tiny_panoptic, *data, "--cpu", "--canvas", "100", "100", "--batch", "3"]
+    assert data_cli.main(records) == data_cli.PROBLEMS
+    assert cli.main(command) == cli.BAD_INPUT
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("error: ") == 2
+    assert f"error: {listing}, annotation 6" in err
+    assert "--on-error skip" in err
+
+    assert data_cli.main([*records, "--on-error", "skip", "--json", "-"]) == data_cli.OK
+    out, err = capsys.readouterr()
+    assert sum(shard["records"] for shard in json.loads(out)["shards"].values()) == 3
+    assert err.count("skipped: ") == len(expected | listed)
+    report = evaluate(*command[:-1], "2", "--on-error", "skip")
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == "tiny_panoptic on cityscapes_panoptic val: 3 images, 7 skipped"
+    assert {line.removeprefix("skipped: ") for line in err.splitlines() if line.startswith("skipped")} == {
+        f"{file}: {kind}" for kind, file in expected | listed
+    }
+    assert report["images"] == {"evaluated": 3, "skipped": 7, "of": 10}
+    assert {(problem["kind"], problem["file"]) for problem in report["problems"]} == expected | listed
+    packed = evaluate("--ckpt", tiny_panoptic, "--data", str(tmp_path / "records"), *command[6:-1], "2")
+    for key in ("images", "metrics", "counts"):
+        assert packed[key] == report[key], key
+
+
+def test_in_a_bucket(tiny, sound, tmp_path, uncompiled):
+    """TensorFlow's file system in memory: checkpoint, data, results and what is saved."""
+    for file in Path(tiny).iterdir():
+        tf.io.gfile.makedirs("ram://eval/ckpt")
+        with tf.io.gfile.GFile(f"ram://eval/ckpt/{file.name}", "wb") as copy:
+            content = file.read_bytes()
+            copy.write(content.replace(tiny.encode(), b"ram://eval/ckpt") if file.name == "checkpoint" else content)
+    generated.write("cityscapes", "ram://eval/data", "val", 3)
+    options = ["--limit", "3", "--dataset", "cityscapes", "--canvas", "100", "100"]
+    folders = [f"--{name}={{0}}/{name}" for name in ("results", "resume")]
+    local = evaluate("--ckpt", tiny, "--data", sound, *options, *(folder.format(tmp_path) for folder in folders))
+    remote = ["--ckpt", "ram://eval/ckpt", "--data", "ram://eval/data", *options, *(folder.format("ram://eval") for folder in folders)]
+    report = evaluate(*remote)
+    assert (report["metrics"], report["counts"]) == (local["metrics"], local["counts"])
+    assert evaluate(*remote)["run"]["resumed_with"] == 3
+    with tf.io.gfile.GFile("ram://eval/results/sem_seg_predictions.json") as file:
+        assert file.read() == (tmp_path / "results" / "sem_seg_predictions.json").read_text()
+
+
+def test_products_are_asked_for_in_float32(tiny_panoptic):
+    """Of XLA, which on a TPU would round their factors to bfloat16."""
+    strategy_for("cpu")
+    model = tfmaskformer.load(tiny_panoptic)
+
+    def infer(images, sizes):
+        outputs = model(images, sizes, padding="masked")
+        panoptic = static_panoptic_inference(outputs, model.config, sizes, sizes, (64, 96))
+        return panoptic, static_semantic_inference(outputs, model.config, sizes, sizes, (64, 96))
+
+    compiled = tf.function(infer, jit_compile=True, autograph=False)
+    arguments = tf.zeros([1, 64, 96, 3], tf.uint8), tf.constant([[60, 90]])
+    program = compiled.experimental_get_compiler_ir(*arguments)(stage="hlo", platform_name="CPU")
+    products = [line for line in program.splitlines() if re.search(r"= f32\S* (dot|convolution)\(", line)]
+    assert len(products) > 40
+    assert [line for line in products if "operand_precision={highest,highest}" not in line] == []
 
 
 def test_another_evaluation_is_not_resumed(tiny, cityscapes, tmp_path, capsys):
@@ -264,6 +528,7 @@ def test_data_that_does_not_fit(tiny, cityscapes, tmp_path, capsys):
         (["--data", cityscapes, "--json", "no/such/folder.json"], "cannot write"),
         (["--data", cityscapes, "--results", str(tmp_path / "file" / "results")], "cannot make the folder"),
         (["--data", cityscapes, "--ckpt", str(tmp_path)], "expected a directory written by 'convert'"),
+        (["--data", cityscapes, "--ckpt", "no/such/folder"], "no/such/folder"),
     ):
         assert cli.main(["--ckpt", tiny, "--cpu", *arguments]) == cli.BAD_INPUT, message
         out, err = capsys.readouterr()

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfmaskformer.evaluation.augmentation import OFFICIAL, Augmentation, augmented_images, augmented_scores
+from checkpoints import registry
+from tfmaskformer.config import MaskFormerConfig
+from tfmaskformer.evaluation.augmentation import OFFICIAL, Augmentation, augmented_images, augmented_scores, official_augmentation
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "evaluation" / "augmented.npz"
 
@@ -76,25 +78,26 @@ def test_scores_of_the_small_trained_model_are_the_official_ones(recorded, tmp_p
 
 
 def test_settings_are_those_of_the_official_configs(official_sources):
+    """Of every entry of the model zoo."""
     from parity import official
 
     code = official.load()
-    known = {
-        "ade20k": "ade20k-150/Base-ADE20K-150.yaml",
-        "ade20k_panoptic": "ade20k-150-panoptic/maskformer_panoptic_R50_bs16_720k.yaml",
-        "cityscapes": "cityscapes-19/Base-Cityscapes-19.yaml",
-        "coco_stuff_10k": "coco-stuff-10k-171/Base-COCOStuff10K-171.yaml",
-    }
-    others = ["ade20k-full-847/Base-ADE20KFull-847.yaml", "mapillary-vistas-65/Base-MapillaryVistas-65.yaml"]
-    others += ["coco-panoptic/Base-COCO-PanopticSegmentation.yaml"]
-    assert OFFICIAL.keys() == known.keys()
-    for name, path in [*known.items(), *((None, path) for path in others)]:
-        settings = code.config(path).TEST.AUG
+    for entry in registry.entries():
+        settings = code.config(entry.official_config.removeprefix("configs/")).TEST.AUG
         expected = Augmentation(tuple(settings.MIN_SIZES), settings.MAX_SIZE, settings.FLIP)
-        assert OFFICIAL.get(name, Augmentation()) == expected, path
+        assert official_augmentation(MaskFormerConfig.from_dict(entry.config)) == expected, entry.name
 
 
-def test_settings_are_by_names_of_data_sets():
-    from checkpoints import registry
+def test_settings_are_those_of_models():
+    known = {(entry.dataset, entry.config["test"]["min_size"]) for entry in registry.entries()}
+    assert OFFICIAL.keys() <= known
+    names = ("maskformer_R50_bs16_160k", "maskformer_swin_base_IN21k_384_bs16_160k_res640", "maskformer_R50_bs16_300k")
+    largest = [official_augmentation(MaskFormerConfig.from_dict(registry.entry(name).config)).max_size for name in names]
+    assert largest == [3584, 4480, 4000]
 
-    assert OFFICIAL.keys() <= {info.name for info in registry.datasets()}
+
+def test_sizes():
+    settings = Augmentation((40, 64, 90), 100)
+    image = np.zeros((50, 75, 3), np.uint8)
+    assert settings.sizes(50, 75) == [view.shape[:2] for view, _ in augmented_images(image, settings)]
+    assert settings._replace(flip=False).sizes(50, 75) == [(40, 60), (64, 96), (67, 100)]

@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 import tfmaskformer
+from checkpoints import registry, synthesize
 from converters import cli
 from tfmaskformer.aot import compile_for_tpu
 from tfmaskformer.config import MaskFormerConfig, TestConfig
-from tfmaskformer.data import shapes
+from tfmaskformer.data import preprocessing, shapes
 from tfmaskformer.evaluation.panoptic import PanopticQuality
 from tfmaskformer.evaluation.results import read_panoptic
+from tfmaskformer.model import MaskFormer
 from tfmaskformer.static_inference import _below, static_panoptic_inference, static_semantic_inference
 
 ROOT = Path(__file__).parents[2]
@@ -270,3 +273,47 @@ def test_overlaps_are_compared_as_float64_quotients(threshold):
         below = _below(tf.constant(numerators, tf.int32), tf.constant(denominators, tf.int32), float(threshold), largest)
         np.testing.assert_array_equal(below, numerators / denominators < threshold)
     assert Fraction(4, 5) < Fraction(0.8)  # so that exact arithmetic with the float would drop a segment of just 80 %
+
+
+ARCHITECTURES = ("tiny_panoptic", "tiny_semantic", "tiny_deeplab", "tiny_swin", "tiny_per_pixel", "tiny_per_pixel_plus")
+SIZES = ((75, 101), (96, 64), (50, 83))
+"""Of three photographs, px; odd, and multiples of 32."""
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_on_a_canvas_as_alone_for_every_architecture(name):
+    """Masked padding through network and post-processing: the segments and classes that each image gives without the others, pixel for
+    pixel. In float64, where no sum of another order decides."""
+    entry = registry.entry(name)
+    config = MaskFormerConfig.from_dict(entry.config)
+    weights = synthesize.synthesize(entry)
+    model = MaskFormer(config, "float64")
+    model.build_parameters(weights.__getitem__)
+    canvas, output_sizes = (112, 120), [(60, 90), (131, 70), (50, 83)]
+    images = np.zeros([3, *canvas, 3], np.uint8)
+    photos = [
+        preprocessing.decode_image((ROOT / "checkpoints/photos" / f"{photo}.png").read_bytes())
+        for photo in ("chelsea", "coffee", "astronaut")
+    ]
+    alone = []
+    for index, (photo, size) in enumerate(zip(photos, SIZES, strict=True)):
+        image = np.asarray(Image.fromarray(photo).resize(size[::-1], Image.Resampling.BILINEAR))
+        images[index, : size[0], : size[1]] = image
+        alone.append((model(image[np.newaxis]), [size], [output_sizes[index]]))
+    sizes, outputs = tf.constant(SIZES), tf.constant(output_sizes)
+    together = tf.function(lambda *arguments: model(*arguments, padding="masked"))(images, sizes)
+    scores = static_semantic_inference(together, config, sizes, outputs, (131, 90)).numpy()
+    met = set()
+    for score, arguments in zip(scores, alone, strict=True):
+        [expected] = tfmaskformer.semantic_inference(arguments[0], config, *arguments[1:])
+        height, width = expected.shape[1:]
+        np.testing.assert_allclose(score[:, :height, :width], expected, rtol=0, atol=1e-9)
+        np.testing.assert_array_equal(score[:, :height, :width].argmax(0), np.argmax(expected, 0))
+        met |= set(np.unique(np.argmax(expected, 0)).tolist())
+    assert len(met) > 1
+    if "pred_logits" in together:
+        thresholds = {"object_mask_threshold": 0.1, "overlap_threshold": 0.3}
+        results = static_panoptic_inference(together, config, sizes, outputs, (131, 90), **thresholds).images(output_sizes)
+        expected = [tfmaskformer.panoptic_inference(outputs, config, *sizes, **thresholds)[0] for outputs, *sizes in alone]
+        assert plain(results) == plain(expected)
+        assert sum(len(infos) for _, infos in expected) > 3

@@ -123,6 +123,7 @@ LAYOUTS: dict[str, Layout] = {
         folder="shapes",
         images="{part}",
         image_suffix=".png",
+        semantic="annotations/semantic_{part}",
         panoptic="annotations/panoptic_{part}",
         panoptic_json="annotations/panoptic_{part}.json",
         integer_ids=True,

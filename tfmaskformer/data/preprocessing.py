@@ -55,9 +55,13 @@ def _orientation(image: Image.Image) -> int:
 def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
     """Height and width in px after ``ResizeShortestEdge``: the shorter side becomes ``min_size``, the longer at most ``max_size``.
 
-    >>> resized_shape(427, 640, 800, 1333), resized_shape(300, 900, 800, 1333)
-    ((800, 1199), (444, 1333))
+    A ``min_size`` of 0 leaves the image as it is, as upstream.
+
+    >>> resized_shape(427, 640, 800, 1333), resized_shape(300, 900, 800, 1333), resized_shape(300, 900, 0, 100)
+    ((800, 1199), (444, 1333), (300, 900))
     """
+    if min_size == 0:
+        return height, width
     scale = float(min_size) / min(height, width)
     new_height, new_width = (float(min_size), scale * width) if height < width else (scale * height, float(min_size))
     if max(new_height, new_width) > max_size:
@@ -69,7 +73,7 @@ def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tupl
 def resize_shortest_edge(image: np.ndarray, min_size: int, max_size: int) -> np.ndarray:
     """``image`` (uint8 [height, width, 3]) resized by Pillow's bilinear filter to :func:`resized_shape`: the official test transform.
 
-    ``min_size`` and ``max_size``: ``config.test.min_size`` and ``config.test.max_size``, px.
+    ``min_size`` and ``max_size``: ``config.test.min_size`` (0: the image as it is) and ``config.test.max_size``, px.
     """
     height, width = resized_shape(image.shape[0], image.shape[1], min_size, max_size)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
@@ -99,7 +103,7 @@ def resized_shape_tf(shape: tf.Tensor, min_size: int, max_size: int) -> tf.Tenso
     new = tf.where(old == tf.reduce_min(old), low, old * (low / tf.reduce_min(old)))
     longest = tf.reduce_max(new)
     new = tf.where(longest > high, new * (high / longest), new)
-    return tf.cast(new + 0.5, tf.int32)
+    return tf.cast(tf.where(low == 0, old, new + 0.5), tf.int32)
 
 
 def resize_shortest_edge_tf(image: tf.Tensor, min_size: int, max_size: int) -> tf.Tensor:

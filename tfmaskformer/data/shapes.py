@@ -109,8 +109,8 @@ def write(destination: pathlib.Path, split: str, count: int) -> None:
     """Writes images 0 … ``count`` − 1 of ``split`` in the layout of COCO panoptic, as panopticapi and Detectron2 read it.
 
     Makes ``destination/<split>/000000000000.png`` …, ``destination/annotations/panoptic_<split>/`` with a PNG for each whose
-    R + 256·G + 65536·B is the segment's id, and ``destination/annotations/panoptic_<split>.json``, where categories have the ids of
-    :data:`CATEGORIES`.
+    R + 256·G + 65536·B is the segment's id, ``destination/annotations/panoptic_<split>.json``, where categories have the ids of
+    :data:`CATEGORIES`, and ``destination/annotations/semantic_<split>/`` with a PNG of contiguous classes for each.
 
     Raises:
         ValueError: unknown split.
@@ -119,8 +119,8 @@ def write(destination: pathlib.Path, split: str, count: int) -> None:
     from PIL import Image
 
     annotations = destination / "annotations"
-    images, panoptic = destination / split, annotations / f"panoptic_{split}"
-    for folder in (images, panoptic):
+    images, panoptic, semantic = destination / split, annotations / f"panoptic_{split}", annotations / f"semantic_{split}"
+    for folder in (images, panoptic, semantic):
         folder.mkdir(parents=True, exist_ok=True)
     listed: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
     for index in range(count):
@@ -129,6 +129,10 @@ def write(destination: pathlib.Path, split: str, count: int) -> None:
         Image.fromarray(image).save(images / name)
         rgb = np.stack([panoptic_seg >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
         Image.fromarray(rgb).save(panoptic / name)
+        labels = np.zeros(panoptic_seg.shape, np.uint8)
+        for segment in segments_info:
+            labels[panoptic_seg == segment["id"]] = segment["category_id"]
+        Image.fromarray(labels).save(semantic / name)
         segments = [
             {"id": segment["id"], "category_id": CATEGORIES[segment["category_id"]].id}
             | {key: segment[key] for key in ("area", "bbox", "iscrowd")}

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tfmaskformer.data.preprocessing import resize_shortest_edge
+from tfmaskformer.config import MaskFormerConfig
+from tfmaskformer.data.preprocessing import resize_shortest_edge, resized_shape
 
 
 class Augmentation(NamedTuple):
@@ -27,14 +28,29 @@ class Augmentation(NamedTuple):
     max_size: int = 4000
     flip: bool = True
 
+    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """(height, width) of what :func:`augmented_images` gives of an image of this size, px."""
+        sizes = [resized_shape(height, width, min_size, self.max_size) for min_size in self.min_sizes]
+        return [size for size in sizes for _ in range(1 + self.flip)]
+
 
 OFFICIAL = {
-    "ade20k": Augmentation((256, 384, 512, 640, 768, 896), 3584),
-    "ade20k_panoptic": Augmentation((256, 384, 512, 640, 768, 896), 3584),
-    "cityscapes": Augmentation((512, 768, 1024, 1280, 1536, 1792), 4096),
-    "coco_stuff_10k": Augmentation((320, 480, 640, 800, 960, 1120), 4480),
+    ("ade20k", 512): Augmentation((256, 384, 512, 640, 768, 896), 3584),
+    ("ade20k", 640): Augmentation((320, 480, 640, 800, 960, 1120), 4480),
+    ("ade20k_panoptic", 640): Augmentation((256, 384, 512, 640, 768, 896), 3584),
+    ("cityscapes", 1024): Augmentation((512, 768, 1024, 1280, 1536, 1792), 4096),
+    ("coco_stuff_10k", 640): Augmentation((320, 480, 640, 800, 960, 1120), 4480),
 }
-"""By data set; the configs of the others have Detectron2's default, ``Augmentation()``."""
+"""By data set and ``INPUT.MIN_SIZE_TEST``; the other configs have Detectron2's default, ``Augmentation()``."""
+
+
+def official_augmentation(config: MaskFormerConfig) -> Augmentation:
+    """``TEST.AUG`` of the official config with this data set and size.
+
+    >>> official_augmentation(MaskFormerConfig("mine", num_classes=7)).max_size
+    4000
+    """
+    return OFFICIAL.get((config.dataset, config.test.min_size), Augmentation())
 
 
 def augmented_images(image: np.ndarray, augmentation: Augmentation) -> Iterator[tuple[np.ndarray, bool]]:

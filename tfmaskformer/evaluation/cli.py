@@ -17,6 +17,7 @@ OK, BAD_INPUT, COULD_NOT_RUN = 0, 2, 3
 
 _GROUPS = ("all", "things", "stuff")
 _PUBLISHED = {"PQ": ("panoptic", "all", "pq"), "mIoU": ("semantic", "miou")}
+_PUBLISHED_AUGMENTED = {"mIoU (ms+flip)": ("semantic", "miou")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +69,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N images")
     parser.add_argument("--ap", action="store_true", help="also the AP of the things in panoptic results; needs pycocotools")
     parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="test-time augmentation: the sizes and mirroring of the official config, averaged, for the semantic result alone",
+    )
+    parser.add_argument(
         "--on-error", choices=("stop", "skip"), default="stop", help="at bad data; skip leaves its image out (default: stop)"
     )
     devices = parser.add_mutually_exclusive_group()
@@ -106,6 +112,7 @@ def _positive(text: str) -> int:
 def _evaluate(arguments: argparse.Namespace, progress: _Progress) -> int:
     from tfmaskformer.checkpoint import read_config
     from tfmaskformer.evaluation import evaluate, sources
+    from tfmaskformer.evaluation.augmentation import official_augmentation
     from tfmaskformer.evaluation.devices import strategy_for, worker
 
     if problem := _not_writable(arguments.json):
@@ -126,9 +133,10 @@ def _evaluate(arguments: argparse.Namespace, progress: _Progress) -> int:
         arguments.ckpt,
         source,
         strategy,
-        sources.metrics_of(config, source, instances=arguments.ap),
+        sources.metrics_of(config, source, instances=arguments.ap, augmented=arguments.tta),
         batch=arguments.batch,
         canvases=arguments.canvas,
+        augmentation=official_augmentation(config) if arguments.tta else None,
         on_error=arguments.on_error,
         results=arguments.results,
         resume=arguments.resume,
@@ -167,7 +175,7 @@ def _tables(report: Mapping[str, Any]) -> Iterator[str]:
         yield from _table(("", "AP", "AP50", "AP75", "APs", "APm", "APl"), [("things", *(instances[key] for key in keys))])
         yield from _table(("class", "AP"), [tuple(row.values()) for row in instances["classes"]])
     yield ""
-    for name, path in _PUBLISHED.items():
+    for name, path in (_PUBLISHED_AUGMENTED if report["run"]["augmentation"] else _PUBLISHED).items():
         value: Any = metrics
         for key in path:
             value = (value or {}).get(key)

@@ -26,13 +26,13 @@ def strategy_for(device: str | None = None, *, tpu: str = "", replicas: int = 1)
         DeviceError: not there.
     """
     try:
+        # TensorFlow would let a GPU multiply float32 with 10 bits of mantissa, and tell XLA that a TPU may take bfloat16, with 7.
+        tf.config.experimental.enable_tensor_float_32_execution(False)
         if device == "tpu":
             resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
             tf.config.experimental_connect_to_cluster(resolver)
             tf.tpu.experimental.initialize_tpu_system(resolver)
             return tf.distribute.TPUStrategy(resolver)
-        # A GPU would multiply float32 with 10 bits of mantissa.
-        tf.config.experimental.enable_tensor_float_32_execution(False)
         if device == "cpu":
             tf.config.set_visible_devices([], "GPU")
         gpus = tf.config.get_visible_devices("GPU")

@@ -32,6 +32,7 @@ from tfmaskformer.data.datasets import Sample
 from tfmaskformer.data.listing import read_file
 from tfmaskformer.data.preprocessing import resize_shortest_edge, resized_shape
 from tfmaskformer.data.records import DataError, Problem
+from tfmaskformer.evaluation.augmentation import Augmentation, augmented_images
 from tfmaskformer.evaluation.canvases import Canvas, choose_canvases
 from tfmaskformer.evaluation.counts import Counts, ids_of
 from tfmaskformer.evaluation.devices import worker
@@ -48,12 +49,35 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class _Room(NamedTuple):
+    """A canvas, and (height, width) of the model's input for each view of an image on it: the image itself, or its augmentations."""
+
+    canvas: Canvas
+    views: tuple[tuple[int, int], ...]
+
+
 class _Ready(NamedTuple):
-    """A sample, the image as the model takes it, and the canvas for it."""
+    """A sample, its views as the model takes them, each with whether it is mirrored, and the room for it."""
 
     sample: Sample
-    image: np.ndarray
-    canvas: Canvas
+    views: list[tuple[np.ndarray, bool]]
+    room: _Room
+
+
+class _Steps(NamedTuple):
+    """Functions that run on all replicas.
+
+    Attributes:
+        infer: images, their sizes and the original ones, and the output's canvas → (panoptic result, class of each pixel), each or None.
+        scores: the same → semantic scores.
+        add: a sum of scores, the scores of another view, original sizes and whether the view is mirrored → the sum of both.
+        labels: a sum of scores, and of how many views → as ``infer``.
+    """
+
+    infer: Callable[..., Any]
+    scores: Callable[..., Any]
+    add: Callable[..., Any]
+    labels: Callable[..., Any]
 
 
 class Evaluation:
@@ -65,7 +89,9 @@ class Evaluation:
         strategy: whose replicas share the images.
         metrics: of :func:`metrics_of`.
         batch: images for each replica at a time.
-        canvases: (height, width) of the model's input, px; default: :func:`choose_canvases`.
+        canvases: (height, width) of the model's input, px; default: :func:`choose_canvases`. With an augmentation, of the images that it
+            begins with.
+        augmentation: of each image at test time; for semantic results.
         on_error: "stop" at bad data, or "skip" its image.
         results: folder for the predictions in COCO's and Detectron2's formats; a path or ``gs://…``.
         resume: folder for what has been counted; an evaluation that is there already goes on.
@@ -85,12 +111,13 @@ class Evaluation:
         *,
         batch: int = 1,
         canvases: Sequence[tuple[int, int]] | None = None,
+        augmentation: Augmentation | None = None,
         on_error: str = "stop",
         results: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | None = None,
     ):
         self.source, self.strategy, self.metrics = source, strategy, tuple(metrics)
-        self._on_error, self._batch = on_error, batch
+        self._on_error, self._batch, self._augmentation = on_error, batch, augmentation
         self._results = None if results is None else os.fspath(results)
         self._state_file = None
         for folder in (results, resume):
@@ -106,7 +133,7 @@ class Evaluation:
             self._resume()
         with strategy.scope():
             self.model = checkpoint.load(directory)
-        self.canvases = self._chosen(canvases)
+        self._rooms = self._chosen(canvases)
         self._seconds = 0.0
         self._seen = 0
         self._saved = len(self.counts.done)
@@ -115,6 +142,11 @@ class Evaluation:
     def config(self) -> MaskFormerConfig:
         """Of the model."""
         return self.model.config
+
+    @property
+    def canvases(self) -> list[Canvas]:
+        """On which the images lie."""
+        return [room.canvas for room in self._rooms]
 
     def run(self, progress: Callable[[int, int], None] = lambda done, images: None) -> None:
         """Evaluates every image that is not in ``counts``, each once.
@@ -126,13 +158,13 @@ class Evaluation:
             DataError: bad data, with "stop". What was counted before is saved.
         """
         start_s, before = time.monotonic(), len(self.counts.done)
-        room = self._batch * len(self.strategy.experimental_local_results(self._values(lambda replica: replica)))
-        waiting: dict[Canvas, list[_Ready]] = collections.defaultdict(list)
+        most = self._batch * len(self.strategy.experimental_local_results(self._values(lambda replica: replica)))
+        waiting: dict[_Room, list[_Ready]] = collections.defaultdict(list)
 
-        def step(canvas):
-            for ready, found in zip(waiting[canvas], self._infer(canvas, waiting[canvas], room), strict=False):
+        def step(room):
+            for ready, found in zip(waiting[room], self._infer(room, waiting[room], most), strict=False):
                 self._count(ready.sample, *found)
-            waiting[canvas].clear()
+            waiting[room].clear()
             progress(len(self.counts.done), self.source.share)
             if len(self.counts.done) - self._saved >= SAVE_EVERY:
                 self.save()
@@ -144,12 +176,12 @@ class Evaluation:
                     if ready is None:
                         self._skip(image_id, problems)
                         continue
-                    waiting[ready.canvas].append(ready)
-                    if len(waiting[ready.canvas]) == room:
-                        step(ready.canvas)
-                for canvas in list(waiting):
-                    if waiting[canvas]:
-                        step(canvas)
+                    waiting[ready.room].append(ready)
+                    if len(waiting[ready.room]) == most:
+                        step(ready.room)
+                for room in list(waiting):
+                    if waiting[room]:
+                        step(room)
         except DataError:
             self.save()  # not after others, which may come in the middle of counting
             raise
@@ -190,6 +222,7 @@ class Evaluation:
             "problems": [dataclasses.asdict(problem) for problem in (*self.source.problems, *counts.problems)],
             "run": {
                 "canvases": [canvas._asdict() for canvas in self.canvases],
+                "augmentation": self._plan["augmentation"],
                 "batch": self._batch,
                 "replicas": self.strategy.num_replicas_in_sync,
                 "strategy": type(self.strategy).__name__,
@@ -243,6 +276,7 @@ class Evaluation:
             "config": checkpoint.read_config(directory).to_dict(),
             "dataset": {"name": source.name, "split": source.split, "images": source.images, "identity": source.identity},
             "metrics": list(self.metrics),
+            "augmentation": json.loads(json.dumps(self._augmentation and self._augmentation._asdict())),
             "results": self._results,
         }
 
@@ -266,38 +300,27 @@ class Evaluation:
         if self._on_error == "stop" and self.counts.problems:
             raise DataError(self.counts.problems[0], "it was skipped before: --on-error skip goes on")
 
-    def _chosen(self, given: Sequence[tuple[int, int]] | None) -> list[Canvas]:
-        sizes = [(*self._input_size(*size), *size) for size in self.source.sizes()]
-        if given is None:
-            return choose_canvases(sizes)
-        # Each image lies on the smallest canvas that holds it.
-        rooms = sorted(given, key=lambda room: (room[0] * room[1], room))
-        outputs = dict.fromkeys(rooms, (0, 0))
-        for height, width, *output in sizes:
-            room = next((room for room in rooms if height <= room[0] and width <= room[1]), None)
-            if room is None:
-                told = ", ".join(f"{room[0]}×{room[1]}" for room in rooms)
-                raise EvaluationError(
-                    f"an image of {height}×{width} px after resizing fits none of the canvases {told}\n  give a larger --canvas"
-                )
-            outputs[room] = (max(outputs[room][0], output[0]), max(outputs[room][1], output[1]))
-        return [Canvas(*room, *output) for room, output in outputs.items() if output != (0, 0)]
-
-    def _input_size(self, height: int, width: int) -> tuple[int, int]:
+    def _chosen(self, given: Sequence[tuple[int, int]] | None) -> list[_Room]:
+        """Room for all images whose size is told."""
         test = self.config.test
-        return resized_shape(height, width, test.min_size, test.max_size) if test.min_size else (height, width)
+        sizes = [(*resized_shape(*size, test.min_size, test.max_size), *size) for size in self.source.sizes()]
+        canvases = choose_canvases(sizes) if given is None else _with_outputs(given, sizes)
+        if self._augmentation is None:
+            return [_Room(canvas, (canvas[:2],)) for canvas in canvases]
+        views: dict[Canvas, list[Any]] = {canvas: [] for canvas in canvases}
+        for size in sizes:
+            views[next(canvas for canvas in canvases if canvas.holds(size))].append(self._augmentation.sizes(*size[:2]))
+        return [_Room(canvas, tuple(map(tuple, np.max(each, 0).tolist()))) for canvas, each in views.items() if each]
 
     def _prepare(self, item: Any) -> tuple[str, _Ready | None, list[Problem]]:
         image_id, sample, problems = self.source.load(item)
         if sample is None:
             return image_id, None, problems
-        image, test = sample.image, self.config.test
-        if test.min_size:  # 0: as it is, as Detectron2's ResizeShortestEdge
-            image = resize_shortest_edge(image, test.min_size, test.max_size)
-        sizes = (*image.shape[:2], *sample.image.shape[:2])
-        # One that no size told of has a canvas of its own.
-        canvas = next((canvas for canvas in self.canvases if canvas.holds(sizes)), Canvas(*sizes))
-        return image_id, _Ready(sample, image, canvas), []
+        image = resize_shortest_edge(sample.image, self.config.test.min_size, self.config.test.max_size)
+        views = [(image, False)] if self._augmentation is None else list(augmented_images(image, self._augmentation))
+        own = _Room(Canvas(*image.shape[:2], *sample.image.shape[:2]), tuple(view.shape[:2] for view, _ in views))
+        # An image that no size told of has a room of its own.
+        return image_id, _Ready(sample, views, next((room for room in self._rooms if _holds(room, own)), own)), []
 
     def _values(self, of: Callable[[int], np.ndarray | int]) -> Any:
         """A value for each replica."""
@@ -305,24 +328,38 @@ class Evaluation:
             lambda context: tf.constant(of(context.replica_id_in_sync_group), tf.as_dtype(np.asarray(of(0)).dtype))
         )
 
-    def _infer(self, canvas: Canvas, batch: Sequence[_Ready], room: int) -> list[tuple[Any, Any]]:
+    def _infer(self, room: _Room, batch: Sequence[_Ready], most: int) -> list[tuple[Any, Any]]:
         """(panoptic result, class of each pixel) of each image; behind the last come those of nothing, which filled the batch."""
-        images = np.zeros([room, canvas.height, canvas.width, 3], np.uint8)
-        sizes = np.array([canvas[:2]] * room, np.int32)
-        output_sizes = np.array([canvas[2:]] * room, np.int32)
+        replicas, output_canvas = most // self._batch, room.canvas[2:]
+        output_sizes = np.array([output_canvas] * most, np.int32)
         for index, ready in enumerate(batch):
-            sizes[index], output_sizes[index] = ready.image.shape[:2], ready.sample.image.shape[:2]
-            images[index, : sizes[index, 0], : sizes[index, 1]] = ready.image
-        replicas = room // self._batch
+            output_sizes[index] = ready.sample.image.shape[:2]
 
         def share(values):
             return self._values(lambda replica: np.split(values, replicas)[replica % replicas])
 
-        results = self.strategy.experimental_local_results(
-            self._step(share(images), share(sizes), share(output_sizes), (canvas.output_height, canvas.output_width))
-        )
+        def inputs(view):
+            height, width = room.views[view]
+            images = np.zeros([most, height, width, 3], np.uint8)
+            sizes = np.array([room.views[view]] * most, np.int32)
+            for index, ready in enumerate(batch):
+                image, _ = ready.views[view]
+                sizes[index] = image.shape[:2]
+                images[index, : sizes[index, 0], : sizes[index, 1]] = image
+            return share(images), share(sizes)
+
+        steps, outputs = self._steps, share(output_sizes)
+        if self._augmentation is None:
+            results = steps.infer(*inputs(0), outputs, output_canvas)
+        else:
+            total = steps.scores(*inputs(0), outputs, output_canvas)
+            for view, (_, mirrored) in list(enumerate(batch[0].views))[1:]:
+                total = steps.add(total, steps.scores(*inputs(view), outputs, output_canvas), outputs, mirrored)
+            results = steps.labels(total, len(room.views))
         found: list[tuple[Any, Any]] = []
-        for (panoptic, labels), shares in zip(results, np.split(output_sizes, replicas), strict=True):
+        for (panoptic, labels), shares in zip(
+            self.strategy.experimental_local_results(results), np.split(output_sizes, replicas), strict=True
+        ):
             segments = [None] * self._batch if panoptic is None else panoptic.images(shares)
             maps = (
                 [None] * self._batch
@@ -333,11 +370,21 @@ class Evaluation:
         return found
 
     @functools.cached_property
-    def _step(self) -> Any:
-        """A function of what each replica has of images, their sizes and the original ones, and of the output's canvas."""
+    def _steps(self) -> _Steps:
         config, metrics, model = self.config, self.metrics, self.model
 
-        @tf.function(jit_compile=True, autograph=False)
+        def on_replicas(function, *, compiled):
+            """``function`` of what each replica has; its last argument is the same for all, and static."""
+            inner = tf.function(function, jit_compile=True, autograph=False) if compiled else function
+
+            @tf.function(autograph=False)
+            def step(*arguments):
+                *values, static = arguments
+                # Not inner itself: MirroredStrategy would make one program of all replicas, which XLA cannot where there are several CPUs.
+                return self.strategy.run(lambda *of_replica: inner(*of_replica, static), args=values)
+
+            return step
+
         def infer(images, sizes, output_sizes, output_canvas):
             outputs = model(images, sizes, padding="masked")
             panoptic = labels = None
@@ -348,12 +395,21 @@ class Evaluation:
                 labels = tf.argmax(scores, 1, tf.int32)
             return panoptic, labels
 
-        @tf.function(autograph=False)
-        def step(images, sizes, output_sizes, output_canvas):
-            # Not infer itself: MirroredStrategy would make one program of all replicas, which XLA cannot where there are several CPUs.
-            return self.strategy.run(lambda *inputs: infer(*inputs, output_canvas), args=(images, sizes, output_sizes))
+        def scores(images, sizes, output_sizes, output_canvas):
+            return static_semantic_inference(model(images, sizes, padding="masked"), config, sizes, output_sizes, output_canvas)
 
-        return step
+        def add(total, scores, output_sizes, mirrored):
+            return total + (tf.reverse_sequence(scores, output_sizes[:, 1], seq_axis=3, batch_axis=0) if mirrored else scores)
+
+        def labels(total, views):
+            return None, tf.argmax(total / views, 1, tf.int32)  # upstream, too, divides first; that can make a tie
+
+        return _Steps(
+            on_replicas(infer, compiled=True),
+            on_replicas(scores, compiled=True),
+            on_replicas(add, compiled=False),
+            on_replicas(labels, compiled=False),
+        )
 
     def _count(self, sample: Sample, panoptic: Any, labels: Any) -> None:
         counts, info = self.counts, self.source.info
@@ -395,6 +451,26 @@ def _ahead(pool: concurrent.futures.Executor, function: Callable[[Item], Result]
             yield futures.popleft().result()
     while futures:
         yield futures.popleft().result()
+
+
+def _with_outputs(given: Sequence[tuple[int, int]], sizes: Iterable[Sequence[int]]) -> list[Canvas]:
+    """Canvases of the given (height, width), px, with room for the results of the images on them: each on the smallest that holds it."""
+    rooms = sorted(given, key=lambda room: (room[0] * room[1], room))
+    outputs = dict.fromkeys(rooms, (0, 0))
+    for height, width, *output in sizes:
+        room = next((room for room in rooms if height <= room[0] and width <= room[1]), None)
+        if room is None:
+            told = ", ".join(f"{room[0]}×{room[1]}" for room in rooms)
+            raise EvaluationError(
+                f"an image of {height}×{width} px after resizing fits none of the canvases {told}\n  give a larger --canvas"
+            )
+        outputs[room] = (max(outputs[room][0], output[0]), max(outputs[room][1], output[1]))
+    return [Canvas(*room, *output) for room, output in outputs.items() if output != (0, 0)]
+
+
+def _holds(room: _Room, other: _Room) -> bool:
+    views = zip(room.views, other.views, strict=True)
+    return room.canvas.holds(other.canvas) and all(size <= most for view, own in views for most, size in zip(view, own, strict=True))
 
 
 def _published(name: str) -> dict[str, float]:

@@ -190,8 +190,14 @@ def _tfrecord_source(folder: str, name: str | None, split: str | None, limit: in
     )
 
 
-def metrics_of(config: MaskFormerConfig, source: Source, *, instances: bool = False) -> tuple[str, ...]:
+def metrics_of(config: MaskFormerConfig, source: Source, *, instances: bool = False, augmented: bool = False) -> tuple[str, ...]:
     """What the model's results are judged by on this data set: "panoptic", "semantic" and "instances", or some of them.
+
+    Args:
+        config: of the model.
+        source: of its images.
+        instances: whether AP is wanted.
+        augmented: with test-time augmentation, which upstream gives semantic results alone.
 
     Raises:
         EvaluationError: other classes, or no ground truth of this kind.
@@ -205,9 +211,10 @@ def metrics_of(config: MaskFormerConfig, source: Source, *, instances: bool = Fa
         problems.append(f"class {index} is {config.class_names[index]!r}, expected {info.class_names[index]!r}")
     elif config.test.panoptic_on and layout.panoptic and sorted(config.thing_classes) != sorted(info.thing_classes):
         problems.append(f"{len(config.thing_classes)} classes are things, expected {len(info.thing_classes)}, the data set's")
-    panoptic = bool(config.test.panoptic_on and layout.panoptic)
+    panoptic = bool(config.test.panoptic_on and layout.panoptic and not augmented)
     if not panoptic and not layout.semantic:
-        problems.append("its results are semantic, and the data set has panoptic ground truth alone")
+        results = "results with test-time augmentation are semantic" if augmented else "its results are semantic"
+        problems.append(f"{results}, and the data set has panoptic ground truth alone")
     if instances and not panoptic:
         problems.append("instance AP is that of panoptic results, and there are none")
     if problems:

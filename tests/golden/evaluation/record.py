@@ -9,6 +9,8 @@ panoptic.npz   Detectron2's COCOPanopticEvaluator and panopticapi's pq_compute
 semantic.npz   Detectron2's SemSegEvaluator, without the boundary IoU
 instances.npz  Detectron2's COCOEvaluator, which is pycocotools
 augmented.npz  MaskFormer's SemanticSegmentorWithTTA, on a stand-in and on the small trained model in float64
+shapes.npz     Detectron2's inference_on_dataset with its three evaluators: the small trained model on 50 images, as train_net.py does it,
+               and on the first 6 with SemanticSegmentorWithTTA
 
 Maps of different sizes are one flat array, "sizes" has their (height, width); "json" is everything else.
 """
@@ -325,7 +327,146 @@ def record_augmented():
     save("augmented", document, **arrays)
 
 
-RECORDINGS = {"panoptic": record_panoptic, "semantic": record_semantic, "instances": record_instances, "augmented": record_augmented}
+SHAPES_IMAGES, AUGMENTED_IMAGES = 50, 6
+AUGMENTATION = (80, 112, 144), 180, True
+"""Smaller than the config's, for speed; sizes meet the limit."""
+
+
+def record_shapes():
+    """The official loop: test loader, model in float32, evaluators. The things of its panoptic results are the instances, and panopticapi's
+    converter makes their truth."""
+    import importlib.util
+
+    import panopticapi
+    import torch
+    from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
+    from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators, SemSegEvaluator, inference_on_dataset
+    from detectron2.modeling import DatasetMapperTTA
+    from detectron2.structures import BitMasks, Instances
+    from mask_former import SemanticSegmentorWithTTA
+
+    from checkpoints import registry
+    from parity import official, record_zoo
+    from tfmaskformer.data import shapes
+
+    code = official.load()
+    path, options = record_zoo.TINY["shapes_panoptic"]
+    config = code.config(code.maskformer / path)
+    config.merge_from_list(list(options))
+    small = code.model(config, Path(registry.__file__).parent / "small" / "shapes_panoptic.pkl")
+    official_inference = small.panoptic_inference
+    found = []
+
+    def panoptic_inference(mask_cls, mask_pred):
+        """The official result; the probability of each segment's class is kept beside it."""
+        panoptic_seg, segments_info = official_inference(mask_cls, mask_pred)
+        scores, labels = mask_cls.softmax(-1).max(-1)
+        keep = labels.ne(small.sem_seg_head.num_classes) & (scores > small.object_mask_threshold)
+        queries = (scores[keep].view(-1, 1, 1) * mask_pred[keep].sigmoid()).argmax(0) if keep.any() else None
+        of = [float(scores[keep][queries[panoptic_seg == segment["id"]][0]]) for segment in segments_info]
+        found.append((panoptic_seg.numpy(), copy.deepcopy(segments_info), of))
+        return panoptic_seg, segments_info
+
+    small.panoptic_inference = panoptic_inference
+    labels = []
+
+    class WithInstances(torch.nn.Module):
+        def forward(self, batched_inputs):
+            [result] = small(batched_inputs)
+            labels.append(result["sem_seg"].argmax(0).numpy())
+            panoptic_seg, segments_info, scores = found[-1]
+            things = [(segment, score) for segment, score in zip(segments_info, scores, strict=True) if segment["isthing"]]
+            masks = [torch.from_numpy(panoptic_seg == segment["id"]) for segment, _ in things]
+            masks = torch.stack(masks) if masks else torch.zeros((0, *panoptic_seg.shape), dtype=torch.bool)
+            instances = Instances(
+                panoptic_seg.shape,
+                pred_boxes=BitMasks(masks).get_bounding_boxes(),
+                pred_masks=masks,
+                scores=torch.tensor([score for _, score in things]),
+                pred_classes=torch.tensor([segment["category_id"] for segment, _ in things], dtype=torch.int64),
+            )
+            return [{**result, "instances": instances}]
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, results = Path(scratch, "shapes"), str(Path(scratch, "results"))
+        shapes.write(folder, "val", SHAPES_IMAGES)
+        annotations = folder / "annotations"
+        truth = json.loads((annotations / "panoptic_val.json").read_text())
+        records = [
+            {"file_name": str(folder / "val" / image["file_name"]), "image_id": image["id"], "height": image["height"]}
+            | {"width": image["width"], "sem_seg_file_name": str(annotations / "semantic_val" / image["file_name"])}
+            for image in truth["images"]
+        ]
+        file = Path(panopticapi.__file__).parents[1] / "converters" / "panoptic2detection_coco_format.py"
+        spec = importlib.util.spec_from_file_location("converter", file)
+        converter = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(converter)
+        categories = {category["id"]: category for category in truth["categories"]}
+        with contextlib.redirect_stdout(io.StringIO()):
+            instances = converter.convert_panoptic_to_detection_coco_format_single_core(
+                0, truth["annotations"], categories, str(annotations / "panoptic_val"), True
+            )
+        for number, annotation in enumerate(instances, 1):  # not from 0, as its caller would: pycocotools takes that for "no match"
+            annotation["id"] = number
+        document = {"images": truth["images"], "annotations": instances}
+        document["categories"] = [category for category in truth["categories"] if category["isthing"]]
+        (annotations / "instances_val.json").write_text(json.dumps(document))
+
+        known = MetadataCatalog.get("shapes_train")
+        things = {category.id: index for index, category in enumerate(shapes.CATEGORIES) if category.isthing}
+        names = [category.name for category in shapes.CATEGORIES]
+        MetadataCatalog.get("shapes_recorded").set(
+            panoptic_json=str(annotations / "panoptic_val.json"),
+            panoptic_root=str(annotations / "panoptic_val"),
+            thing_dataset_id_to_contiguous_id=known.thing_dataset_id_to_contiguous_id,
+            stuff_dataset_id_to_contiguous_id=known.stuff_dataset_id_to_contiguous_id,
+        )
+        DatasetCatalog.register("shapes_recorded_semantic", lambda: records)
+        MetadataCatalog.get("shapes_recorded_semantic").set(
+            stuff_classes=names,
+            stuff_dataset_id_to_contiguous_id={category.id: index for index, category in enumerate(shapes.CATEGORIES)},
+            ignore_label=255,
+        )
+        MetadataCatalog.get("shapes_recorded_instances").set(
+            json_file=str(annotations / "instances_val.json"),
+            thing_classes=[name for name, category in zip(names, shapes.CATEGORIES, strict=True) if category.isthing],
+            thing_dataset_id_to_contiguous_id=things,
+        )
+        semantic = SemSegEvaluator("shapes_recorded_semantic", output_dir=None)
+        semantic._compute_boundary_iou = False
+        evaluators = [
+            COCOPanopticEvaluator("shapes_recorded", results),
+            semantic,
+            COCOEvaluator("shapes_recorded_instances", ("segm",), output_dir=results, use_fast_impl=False),
+        ]
+        loader = build_detection_test_loader(records, mapper=DatasetMapper(config, False), num_workers=0)
+        with contextlib.redirect_stdout(io.StringIO()):
+            metrics = inference_on_dataset(WithInstances(), loader, DatasetEvaluators(evaluators))
+        confusion = semantic._conf_matrix.tolist()
+        loader = build_detection_test_loader(records[:AUGMENTED_IMAGES], mapper=DatasetMapper(config, False), num_workers=0)
+        small.panoptic_inference = official_inference
+        augmented = inference_on_dataset(SemanticSegmentorWithTTA(config, small, DatasetMapperTTA(*AUGMENTATION)), loader, semantic)
+    document = {
+        "image_ids": [record["image_id"] for record in records],
+        "segments_info": [[segment | {"score": score} for segment, score in zip(info, scores, strict=True)] for _, info, scores in found],
+        "panoptic": metrics["panoptic_seg"],
+        "semantic": metrics["sem_seg"],
+        "confusion": confusion,
+        "instances": metrics["segm"],
+        "augmentation": AUGMENTATION,
+        "augmented": augmented["sem_seg"],
+        "augmented_confusion": semantic._conf_matrix.tolist(),
+    }
+    save("shapes", document, panoptic=packed([item[0] for item in found], np.uint8), semantic=packed(labels, np.uint8))
+
+
+RECORDINGS = {
+    "panoptic": record_panoptic,
+    "semantic": record_semantic,
+    "instances": record_instances,
+    "augmented": record_augmented,
+    "shapes": record_shapes,
+}
 
 
 def main(*names: str) -> None:

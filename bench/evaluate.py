@@ -1,0 +1,174 @@
+"""A whole evaluation, image by image: `tfmaskformer eval` beside the official loop of `train_net.py --eval-only`.
+
+R50 panoptic with the synthetic checkpoint, which finds segments in photographs; JPEG files of 640×640 px in COCO's layout, which the test
+transform leaves at that size. Ours reads, runs the network and the post-processing, and counts PQ. The official code reads, runs
+``MaskFormer.forward``, which also makes semantic scores, and has ``COCOPanopticEvaluator`` take the result; that it would compute PQ from
+files at the end is left out. Every framework runs in a process of its own, and they take turns, one pass over all images each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import checkpoints.registry
+from bench.common import THREADS, Worker, gigabytes, peak_memory_bytes, progress, section
+
+ENTRY = "maskformer_panoptic_R50_bs64_554k"
+SIZE_PX = 640
+IMAGES, WARM_UPS, PASSES = 6, 1, 3
+OURS, OFFICIAL = "tfmaskformer eval --cpu", "PyTorch, official"
+
+
+def main() -> int:
+    """Measures and prints the section."""
+    names = [OFFICIAL, OURS] if "MASKFORMER_SOURCE" in os.environ and "DETECTRON2_SOURCE" in os.environ else [OURS]
+    with tempfile.TemporaryDirectory() as scratch:
+        progress("  making the data set and the checkpoints")
+        _write(Path(scratch))
+        workers = {name: Worker("bench.evaluate", name, scratch) for name in names}
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for index in range(WARM_UPS + PASSES):
+            for name, worker in workers.items():
+                elapsed_s = worker.run()
+                if index >= WARM_UPS:
+                    seconds[name].append(elapsed_s / IMAGES)
+                progress(f"  pass {index + 1} of {WARM_UPS + PASSES}: {name}, {elapsed_s / IMAGES:.2f} s an image")
+        peaks = {name: worker.finish() for name, worker in workers.items()}
+
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    reference = medians.get(OFFICIAL)
+    rows = [
+        [
+            name,
+            f"{1 / medians[name]:.2f}",
+            f"{medians[name]:.3f} s",
+            f"{min(seconds[name]):.3f} s",
+            "–" if reference is None else f"{medians[name] / reference:.2f}",
+            gigabytes(peaks[name]),
+        ]
+        for name in names
+    ]
+    text = (
+        f"`python -m bench.evaluate`: {ENTRY}, photographs of {SIZE_PX}×{SIZE_PX} px, float32, {THREADS} threads, one image at a time, "
+        f"from file to count (the official code: to the evaluator's PNG); {PASSES} passes over {IMAGES} images each, taken in turns, after "
+        "one that compiles. Ratio: of the medians. Memory: the process's peak."
+    )
+    print(section("Evaluation", text, ["", "images/s", "an image", "fastest pass", "ratio", "peak memory"], rows))
+    return 0
+
+
+def _write(folder: Path) -> None:
+    """``coco/`` with images and panoptic annotations, ``model_final.pkl`` and ``tf_ckpt``."""
+    from PIL import Image
+
+    from checkpoints import synthesize
+    from converters.convert import convert
+
+    files = sorted((importlib.resources.files("checkpoints") / "photos").iterdir(), key=lambda file: file.name)  # type: ignore[attr-defined]
+    photos = [Image.open(str(file)).convert("RGB") for file in files if file.name.endswith(".png")]
+    info = checkpoints.registry.dataset("coco_panoptic")
+    images, pngs, jsons = (folder / "coco" / name for name in ("val2017", "panoptic_val2017", "annotations"))
+    for made in (images, pngs, jsons):
+        made.mkdir(parents=True)
+    listed: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
+    for index in range(IMAGES):
+        photo = photos[index % len(photos)]
+        shift = 20 * (index // len(photos))
+        photo.crop((shift, shift, photo.width, photo.height)).resize((SIZE_PX, SIZE_PX)).save(images / f"{index}.jpg", "JPEG", quality=95)
+        truth = np.zeros((SIZE_PX, SIZE_PX, 3), np.uint8)
+        segments = []
+        for number in range(16):  # a grid of segments
+            rows, columns = (slice(SIZE_PX * part // 4, SIZE_PX * (part + 1) // 4) for part in divmod(number, 4))
+            truth[rows, columns, 0] = number + 1
+            category = (info.dataset_ids or ())[8 * number]
+            segments.append({"id": number + 1, "category_id": category, "area": SIZE_PX**2 // 16, "iscrowd": 0})
+        Image.fromarray(truth).save(pngs / f"{index}.png")
+        listed["images"].append({"id": index, "file_name": f"{index}.jpg", "height": SIZE_PX, "width": SIZE_PX})
+        listed["annotations"].append({"image_id": index, "file_name": f"{index}.png", "segments_info": segments})
+    (jsons / "panoptic_val2017.json").write_text(json.dumps(listed), encoding="utf-8")
+    source = folder / "model_final.pkl"
+    synthesize.write_pickle(synthesize.synthesize(checkpoints.registry.entry(ENTRY)), source, synthesize.AUTHOR)
+    convert(source, folder / "tf_ckpt", ENTRY)
+    config = json.loads((folder / "tf_ckpt" / "config.json").read_text(encoding="utf-8"))
+    config["test"] |= {"min_size": SIZE_PX, "max_size": SIZE_PX}
+    (folder / "tf_ckpt" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _ours(folder: Path) -> Callable[[], Any]:
+    import tensorflow as tf
+
+    from tfmaskformer.checkpoint import read_config
+    from tfmaskformer.evaluation.counts import Counts
+    from tfmaskformer.evaluation.devices import strategy_for
+    from tfmaskformer.evaluation.evaluate import Evaluation
+    from tfmaskformer.evaluation.sources import metrics_of, open_source
+
+    tf.config.threading.set_intra_op_parallelism_threads(THREADS)
+    source = open_source(folder, "coco_panoptic")
+    metrics = metrics_of(read_config(folder / "tf_ckpt"), source)
+    evaluation = Evaluation(folder / "tf_ckpt", source, strategy_for("cpu"), metrics)
+
+    def one_pass() -> None:
+        evaluation.counts = Counts.none(metrics, source.info)
+        evaluation.run()
+        assert len(evaluation.counts.done) == IMAGES
+
+    return one_pass
+
+
+def _official(folder: Path) -> Callable[[], Any]:
+    import torch
+
+    from parity import official
+
+    torch.set_num_threads(THREADS)
+    code = official.load()
+    code.trainer()
+    from detectron2.data import DatasetMapper, build_detection_test_loader
+    from detectron2.evaluation import COCOPanopticEvaluator
+
+    config = code.config(checkpoints.registry.entry(ENTRY).official_config.removeprefix("configs/"))
+    config.merge_from_list(["INPUT.MIN_SIZE_TEST", SIZE_PX, "INPUT.MAX_SIZE_TEST", SIZE_PX])
+    model = code.model(config, folder / "model_final.pkl")
+    images = folder / "coco" / "val2017"
+    sides = {"height": SIZE_PX, "width": SIZE_PX}
+    records = [{"file_name": str(images / f"{index}.jpg"), "image_id": index} | sides for index in range(IMAGES)]
+    evaluator = COCOPanopticEvaluator(config.DATASETS.TEST[0])
+    loader = build_detection_test_loader(records, mapper=DatasetMapper(config, False), num_workers=0)
+
+    def one_pass() -> None:
+        evaluator.reset()
+        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+            for inputs in loader:
+                evaluator.process(inputs, model(inputs))
+
+    return one_pass
+
+
+def _worker(name: str, folder: str) -> int:
+    one_pass = {OURS: _ours, OFFICIAL: _official}[name](Path(folder))
+    for line in sys.stdin:
+        if line.strip() == "peak":
+            print(peak_memory_bytes(), flush=True)
+            continue
+        start_s = time.perf_counter()
+        one_pass()
+        print(time.perf_counter() - start_s, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_worker(*sys.argv[1:]) if len(sys.argv) > 1 else main())
