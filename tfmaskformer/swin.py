@@ -50,18 +50,12 @@ class Softmax(Module):
         return tf.reshape(tf.nn.softmax(tf.reshape(inputs, [-1, shape[-1]])), shape)
 
 
-class DropPath(Module):
+class DropPath(Dropout):
     """Stochastic depth: in training, drops each image of the batch as a whole with probability ``rate`` and scales up the others."""
 
-    def __init__(self, rate: float, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.rate = rate
-
-    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        if not training or self.rate == 0:
-            return inputs
+    def mask_shape(self, inputs: tf.Tensor) -> list[int | tf.Tensor]:
         batch, *rest = static_shape(inputs)
-        return tf.nn.dropout(inputs, self.rate, noise_shape=tf.stack([batch] + [1] * len(rest)))
+        return [batch] + [1] * len(rest)
 
 
 class PatchProjection(Module):

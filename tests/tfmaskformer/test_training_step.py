@@ -1,0 +1,166 @@
+"""One training step against its parts, compiled, with dropout, and on two replicas (step_replicas.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.tfmaskformer.conftest import SMALL, random_values
+from tfmaskformer.config import MaskFormerConfig
+from tfmaskformer.criterion import SetCriterion
+from tfmaskformer.layers import Dropout, dropout_masks
+from tfmaskformer.model import MaskFormer
+from tfmaskformer.module import named_variables
+from tfmaskformer.training.optimizer import build_optimizer, global_norm
+from tfmaskformer.training.recipe import Recipe
+from tfmaskformer.training.step import TrainStep
+
+RECIPE = Recipe(base_lr=1e-3, max_iter=10, lr_scheduler_name="WarmupPolyLR", warmup_iters=4, clip_norm=0.01)
+
+
+def quiet(config: MaskFormerConfig) -> MaskFormerConfig:
+    """Without dropout."""
+    return dataclasses.replace(config, predictor=dataclasses.replace(config.predictor, dropout=0.0))
+
+
+def build(config, dtype="float64", **options) -> TrainStep:
+    model = MaskFormer(config, dtype)
+    model.build_parameters(random_values(config).__getitem__)
+    return TrainStep(model, build_optimizer(RECIPE, model), **options)
+
+
+def batch(counts=(2, 1), height=40, width=52, divisor=1):
+    """Images, their sizes, and that many objects in each, on the padded canvas."""
+    rng = np.random.default_rng(7)
+    images = tf.constant(rng.integers(0, 256, (len(counts), height, width, 3)), tf.uint8)
+    canvas = (-(-side // divisor) * divisor for side in (height, width))
+    masks = tf.constant(rng.random((len(counts), max(counts), *canvas)) < 0.4)
+    targets = {"labels": tf.constant(rng.integers(0, 5, masks.shape[:2])), "masks": masks, "num_objects": tf.constant(counts)}
+    return images, tf.constant([[height, width]] * len(counts)), targets
+
+
+@pytest.fixture(scope="module")
+def step():
+    return build(quiet(SMALL["encoder"]))
+
+
+def test_a_step_is_its_parts(step):
+    images, sizes, targets = batch()
+    model, criterion = step.model, SetCriterion(step.model.config)
+    variables = named_variables(model)
+    with tf.GradientTape() as tape:
+        losses, _ = criterion(model(images, sizes), targets)
+        total = criterion.weighted_total(losses)
+    names = [parameter.name for parameter in step.optimizer.parameters]
+    expected = tape.gradient(total, [variables[name].value for name in names])
+    before = {name: variable.numpy() for name, variable in variables.items()}
+
+    result = step(images, sizes, targets)
+    assert result.losses.keys() == {*losses, "total_loss"}
+    assert float(result.losses["total_loss"]) == pytest.approx(float(total), rel=1e-12)
+    assert float(result.losses["loss_mask_0"]) == pytest.approx(20 * float(losses["loss_mask_0"]), rel=1e-12)
+    assert float(result.gradient_norm) == pytest.approx(float(global_norm(expected)), rel=1e-12)
+    assert float(result.lr) == pytest.approx(1e-6, rel=1e-12)
+    assert int(step.optimizer.iterations) == 1
+    clip = 0.01 / (float(global_norm(expected)) + 1e-6)
+    for name, gradient in zip(names, expected, strict=True):
+        np.testing.assert_allclose(step.optimizer.slot("exp_avg", name).numpy(), 0.1 * clip * gradient.numpy(), rtol=1e-9, atol=1e-18)
+    moved = {name for name, variable in variables.items() if (variable.numpy() != before[name]).any()}
+    assert moved == set(names)
+    assert float(step(images, sizes, targets).lr) > 100 * 1e-6  # the warm-up goes on
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_compiled_it_is_the_same(jit_compile):
+    """Dropout too: XLA draws the same masks."""
+    config = dataclasses.replace(SMALL["base"], size_divisibility=0)
+    eager, compiled = build(config), build(config)
+    inputs = batch(counts=(2,), height=33, width=35)
+    expected, found = eager(*inputs), tf.function(compiled, jit_compile=jit_compile)(*inputs)
+    for key, loss in expected.losses.items():
+        assert float(found.losses[key]) == pytest.approx(float(loss), rel=1e-7), key
+    assert float(found.gradient_norm) == pytest.approx(float(expected.gradient_norm), rel=1e-6)
+    assert float(found.lr) == pytest.approx(float(expected.lr), rel=1e-14)
+    assert found.lr.dtype == tf.float64
+    for variable, other in zip(eager.variables, compiled.variables, strict=True):
+        np.testing.assert_allclose(other.numpy(), variable.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_masks_depend_on_seed_iteration_and_place_alone():
+    images, sizes, targets = batch()
+
+    def losses(step):
+        return np.array([float(loss) for loss in step.gradients(images, sizes, targets)[0].values()])
+
+    step = build(SMALL["encoder"], seed=3)
+    tf.random.set_seed(1)
+    first = losses(step)
+    tf.random.set_seed(2)
+    assert np.array_equal(losses(step), first)
+    step.optimizer.iterations.assign(1)
+    assert not np.array_equal(losses(step), first)
+    step.optimizer.iterations.assign(0)
+    assert not np.array_equal(losses(build(SMALL["encoder"], seed=4)), first)
+    keep = step.keep()
+    masks = [keep(place, [50, 60], 0.25).numpy() for place in ("a#0", "a#1", "b#0")]
+    for mask in masks:
+        assert abs(mask.mean() - 0.75) < 4 * (0.25 * 0.75 / mask.size) ** 0.5
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert abs((masks[one] == masks[other]).mean() - 0.625) < 0.05
+
+
+def test_given_masks_are_used_call_by_call():
+    module = Dropout(0.5)
+    module.official_name = "a"
+    seen = []
+
+    def keep(place, shape, rate):
+        seen.append((place, list(shape), rate))
+        return tf.constant([[True, False]])
+
+    with dropout_masks(keep):
+        for _ in range(2):
+            assert module(tf.constant([[1.0, 2.0]]), training=True).numpy().tolist() == [[2.0, 0.0]]
+        assert module(tf.constant([[1.0, 2.0]])).numpy().tolist() == [[1.0, 2.0]]
+    assert seen == [("a#0", [1, 2], 0.5), ("a#1", [1, 2], 0.5)]
+
+
+def test_attention_and_every_dropout_take_the_given_masks(step):
+    images, sizes, targets = batch()
+    loud = build(SMALL["encoder"])
+    seen = []
+
+    def keep(place, shape, rate):
+        seen.append(place)
+        return tf.fill(shape, True)
+
+    loud.keep = lambda: keep
+    with_masks, without = loud.gradients(images, sizes, targets)[0], build(quiet(SMALL["encoder"])).gradients(images, sizes, targets)[0]
+    layers = SMALL["encoder"].predictor.dec_layers
+    assert len(seen) == len(set(seen)) == 2 * 4 + layers * 6  # of an encoder layer, and of a decoder layer
+    assert float(with_masks["total_loss"]) != float(without["total_loss"])  # scaled up by 1 / 0.9
+
+
+def test_per_pixel_baselines_train_too():
+    config = dataclasses.replace(SMALL["base"], head="PerPixelBaselineHead", name="small_per_pixel")
+    model = MaskFormer(config)
+    model.build_parameters(random_values(config).__getitem__)
+    step = TrainStep(model, build_optimizer(RECIPE, model))
+    labels = tf.constant(np.random.default_rng(0).integers(0, 5, (1, 64, 64)))
+    images = tf.zeros([1, 40, 52, 3], tf.uint8)
+    losses = [float(step(images, None, {"sem_seg": labels}).losses["total_loss"]) for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+def test_two_replicas_equal_the_official_rule():
+    """In a process of its own, because it needs two logical devices."""
+    script = Path(__file__).with_name("step_replicas.py")
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.splitlines()[-1] == "equal"
