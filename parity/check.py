@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from converters import ports
 from parity import compare, ends, probes, tap_rules
 from parity.compare import AssignmentComparison, Comparison
 from parity.evidence import Evidence, Overlay, of_failures, of_results
+from parity.ports import Port
 from parity.tensorflow_run import CaseInputs, CaseResults, run
 from parity.trace import POSITION_EMBEDDING, Case, Record, Trace, relative_error, statistics
 from tfmaskformer.config import CriterionConfig, MaskFormerConfig
@@ -52,6 +54,7 @@ class Settings:
         dtypes: "float32", "float64" or both.
         cases: names; empty: all (with masked padding all of one image).
         mode, padding, pad_to: see :func:`parity.tensorflow_run.run`.
+        port: file or module of a :class:`parity.ports.Port`; None: MaskFormer.
     """
 
     checkpoint: str
@@ -61,6 +64,7 @@ class Settings:
     mode: str = "graph"
     padding: str = "official"
     pad_to: tuple[int, int] | None = None
+    port: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +232,11 @@ def check(settings: Settings, progress: Callable[[str], None] = lambda text: Non
         wrong = ", ".join(f"{probe.name} (error {probe.error:.1e})" for probe in environment.broken)
         raise EnvironmentBrokenError(f"TensorFlow computes garbage on this machine: {wrong}\n  {probes.REMEDY}")
 
-    from tfmaskformer.checkpoint import load
+    port = settings.port and ports.read(settings.port)
+    if port:
+        load = port.load
+    else:
+        from tfmaskformer.checkpoint import load
 
     loss_floors = _loss_floors(trace)
     batches = [names] if settings.padding == "masked" else [(name,) for name in names]
@@ -237,7 +245,10 @@ def check(settings: Settings, progress: Callable[[str], None] = lambda text: Non
         model = load(settings.checkpoint, dtype)
         for batch in batches:
             progress(f"{', '.join(batch)}: {dtype}")
-            checked += _check_batch(settings, trace, batch, model, dtype, loss_floors)
+            if port:
+                checked.append(_check_port(settings, trace, batch[0], port, model, dtype, loss_floors))
+            else:
+                checked += _check_batch(settings, trace, batch, model, dtype, loss_floors)
     return Check(settings, environment, source, trace.provenance, tuple(checked), left_out)
 
 
@@ -270,11 +281,13 @@ def _select(settings: Settings, trace: Trace) -> tuple[tuple[str, ...], tuple[Ex
     if unknown or not trace.cases:
         raise CheckError(f"trace '{settings.reference}' has no case {', '.join(unknown)}; it has {', '.join(trace.cases) or 'none'}")
     wanted = settings.cases or trace.cases
-    sizes = {name: [image["size_px"] for image in trace.manifest["cases"][name]["images"]] for name in wanted}
+    if settings.port and settings.padding != "official":
+        raise CheckError("--padding masked is for MaskFormer: a port has the inputs that it was recorded with")
     if settings.padding == "official":
         if settings.pad_to is not None:
             raise CheckError("--pad-to is for --padding masked: official padding has no canvas to choose")
         return tuple(wanted), ()
+    sizes = {name: [image["size_px"] for image in trace.manifest["cases"][name]["images"]] for name in wanted}
     several = [name for name in wanted if len(sizes[name]) > 1]
     if several and settings.cases:
         raise CheckError(f"case {several[0]} has {len(sizes[several[0]])} images: masked padding is compared with each image's own trace")
@@ -312,6 +325,8 @@ def _loss_floors(trace: Iterable[Case]) -> LossFloors:
 def _check_batch(
     settings: Settings, trace: Trace, names: Sequence[str], model: Any, dtype: str, loss_floors: LossFloors
 ) -> Iterator[CaseCheck]:
+    from tfmaskformer.module import parameter_specs
+
     cases = [trace.case(name) for name in names]
     try:
         inputs = [_inputs(case, dtype) for case in cases]
@@ -328,16 +343,44 @@ def _check_batch(
             last = [*ends.judge_metrics(case, results, model.config, items)]
             items = [*(found for found in first if isinstance(found, Item)), *items, *(found for found in last if isinstance(found, Item))]
             exempted += [found for found in (*first, *last) if isinstance(found, Exemption)]
-            items += _judge_variables(model, items)
+            items += _judge_variables({name: spec.trainable for name, spec in parameter_specs(model).items()}, items)
             samples = next((record.samples for record in case.reference.records.values() if record.samples is not None), None)
             sizes = tuple((image.shape[0], image.shape[1]) for image in case_inputs.images)
             judged = CaseCheck(case.name, dtype, sizes, samples, tuple(items), tuple(exempted))
             seen = [found for found in first if isinstance(found, Evidence)]
-            seen += of_failures(case, results, model.config, judged.failures)
+            seen += of_failures(case, results, judged.failures)
             yield dataclasses.replace(judged, evidence=tuple(seen), overlays=tuple(of_results(case, results, model.config)))
     finally:
         for case in cases:
             case.close()
+
+
+def _check_port(settings: Settings, trace: Trace, name: str, port: Port, model: Any, dtype: str, loss_floors: LossFloors) -> CaseCheck:
+    with trace.case(name) as case:
+        inputs = {key: case.reference.read("inputs", key) for key in case.reference.group("inputs")}
+        results = port.run(model, inputs, settings.mode, tap_gradients=bool(case.reference.group("tap_gradients")))
+        items, exempted = _judge(case, results, None, dtype, loss_floors)
+        dropped = ports.read_manifest(Path(settings.checkpoint))["dropped"]
+        exempted += [Exemption("variables", drop["source"], f"not converted: {drop['reason']}") for drop in dropped]
+        items += _judge_variables(port.trained(model), items)
+        items, exempted = _account(port, items, exempted)
+        samples = next((record.samples for record in case.reference.records.values() if record.samples is not None), None)
+        judged = CaseCheck(name, dtype, (), samples, tuple(items), tuple(exempted))
+        return dataclasses.replace(judged, evidence=tuple(of_failures(case, results, judged.failures)))
+
+
+def _account(port: Port, items: Sequence[Item], exempted: Sequence[Exemption]) -> tuple[list[Item], list[Exemption]]:
+    """Exempts variables by the port's own list, and holds that list, and that of partners, to what there is."""
+    kept, accounted = list[Item](), list(exempted)
+    for item in items:
+        if item.group == "variables" and not item.passed and (reason := port.exempt.get((item.group, item.name))):
+            accounted.append(Exemption(item.group, item.name, reason))
+        else:
+            kept.append(item)
+    used = {(exemption.group, exemption.name) for exemption in accounted}
+    lines = [*port.exempt, *(("taps", name) for name in port.partners)]
+    note = f"port '{port.name}' exempts it or names its partner, but it is compared, or there is no such name: remove the line"
+    return [*kept, *(Item(group, name, False, note=note) for group, name in lines if (group, name) not in used)], accounted
 
 
 def _inputs(case: Case, dtype: str) -> CaseInputs:
@@ -368,12 +411,12 @@ def _gap_and_noise(case: Case, place: str) -> tuple[float, float]:
 
 
 def _judge(
-    case: Case, results: CaseResults, config: MaskFormerConfig, dtype: str, loss_floors: LossFloors
+    case: Case, results: CaseResults, config: MaskFormerConfig | None, dtype: str, loss_floors: LossFloors
 ) -> tuple[list[Item], list[Exemption]]:
-    """Every name of both sides, in the order of the reference."""
+    """Every name of both sides, in the order of the reference; only of MaskFormer there is a config."""
     items: list[Item] = []
     exempted: list[Exemption] = []
-    partners = tap_rules.partners(config)
+    partners, exempt = results.names.partners, results.names.exempt
     for group in GROUPS:
         expected = [name for name in case.reference.group(group) if not (group == "matcher" and name.endswith("/gap"))]
         left = dict.fromkeys(results.groups.get(group, ()))
@@ -389,9 +432,9 @@ def _judge(
             if partner in results.groups.get(group, ()):
                 items.append(_judge_one(case, results, group, name, partner, config, dtype, loss_floors))
             else:
-                _alone(group, name, "no partner in TensorFlow", items, exempted)
+                _alone(group, name, "no partner in TensorFlow", exempt, items, exempted)
         for name in left:
-            _alone(group, name, "no partner in the trace", items, exempted)
+            _alone(group, name, "no partner in the trace", exempt, items, exempted)
     if dtype == "float32":
         items = _judge_thresholds(case, results, items)
     return items, exempted
@@ -426,8 +469,8 @@ SHARE_NOISE = compare.PIXEL_SHARE["float32"]
 """Share of a mask's pixels that may be on the other side of ½ but for rounding."""
 
 
-def _alone(group: str, name: str, note: str, items: list[Item], exempted: list[Exemption]) -> None:
-    reason = tap_rules.EXEMPT.get((group, name))
+def _alone(group: str, name: str, note: str, exempt: Mapping[tuple[str, str], str], items: list[Item], exempted: list[Exemption]) -> None:
+    reason = exempt.get(("taps" if group == "tap_gradients" else group, name))
     if reason is None:
         items.append(Item(group, name, False, note=note))
     else:
@@ -435,7 +478,14 @@ def _alone(group: str, name: str, note: str, items: list[Item], exempted: list[E
 
 
 def _judge_one(
-    case: Case, results: CaseResults, group: str, name: str, partner: str, config: MaskFormerConfig, dtype: str, loss_floors: LossFloors
+    case: Case,
+    results: CaseResults,
+    group: str,
+    name: str,
+    partner: str,
+    config: MaskFormerConfig | None,
+    dtype: str,
+    loss_floors: LossFloors,
 ) -> Item:
     record = case.reference[group, name]
     try:
@@ -470,7 +520,9 @@ LAWS = {
 """How a floor becomes a tolerance, by group; :func:`parity.compare.tolerance` for the others."""
 
 
-def _judge_floats(case: Case, record: Record, actual: np.ndarray, config: MaskFormerConfig, dtype: str, loss_floors: LossFloors) -> Item:
+def _judge_floats(
+    case: Case, record: Record, actual: np.ndarray, config: MaskFormerConfig | None, dtype: str, loss_floors: LossFloors
+) -> Item:
     group, name = record.group, record.name
     baseline = case.baseline[group, name]
     file = case.baseline if dtype == "float32" else case.reference
@@ -481,6 +533,7 @@ def _judge_floats(case: Case, record: Record, actual: np.ndarray, config: MaskFo
     elif group == "matcher":
         # The matcher adds the costs, so what counts is their error on the scale of the sum.
         floor = max(_largest(other.floor) for other in file.group(group).values() if other.name.endswith("/total"))
+        assert config is not None
         place, what = name.rsplit("/", 1)
         scale = case.reference[group, f"{place}/total"].statistics.l2 / COST_WEIGHTS[what](config.criterion)
     precision = "float32" if name.partition("#")[0].endswith(POSITION_EMBEDDING) else dtype
@@ -552,13 +605,11 @@ def _judge_assignment(case: Case, name: str, actual: np.ndarray, dtype: str) -> 
     return Item("matcher", name, comparison.passed, comparison=comparison, note=note)
 
 
-def _judge_variables(model: Any, items: Sequence[Item]) -> Iterator[Item]:
+def _judge_variables(trained: Mapping[str, bool], items: Sequence[Item]) -> Iterator[Item]:
     """Every variable shows somewhere: trained ones in their gradient, buffers in the output of their module."""
-    from tfmaskformer.module import parameter_specs
-
     judged = {(item.group, item.name): item for item in items}
-    for name, spec in parameter_specs(model).items():
-        group, witness = ("gradients", name) if spec.trainable else ("taps", f"{name.rpartition('.')[0]}#0")
+    for name, is_trained in trained.items():
+        group, witness = ("gradients", name) if is_trained else ("taps", f"{name.rpartition('.')[0]}#0")
         found = judged.get((group, witness))
         note = f"shows in {group} '{witness}'"
         yield Item("variables", name, found is not None, comparison=found.comparison if found else None, note=note)

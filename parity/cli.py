@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 0 match, 1 mismatch, 2 usage or bad input, 3 could not run.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"record": _record, "compare": _compare}
+    commands = {"record": _record, "record-steps": _record_steps, "steps": _steps, "compare": _compare}
     return commands[arguments[0]](arguments[1:]) if arguments[:1] and arguments[0] in commands else _check(arguments)
 
 
@@ -42,6 +42,31 @@ def _record(argv: Sequence[str]) -> int:
     )
     record.add_arguments(parser)
     return record.run(parser.parse_args(argv))
+
+
+def _record_steps(argv: Sequence[str]) -> int:
+    from parity import trajectory_record
+
+    parser = argparse.ArgumentParser(
+        prog="parity-check record-steps",
+        description="Runs steps of the official PyTorch training and records losses, learning rates, gradients, weights and moments of each, "
+        "and how far official runs on other kernels and numbers of threads drift apart.",
+        epilog="exit codes: 0 recorded, 2 usage or bad input, 3 could not run",
+    )
+    trajectory_record.add_arguments(parser)
+    return trajectory_record.run(parser.parse_args(argv))
+
+
+def _steps(argv: Sequence[str]) -> int:
+    from parity import trajectory
+
+    parser = argparse.ArgumentParser(
+        prog="parity-check steps",
+        description="Trains a TensorFlow checkpoint as a recorded official training, and compares both after every step. Needs no PyTorch.",
+        epilog="exit codes: 0 match, 1 mismatch, 2 usage or bad input, 3 could not run",
+    )
+    trajectory.add_arguments(parser)
+    return trajectory.run(parser.parse_args(argv))
 
 
 def _compare(argv: Sequence[str]) -> int:
@@ -87,6 +112,8 @@ def _check(argv: Sequence[str]) -> int:
         parser.error("--reference official needs --src, the official checkpoint that --ckpt was converted from")
     if arguments.reference == "official" and arguments.case:
         parser.error("--case chooses from a trace; --reference official checks every --image")
+    if arguments.reference == "official" and arguments.port:
+        parser.error("--port needs a trace: parity-check record --port …")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         for path in (arguments.report, None if arguments.json == "-" else arguments.json):
@@ -101,6 +128,7 @@ def _check(argv: Sequence[str]) -> int:
 
 def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     try:
+        from converters.errors import ConversionError
         from parity import check, report
         from parity.trace import TraceError
         from tfmaskformer.checkpoint import CheckpointError
@@ -108,7 +136,7 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
     try:
         result: Check = check.check(settings, lambda step: print(f"{step} …", file=sys.stderr, flush=True))
-    except (check.CheckError, TraceError, CheckpointError) as error:
+    except (check.CheckError, ConversionError, TraceError, CheckpointError) as error:
         return _failed(str(error), BAD_INPUT)
     except check.EnvironmentBrokenError as error:
         return _failed(str(error), COULD_NOT_RUN)
@@ -140,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ckpt", required=True, metavar="DIR", help="the checkpoint, written by convert")
     parser.add_argument("--reference", required=True, metavar="DIR", help="a trace, or 'official' to record one now")
+    parser.add_argument("--port", metavar="FILE.py", help="another model, which this Python file describes (it is run)")
     parser.add_argument(
         "--dtype", choices=("float32", "float64", "both"), default="both", help="what TensorFlow computes in (default: both)"
     )
@@ -173,6 +202,7 @@ def _settings(arguments: argparse.Namespace, scratch: str) -> Settings:
         mode=arguments.mode,
         padding=arguments.padding,
         pad_to=tuple(arguments.pad_to) if arguments.pad_to else None,
+        port=arguments.port,
     )
 
 

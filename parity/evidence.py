@@ -43,7 +43,7 @@ class Evidence:
         local: whether TensorFlow computed it of recorded inputs.
         axes: what the rows and columns of the maps are.
         place: which part of the tensor ``expected`` and ``actual`` show: that with the largest difference.
-        expected, actual: float32 [rows, columns], single elements.
+        expected, actual: float32 [rows, columns], single elements; of pixels [rows, columns, 3], 0 … 1.
         error: float32 [rows, columns], the largest |actual − expected| of each cell, over all other axes.
         profile: float32 [length], the root mean square of the difference along the longest other axis, called ``profile_axis``.
         points: float64 [n, 2], (expected, actual) of single elements, the one with the largest difference among them.
@@ -94,12 +94,11 @@ class Overlay:
     config: MaskFormerConfig
 
 
-def of_failures(case: Case, results: CaseResults, config: MaskFormerConfig, failures: Sequence[Item]) -> Iterator[Evidence]:
+def of_failures(case: Case, results: CaseResults, failures: Sequence[Item]) -> Iterator[Evidence]:
     """Of the first :data:`FAILURES` failures that are two tensors of one shape."""
-    partners = tap_rules.partners(config)
     shown = 0
     for item in failures:
-        partner = partners.get(item.name, (item.name,))[0] if item.group == "taps" else item.name
+        partner = results.names.partners.get(item.name, (item.name,))[0] if item.group == "taps" else item.name
         if shown == FAILURES:
             return
         if partner not in results.groups.get(item.group, {}) or (item.group, item.name) not in case.reference.records:
@@ -111,12 +110,14 @@ def of_failures(case: Case, results: CaseResults, config: MaskFormerConfig, fail
             continue
         if record.dtype.startswith("int") or actual.shape != record.shape or not record.shape:
             continue
-        lengths: dict[str, int] = {}
-        if results.view is None and item.group in ("taps", "outputs"):
-            layout = tap_rules.layout_of(item.group, partner)
-            lengths = dict(zip(layout.actual, results.groups[item.group][partner].shape, strict=True))
+        layout, lengths = None, dict[str, int]()
+        if item.group in ("taps", "outputs"):
+            layout = results.names.layout_of(item.group, partner)
+            if results.view is None:
+                lengths = dict(zip(layout.actual, results.groups[item.group][partner].shape, strict=True))
         expected = case.reference.read(item.group, item.name)
-        yield evidence(item.group, item.name, record.select(actual), expected, sampled=record.samples is not None, lengths=lengths)
+        sampled = record.samples is not None
+        yield evidence(item.group, item.name, record.select(actual), expected, sampled=sampled, layout=layout, lengths=lengths)
         shown += 1
 
 
@@ -128,6 +129,7 @@ def evidence(
     *,
     local: bool = False,
     sampled: bool = False,
+    layout: tap_rules.Layout | None = None,
     lengths: Mapping[str, int] | None = None,
 ) -> Evidence:
     """Makes a tensor of both sides small.
@@ -136,13 +138,14 @@ def evidence(
         group, name: as the item's.
         actual, expected: of one shape, official layout; of a sampled tensor the samples.
         local: see :class:`Evidence`.
+        layout: of a tap or an output.
         lengths: letter of an axis → its length, for axes that the official layout has in one; None: these stay in one.
     """
     actual, expected = (np.nan_to_num(np.asarray(values, np.float64)) for values in (actual, expected))
     difference = np.abs(actual - expected)
     maps = _NO_MAPS
     if not sampled and difference.size:
-        names, shape = _axes(group, name, expected.shape, lengths or {})
+        names, shape = _axes(group, expected.shape, layout, lengths or {})
         maps = _maps(names, expected.reshape(shape), actual.reshape(shape), difference.reshape(shape))
     spread = np.linspace(0, difference.size - 1, min(POINTS, difference.size)).astype(int)
     chosen = np.unique(np.append(spread, difference.argmax())) if difference.size else spread
@@ -192,18 +195,20 @@ WORDS = {
 """Letter of an axis → what it counts."""
 
 
-def _axes(group: str, name: str, shape: tuple[int, ...], lengths: Mapping[str, int]) -> tuple[list[str], tuple[int, ...]]:
+def _axes(
+    group: str, shape: tuple[int, ...], layout: tap_rules.Layout | None, lengths: Mapping[str, int]
+) -> tuple[list[str], tuple[int, ...]]:
     """What the axes are, and their lengths: those that the official layout has in one are apart where ``lengths`` knows them."""
     parts: list[str]
-    if group in ("taps", "outputs"):
-        parts = ["".join(found) for found in re.findall(r"\((\w+)\)|(\w)", tap_rules.layout_of(group, name).expected)]
+    if layout is not None:
+        parts = ["".join(found) for found in re.findall(r"\((\w+)\)|(\w)", layout.expected)]
     elif len(AXES.get(group, "")) == len(shape):
         parts = list(AXES[group])
     else:  # a parameter
         return (["out", "in, row, column"], (shape[0], -1)) if len(shape) > 1 else (["channel"], shape)
     apart = ["".join(letters) for part in parts for letters in (part if set(part) <= lengths.keys() else (part,))]
     known = dict(zip(parts, shape, strict=True)) | dict(lengths)
-    return [" and ".join(WORDS[letter] for letter in part) for part in apart], tuple(known[part] for part in apart)
+    return [" and ".join(WORDS.get(letter, letter) for letter in part) for part in apart], tuple(known[part] for part in apart)
 
 
 def _maps(names: Sequence[str], expected: np.ndarray, actual: np.ndarray, difference: np.ndarray) -> dict[str, Any]:
@@ -221,7 +226,12 @@ def _maps(names: Sequence[str], expected: np.ndarray, actual: np.ndarray, differ
     profile = np.zeros(0)
     if longest is not None and difference.shape[longest] > 1:
         profile = np.sqrt(np.square(difference).mean(tuple(axis for axis in range(difference.ndim) if axis != longest)))
-    expected, actual = (values[slices].reshape(shape)[np.ix_(rows, columns)].astype(np.float32) for values in (expected, actual))
+    is_rgb = len(plane) == 2 and names[-1] == "channel" and difference.shape[-1] == 3
+    if is_rgb:
+        low, high = min(expected.min(), actual.min()), max(expected.max(), actual.max())
+        expected, actual = ((values - low) / ((high - low) or 1) for values in (expected, actual))
+        others, slices, shape = [], (), [*shape, 3]
+    expected, actual = (values[slices].reshape(shape)[rows][:, columns].astype(np.float32) for values in (expected, actual))
     return {
         "axes": ("", "", *(names[axis] for axis in plane))[-2:],
         "place": ", ".join(f"{names[axis]} {worst[axis]} of {difference.shape[axis]}" for axis in others if difference.shape[axis] > 1),

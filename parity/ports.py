@@ -18,7 +18,7 @@ import numpy as np
 
 from converters import ports
 from converters.rules import Drop, Rule
-from parity.tap_rules import Layout, TapRuleError, official_layout
+from parity.tap_rules import Layout, Names, TapRuleError
 from parity.tensorflow_run import CaseResults
 
 Tensors = Mapping[str, Any]
@@ -80,6 +80,11 @@ class Port:
         """The TensorFlow model with the weights of a directory that ``convert --port`` wrote; see :func:`converters.ports.load`."""
         return ports.load(self, directory, dtype)
 
+    @property
+    def names(self) -> Names:
+        """What the check asks."""
+        return Names(lambda group, name: self.layout_of(name), self.partners, self.exempt)
+
     def layout_of(self, name: str) -> Layout:
         """The layout of an input, a tap or an output.
 
@@ -127,13 +132,14 @@ class Port:
                 raise TapRuleError(f"layers {told} are both called '{name}'; say in the modules of port '{self.name}' which one it is")
         return names
 
-    def run(self, model: Any, inputs: Mapping[str, np.ndarray], mode: str = "graph") -> PortResults:
+    def run(self, model: Any, inputs: Mapping[str, np.ndarray], mode: str = "graph", *, tap_gradients: bool = True) -> CaseResults:
         """Taps, outputs, losses and gradients of the TensorFlow model.
 
         Args:
             model: from :meth:`load`.
             inputs: of a case, in PyTorch's layout.
             mode: "graph", "eager" or "xla".
+            tap_gradients: whether gradients are taken of the taps too.
         """
         import tensorflow as tf
 
@@ -150,18 +156,22 @@ class Port:
                 losses = dict(self.tensorflow_losses(outputs, tensors)) if self.tensorflow_losses else {}
                 if losses:
                     losses["total"] = tf.add_n(list(losses.values()))
-            gradients = tape.gradient(losses["total"], variables) if losses else {}
-            dense = {name: tf.convert_to_tensor(gradient) for name, gradient in gradients.items() if gradient is not None}
-            return {name: tensor for name, tensor in taps.items() if not name.startswith("#")}, outputs, losses, dense
+            shown = {name: tensor for name, tensor in taps.items() if not name.startswith("#")}  # the model's own are the outputs
+            sought = (variables, shown if tap_gradients else {})
+            gradients = tape.gradient(losses["total"], sought) if losses else ({}, {})
+            dense = [{name: tf.convert_to_tensor(of) for name, of in found.items() if of is not None} for found in gradients]
+            return shown, outputs, losses, *dense
 
         run = step if mode == "eager" else tf.function(step, jit_compile=mode == "xla", autograph=False)
         with _precision(model.compute_dtype):
             found = run(self.tensors(inputs, model.compute_dtype))
-        taps, outputs, losses, gradients = ({name: np.asarray(tensor) for name, tensor in group.items()} for group in found)
+        kinds = ("taps", "outputs", "losses", "gradients", "tap_gradients")
+        groups: dict[str, Mapping[str, np.ndarray]] = {
+            kind: {name: tensor.numpy() for name, tensor in tensors.items()} for kind, tensors in zip(kinds, found, strict=True)
+        }
         transforms = {move.source: move.transform for move in moves.values()}
-        of_parameters = {name: transforms[name].invert(gradient) for name, gradient in gradients.items()}
-        groups: dict[str, Mapping[str, np.ndarray]] = {"taps": taps, "outputs": outputs, "losses": losses, "gradients": of_parameters}
-        return PortResults(groups, layout_of=self.layout_of)
+        groups["gradients"] = {name: transforms[name].invert(gradient) for name, gradient in groups["gradients"].items()}
+        return CaseResults(groups, self.names)
 
     @contextlib.contextmanager
     def tapped(self, model: Any) -> Iterator[None]:
@@ -186,10 +196,11 @@ class Port:
         with mock.patch.object(keras.layers.Layer, "__call__", call):
             yield
 
-    def variables(self, model: Any) -> dict[str, bool]:
-        """Official name of every variable → whether it is trained."""
+    def trained(self, model: Any) -> dict[str, bool]:
+        """Official name of every variable → whether a loss trains it."""
         named = ports.named_variables(model)
-        return {move.source: bool(named[name].trainable) for name, move in ports.moves(self, list(named)).items()}
+        has_losses = self.tensorflow_losses is not None
+        return {move.source: has_losses and bool(named[name].trainable) for name, move in ports.moves(self, list(named)).items()}
 
     def stage_of(self, module: str) -> str:
         """The stage of an official module: of the longest beginning that fits; "model" where none does."""
@@ -210,14 +221,3 @@ def _precision(dtype: str) -> Iterator[None]:
     finally:
         keras.config.set_dtype_policy(policy)
         keras.config.set_floatx(floatx)
-
-
-@dataclasses.dataclass(frozen=True)
-class PortResults(CaseResults):
-    """What TensorFlow made of a case of a port; ``layout_of`` is the port's."""
-
-    layout_of: Callable[[str], Layout] = dataclasses.field(kw_only=True)
-
-    def official(self, group: str, name: str) -> np.ndarray:
-        array = self.groups[group][name]
-        return official_layout(array, self.layout_of(name)) if group in ("taps", "outputs") else array

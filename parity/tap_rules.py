@@ -139,6 +139,26 @@ def partners(config: MaskFormerConfig) -> dict[str, tuple[str, str]]:
     return {f"{norm}#{layers}": (f"{norm}#{layers - 1}", reason)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What is known of a model's names.
+
+    Attributes:
+        layout_of: (group "taps" or "outputs", name) → layout; raises :class:`TapRuleError` where no line fits, or several do.
+        partners: official tap → (tap of TensorFlow that is compared with it, reason), where the names differ.
+        exempt: as :data:`EXEMPT`. What a tap is exempted for, its gradient is too.
+    """
+
+    layout_of: Callable[[str, str], Layout]
+    partners: Mapping[str, tuple[str, str]]
+    exempt: Mapping[tuple[str, str], str]
+
+
+def names(config: MaskFormerConfig) -> Names:
+    """Those of MaskFormer."""
+    return Names(layout_of, partners(config), EXEMPT)
+
+
 def layout_of(group: str, name: str) -> Layout:
     """The layout of a tap (group "taps") or a model output (group "outputs").
 

@@ -15,12 +15,14 @@ from unittest import mock
 
 import numpy as np
 
+from parity import tap_rules
 from parity.spool import KEPT_SHARE, Spool
-from parity.tap_rules import View, layout_of, official_gradients, official_layout
+from parity.tap_rules import Names, View, official_gradients, official_layout
 
 if TYPE_CHECKING:
     from tfmaskformer.config import MaskFormerConfig
     from tfmaskformer.model import MaskFormer
+    from tfmaskformer.module import Substitute
 
 MODES = ("graph", "eager", "xla")
 PADDINGS = ("official", "masked")
@@ -59,6 +61,7 @@ class CaseResults:
     Attributes:
         groups: group (as in :mod:`parity.trace`) → name → array; of taps, their gradients and outputs the whole batch in TensorFlow's
             layout, each read from a temporary file where there is a memory budget.
+        names: of the model.
         view: of masked padding, which image of the batch this is.
         exact: of a float32 run, by group, the losses and the inference results that float64 makes of its own outputs: the difference is
             what the losses and the inference themselves round.
@@ -67,6 +70,7 @@ class CaseResults:
     """
 
     groups: dict[str, Mapping[str, np.ndarray]]
+    names: Names
     view: View | None = None
     exact: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     panoptic: Callable[[float, float], dict[str, np.ndarray]] | None = None
@@ -75,7 +79,7 @@ class CaseResults:
         """One tensor in the official layout."""
         array = self.groups[group][name]
         table = {"taps": "taps", "tap_gradients": "taps", "outputs": "outputs"}.get(group)
-        return array if table is None else official_layout(array, layout_of(table, name), self.view)
+        return array if table is None else official_layout(array, self.names.layout_of(table, name), self.view)
 
 
 def run(
@@ -87,6 +91,7 @@ def run(
     pad_to: tuple[int, int] | None = None,
     gradients: str = "parameters",
     memory_budget: int | None = None,
+    substitute: Substitute | None = None,
 ) -> list[CaseResults]:
     """Runs the model with taps; one result for each case.
 
@@ -99,11 +104,15 @@ def run(
         gradients: one of :data:`GRADIENTS`.
         memory_budget: bytes; of the taps and their gradients a share of it stays in memory, the rest goes to a temporary file. Only where
             TensorFlow runs eagerly, for a compiled function hands over all taps at once. None: all stay in memory.
+        substitute: is given every tap and returns what the model goes on with (:func:`tfmaskformer.record_taps`); the results then have
+            no taps. Only where TensorFlow runs eagerly.
     """
     import tensorflow as tf
 
     if padding == "official" and (len(cases) > 1 or pad_to is not None):
         raise ValueError("official padding: expected one case, on its own canvas")
+    if substitute is not None and mode != "eager":
+        raise ValueError(f"a substitute for taps: expected mode 'eager', got '{mode}'")
     if memory_budget is not None and mode != "eager":
         raise ValueError(f"a memory budget: expected mode 'eager', got '{mode}', which hands over all taps at once")
     images = [image for case in cases for image in case.images]
@@ -115,7 +124,7 @@ def run(
     targets = [task.targets(case, height, width) for case in cases]
     arguments = tf.nest.map_structure(tf.constant, (padded_images(images, canvas), sizes, targets))
     spool = None if memory_budget is None else Spool(memory_budget // KEPT_SHARE)
-    step: Any = _step(model, task, padding, gradients, spool)
+    step: Any = _step(model, task, padding, gradients, spool, substitute)
     if mode != "eager":
         step = tf.function(step, jit_compile=mode == "xla")
     with _given_position_embeddings(cases):
@@ -146,12 +155,17 @@ def run(
         if model.compute_dtype == "float32":
             exact_inference = dict(_semantic(_in_float64(own_outputs), model.config, case))
             exact = {"losses": _numpy(exact_losses[index]), "inference": exact_inference}
-        results.append(CaseResults({**whole, **own}, view, exact, panoptic))
+        results.append(CaseResults({**whole, **own}, tap_rules.names(model.config), view, exact, panoptic))
     return results
 
 
 def _step(
-    model: MaskFormer, task: _MaskFormerTask | _PerPixelTask, padding: str, gradients: str, spool: Spool | None
+    model: MaskFormer,
+    task: _MaskFormerTask | _PerPixelTask,
+    padding: str,
+    gradients: str,
+    spool: Spool | None,
+    substitute: Substitute | None,
 ) -> Callable[..., tuple[Any, ...]]:
     """The function to trace: a forward pass for the batch, then costs, losses and gradients for each case apart."""
     import tensorflow as tf
@@ -166,13 +180,14 @@ def _step(
         exact_losses: list[dict[str, Any]] = []
 
         def spill(name: str, tensor: Any) -> Any:
-            spool.write("taps", name, tensor.numpy())  # type: ignore[union-attr]
+            if spool is not None and substitute is None:
+                spool.write("taps", name, tensor.numpy())
             if gradients != "all":
                 del taps[name]
-            return tensor
+            return tensor if substitute is None else substitute(name, tensor)
 
         with tf.GradientTape(persistent=len(targets) > 1) if gradients != "none" else contextlib.nullcontext() as tape:
-            with record_taps(None if spool is None else spill) as taps:
+            with record_taps(None if spool is None and substitute is None else spill) as taps:
                 outputs = model(batch, sizes, padding=padding)
             for index, case_targets in enumerate(targets):
                 own = outputs

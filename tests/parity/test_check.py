@@ -74,7 +74,9 @@ def tensorflow(tensors, dtype="float64"):
             layout = layout_of(group, name)
             tensor = tensor.transpose([layout.expected.index(axis) for axis in layout.actual])
         groups[group][name] = tensor.astype(dtype) if tensor.dtype.kind == "f" else tensor
-    return CaseResults(groups, exact={"losses": {name: loss.astype(np.float64) for name, loss in groups["losses"].items()}})
+    return CaseResults(
+        groups, tap_rules.names(CONFIG), exact={"losses": {name: loss.astype(np.float64) for name, loss in groups["losses"].items()}}
+    )
 
 
 def failed(case, results, dtype="float64"):
@@ -340,7 +342,8 @@ def test_variables_without_a_witness_fail():
 
     model = MaskFormer(CONFIG)
     witness = check.Item("taps", "backbone.stem.conv1.norm#0", True, comparison=compare.incomparable("x"))
-    found = {item.name: item.passed for item in check._judge_variables(model, [witness])}
+    trained = {name: spec.trainable for name, spec in parameter_specs(model).items()}
+    found = {item.name: item.passed for item in check._judge_variables(trained, [witness])}
     assert found.keys() == parameter_specs(model).keys()
     assert sorted(name for name, passed in found.items() if passed) == [
         f"backbone.stem.conv1.norm.{stat}" for stat in ("bias", "running_mean", "running_var", "weight")
