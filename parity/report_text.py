@@ -93,12 +93,14 @@ def _times(factor: float) -> str:
 def facts(check: Check) -> Iterator[tuple[str, str]]:
     """What was compared with what, and where: name and words."""
     settings, environment, provenance = check.settings, check.environment, check.provenance
-    canvas = f" on {settings.pad_to[0]}×{settings.pad_to[1]} px" if settings.pad_to else ""
+    padding = "" if settings.port else f", {settings.padding} padding"
+    padding += f" on {settings.pad_to[0]}×{settings.pad_to[1]} px" if settings.pad_to else ""
     yield "weights", f"{check.source.get('file')}, SHA-256 {str(check.source.get('sha256'))[:16]}…: the same on both sides"
     commits = ", ".join(f"{name} {str(commit)[:9]}" for name, commit in provenance.get("commits", {}).items())
-    yield "reference", f"{commits}; torch {provenance.get('versions', {}).get('torch')}; {provenance.get('config')}"
+    model = f"port {provenance['port']}" if "port" in provenance else provenance.get("config")
+    yield "reference", "; ".join(filter(None, (commits, f"torch {provenance.get('versions', {}).get('torch')}", model)))
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
-    yield "TensorFlow", f"{settings.mode} mode, {settings.padding} padding{canvas}; {versions}"
+    yield "TensorFlow", f"{settings.mode} mode{padding}; {versions}"
     yield "machine", f"{environment.cpu}; oneDNN {environment.onednn}; threads {environment.threads}"
     used = [probe for probe in environment.probes if probe.used]
     yield "self-test", f"{sum(probe.passed for probe in used)} of {len(used)} operations that the model uses are right here"
@@ -116,14 +118,16 @@ def heading(check: Check) -> Iterator[str]:
 def title(case: CaseCheck) -> str:
     """What a case is, and its result."""
     sizes = ", ".join(f"{height}×{width}" for height, width in case.sizes_px)
+    sizes = f" ({sizes} px)" if sizes else ""
     stored = "all elements" if case.samples is None else f"{case.samples} elements of each large tensor, statistics of the whole"
-    return f"{case.case} ({sizes} px), {case.dtype}, {stored}: {'match' if case.passed else 'MISMATCH'}"
+    return f"{case.case}{sizes}, {case.dtype}, {stored}: {'match' if case.passed else 'MISMATCH'}"
 
 
 def _case(case: CaseCheck, first: Item | None) -> Iterator[str]:
     yield f"{'':12} " + " ".join(f"{column:>10}" for column in next(iter(case.ledger().values())))
     for group, counts in case.ledger().items():
-        yield f"{group:12} " + " ".join(f"{count:10}" for count in counts.values())
+        if any(counts.values()):
+            yield f"{group:12} " + " ".join(f"{count:10}" for count in counts.values())
     yield ""
     yield from _trees(case, first)
     if case.dtype == "float32":
