@@ -2,7 +2,7 @@
 
 Preprocessing. A trace has the images as they enter the model, and of the photographs their names and the SHA-256 of what they became.
 Where a photograph of that name lies beside the trace or in ``checkpoints/photos`` and Pillow makes of it what was recorded, TensorFlow
-must make the same of it, bit for bit. The canvas that the network sees is compared, whole, with the definition, in NumPy.
+must make the same of it, bit for bit. The canvas of masked padding, which upstream has not, is compared with its definition, in NumPy.
 
 Metrics. Our counts of the *official* results against the trace's targets are compared with those of the official packages, where the
 trace has them (group "metrics"), else with the definitions, in NumPy (:func:`panoptic_counts`, :func:`confusion`). Made-up targets seldom
@@ -48,7 +48,8 @@ BY_DEFINITION = "against the definition: the trace has no figures of the officia
 def judge_preprocessing(
     case: Case, described: Sequence[Mapping[str, Any]], folder: Path, results: CaseResults, config: MaskFormerConfig, dtype: str
 ) -> Iterator[Item | Exemption | Evidence]:
-    """Group "preprocessing" of a case: ``{i}/decoded``, ``{i}/resized`` and ``{i}/canvas`` of each image, and the evidence of what fails.
+    """Group "preprocessing" of a case: ``{i}/decoded``, ``{i}/resized`` and, of masked padding, ``{i}/canvas`` of each image, and the evidence
+    of what fails. With official padding the canvas is the tap ``images#0``, which the trace has.
 
     Args:
         described: the images in the trace's manifest: ``file``, ``size_px``, ``sha256`` of the resized pixels.
@@ -56,15 +57,12 @@ def judge_preprocessing(
         results: of the case; its tap ``images#0`` is the canvas.
         dtype: what TensorFlow computed in.
     """
-    images = case.images
-    for index, (image, description) in enumerate(zip(images, described, strict=True)):
+    for index, (image, description) in enumerate(zip(case.images, described, strict=True)):
         yield from _judge_photograph(f"{index}", image, description, (folder, PHOTOS))
-    canvas_px = results.view.canvas_px if results.view else _rounded_up(images, max(config.size_divisibility, 1))
-    for index, image in enumerate(images):
-        place = results.view.image if results.view else index
-        actual = np.asarray(results.groups["taps"]["images#0"])[place]
-        expected = canvas(image, canvas_px, config)
-        yield from _judge_pixels(f"{index}/canvas", actual, expected, compare.tolerance(dtype, 0.0), dtype)
+        if results.view is not None:
+            actual = np.asarray(results.groups["taps"]["images#0"])[results.view.image]
+            expected = canvas(image, results.view.canvas_px, config)
+            yield from _judge_pixels(f"{index}/canvas", actual, expected, compare.tolerance(dtype, 0.0), dtype)
 
 
 def _judge_photograph(
@@ -134,11 +132,6 @@ def canvas(image: np.ndarray, canvas_px: Sequence[int], config: MaskFormerConfig
     padded = np.zeros((*canvas_px, 3))
     padded[: image.shape[0], : image.shape[1]] = (image - mean) / std
     return padded
-
-
-def _rounded_up(images: Sequence[np.ndarray], divisor: int) -> tuple[int, int]:
-    height, width = (-(-max(image.shape[axis] for image in images) // divisor) * divisor for axis in (0, 1))
-    return height, width
 
 
 # --- metrics

@@ -98,7 +98,7 @@ def of_failures(case: Case, results: CaseResults, failures: Sequence[Item]) -> I
     """Of the first :data:`FAILURES` failures that are two tensors of one shape."""
     shown = 0
     for item in failures:
-        partner = results.names.partners.get(item.name, (item.name,))[0] if item.group == "taps" else item.name
+        partner = results.names.partners.get(item.name, (item.name,))[0] if item.group in ("taps", "tap_gradients") else item.name
         if shown == FAILURES:
             return
         if partner not in results.groups.get(item.group, {}) or (item.group, item.name) not in case.reference.records:
@@ -111,8 +111,8 @@ def of_failures(case: Case, results: CaseResults, failures: Sequence[Item]) -> I
         if record.dtype.startswith("int") or actual.shape != record.shape or not record.shape:
             continue
         layout, lengths = None, dict[str, int]()
-        if item.group in ("taps", "outputs"):
-            layout = results.names.layout_of(item.group, partner)
+        if item.group in ("taps", "tap_gradients", "outputs"):
+            layout = results.names.layout_of(item.group.replace("tap_gradients", "taps"), partner)
             if results.view is None:
                 lengths = dict(zip(layout.actual, results.groups[item.group][partner].shape, strict=True))
         expected = case.reference.read(item.group, item.name)

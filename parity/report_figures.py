@@ -1,4 +1,4 @@
-"""The pictures of a report: PNG files as bytes, each a pure function of one :class:`parity.check.Check`."""
+"""The charts of a report, for light and for dark pages: PNG files as bytes, each a pure function of one :class:`parity.check.Check`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from parity.report_tree import share
 SMALLEST = 1e-17
 """Below it an error is drawn at the edge: 0 has no place on a logarithmic axis."""
 
-_BLUE, _RED, _GREY = "#1f5fa8", "#c1272d", "#8a8f98"
-_COLOURS = (_BLUE, "#5aa9e6", "#7a5195", "#2a9d8f", "#f4a261", "#b5838d", _GREY)
-"""Of the groups, in the order of the ledger."""
+_BLUE, _ORANGE, _RED, _GREY = "#2f7ed8", "#e08214", "#d7303c", "#8a8f98"
+_GROUPS = (_GREY, _BLUE, "#5aa9e6", "#7a5195", "#2a9d8f", "#b5838d", "#f4a261", "#c9a227", "#74a57f", "#bc5090", "#4d908e", "#9a8c98")
+"""Of the groups, in the order of the ledger, over and over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,23 +27,67 @@ class Picture:
     """A picture and what it shows.
 
     Attributes:
-        png: the file.
+        png: the file, on white; ``dark``: the same on a dark ground.
     """
 
     caption: str
     png: bytes
+    dark: bytes
+
+
+_INK = {
+    "figure.facecolor": "#ffffff",
+    "axes.facecolor": "#ffffff",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), "#1c2126"),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), "#5a636e"),
+    "grid.color": "#cfd8e3",
+    "legend.edgecolor": "#cfd8e3",
+}
+_DARK_INK = {
+    "figure.facecolor": "#14181d",
+    "axes.facecolor": "#14181d",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), "#dde3ea"),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), "#9aa5b1"),
+    "grid.color": "#3a444f",
+    "legend.edgecolor": "#3a444f",
+}
+
+
+def _drawn(caption: str, rows: int, columns: int, height: float, draw: Callable[[Any, Any], None]) -> Picture:
+    """The picture that ``draw(figure, axes [rows, columns])`` makes, on both grounds."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    pngs = []
+    for ink in (_INK, _DARK_INK):
+        with plt.rc_context(ink):
+            figure, axes = plt.subplots(rows, columns, figsize=(14, 0.9 + height * rows), squeeze=False, layout="constrained")
+            draw(figure, axes)
+            file = io.BytesIO()
+            figure.savefig(file, format="png", dpi=110)
+            plt.close(figure)
+            pngs.append(file.getvalue())
+    return Picture(caption, *pngs)
 
 
 def error_along_depth(check: Check) -> Picture:
     """The error of every tap in the order of computation, with the floor and the tolerance; one panel for each case and dtype."""
-    figure, axes = _panels(len(check.cases), 1, 3.4)
-    figure.suptitle("Error of TensorFlow against the official model in float64, along the computation", fontsize=13)
-    for axis, case in zip(axes[:, 0], check.cases, strict=True):
-        _draw_depth(axis, case)
-    return Picture("Noise grows slowly and stays within the band of the official runs; a fault is a step.", _png(figure))
+
+    def draw(figure: Any, axes: Any) -> None:
+        figure.suptitle("Error of TensorFlow against the official model in float64, along the computation", fontsize=13)
+        for axis, case in zip(axes[:, 0], check.cases, strict=True):
+            _draw_depth(axis, case)
+
+    caption = "Noise grows slowly and stays within the band of the official runs; a fault is a step."
+    if any(not math.isnan(item.local) for case in check.cases for item in case.items if item.group == "taps"):
+        caption += " Orange: the part of an error that arises in that place itself, with recorded inputs."
+    return _drawn(caption, len(check.cases), 1, 3.4, draw)
 
 
 def _draw_depth(axis: Any, case: CaseCheck) -> None:
+    import matplotlib
+
+    grid = matplotlib.rcParams["grid.color"]
     taps = [item for item in case.items if item.group == "taps" and item.comparison is not None]
     places = range(len(taps))
 
@@ -51,9 +95,12 @@ def _draw_depth(axis: Any, case: CaseCheck) -> None:
         return [max(value, SMALLEST) if not math.isnan(value) else math.nan for value in values]
 
     errors = clipped(item.error for item in taps)
-    axis.fill_between(places, SMALLEST, clipped(item.floor for item in taps), color="#cfd8e3", step="mid", label="floor: official runs")
+    axis.fill_between(places, SMALLEST, clipped(item.floor for item in taps), color=grid, step="mid", label="floor: official runs")
     axis.step(places, clipped(item.tolerance for item in taps), where="mid", color=_GREY, linewidth=1, label="tolerance")
     axis.plot(places, errors, ".", color=_BLUE, markersize=4, label="TensorFlow")
+    local = clipped(item.local for item in taps)
+    if not all(map(math.isnan, local)):
+        axis.plot(places, local, ".", color=_ORANGE, markersize=3, label="of it local")
     failed = [place for place in places if not taps[place].passed]
     if failed:
         top = max((value for value in errors if math.isfinite(value)), default=1.0)
@@ -68,7 +115,12 @@ def _draw_depth(axis: Any, case: CaseCheck) -> None:
             fontsize=9,
             clip_on=False,
         )
-    drawn = [value for item in taps for value in (item.error, item.floor, item.tolerance) if value > SMALLEST and math.isfinite(value)]
+    drawn = [
+        value
+        for item in taps
+        for value in (item.error, item.floor, item.tolerance, item.local)
+        if value > SMALLEST and math.isfinite(value)
+    ]
     low, high = min(drawn, default=1e-8) / 3, max(drawn, default=1.0)
     axis.set_yscale("log")
     axis.set_ylim(low, high * max((high / low) ** 0.15, 2))  # leaves room for the name of the first failure
@@ -76,13 +128,18 @@ def _draw_depth(axis: Any, case: CaseCheck) -> None:
     starts = [place for place in places if place == 0 or _part(taps[place].name) != _part(taps[place - 1].name)]
     ends = [*starts[1:], len(taps)]
     for start in starts[1:]:
-        axis.axvline(start - 0.5, color="#b7bcc4", linewidth=0.8)
+        axis.axvline(start - 0.5, color=grid, linewidth=0.8)
     wide = [(start, end) for start, end in zip(starts, ends, strict=True) if end - start > len(taps) / 60]
     axis.set_xticks([(start + end - 1) / 2 for start, end in wide], [_part(taps[start].name) for start, _ in wide], fontsize=9)
     axis.tick_params(axis="x", length=0)
     axis.set_ylabel("relative L2 error")
-    axis.set_title(title(case), loc="left", fontsize=10, color="#111111" if case.passed else _RED)
-    axis.legend(loc="lower right", fontsize=8, ncols=4, framealpha=0.9)
+    axis.set_title(title(case), loc="left", fontsize=10, **_colour(case))
+    axis.legend(loc="lower right", fontsize=8, ncols=5, framealpha=0.9)
+
+
+def _colour(case: CaseCheck) -> dict[str, str]:
+    """Of a case's title: that of the page unless it fails."""
+    return {} if case.passed else {"color": _RED}
 
 
 def _part(tap: str) -> str:
@@ -102,20 +159,21 @@ def _part(tap: str) -> str:
 
 def histograms(check: Check) -> Picture:
     """How errors are distributed, one row for each case and dtype: error / floor of taps, error / tolerance of all that is judged."""
-    figure, axes = _panels(len(check.cases), 2, 2.7)
-    for (left, right), case in zip(axes, check.cases, strict=True):
-        taps = [item for item in case.items if item.group == "taps"]
-        _draw_histogram(left, "error / floor of taps", _groups(taps, lambda item: item.ratio))
-        if case.dtype == "float32":
-            left.axvline(compare.MEDIAN_FACTOR, color=_GREY, linewidth=1, linestyle="--")
-            left.set_title(f"median {case.median_ratio:.3f}", loc="right", fontsize=8)
-        judged = [item for item in case.items if math.isfinite(item.tolerance)]
-        _draw_histogram(right, "error / tolerance", _groups(judged, share))
-        right.axvline(1, color=_RED, linewidth=1, linestyle="--")
-        left.set_title(f"{case.case}, {case.dtype}", loc="left", fontsize=9, color="#111111" if case.passed else _RED)
-    return Picture(
-        "Left: how many taps have which error, in units of the floor. Right: everything that is judged; 1 is the limit.", _png(figure)
-    )
+
+    def draw(figure: Any, axes: Any) -> None:
+        for (left, right), case in zip(axes, check.cases, strict=True):
+            taps = [item for item in case.items if item.group == "taps"]
+            _draw_histogram(left, "error / floor of taps", _groups(taps, lambda item: item.ratio))
+            if case.dtype == "float32":
+                left.axvline(compare.MEDIAN_FACTOR, color=_GREY, linewidth=1, linestyle="--")
+                left.set_title(f"median {case.median_ratio:.3f}", loc="right", fontsize=8)
+            judged = [item for item in case.items if math.isfinite(item.tolerance)]
+            _draw_histogram(right, "error / tolerance", _groups(judged, share))
+            right.axvline(1, color=_RED, linewidth=1, linestyle="--")
+            left.set_title(f"{case.case}, {case.dtype}", loc="left", fontsize=9, **_colour(case))
+
+    caption = "Left: how many taps have which error, in units of the floor. Right: everything that is judged; 1 is the limit."
+    return _drawn(caption, len(check.cases), 2, 2.7, draw)
 
 
 def _groups(items: Sequence[Item], figure: Callable[[Item], float]) -> dict[str, list[float]]:
@@ -131,27 +189,10 @@ def _draw_histogram(axis: Any, label: str, groups: dict[str, list[float]]) -> No
         flat = [exponent for values in exponents.values() for exponent in values]
         low, high = math.floor(min(flat) * 4) / 4, math.ceil(max(flat) * 4 + 0.1) / 4
         edges = [10 ** (low + (high - low) * step / 48) for step in range(49)]
-        colours = [_COLOURS[LEDGER.index(group)] for group in groups]
+        colours = [_GROUPS[LEDGER.index(group) % len(_GROUPS)] for group in groups]
         axis.hist(list(groups.values()), bins=edges, stacked=True, histtype="stepfilled", color=colours, label=list(groups))
         axis.set_xscale("log")
         axis.minorticks_off()
         axis.legend(fontsize=7, ncols=2)
     axis.set_xlabel(label, fontsize=8)
     axis.tick_params(labelsize=8)
-
-
-def _panels(rows: int, columns: int, height: float) -> tuple[Any, Any]:
-    """A figure of rows and columns of axes, [rows, columns]."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=(14, 0.9 + height * rows), squeeze=False, layout="constrained")
-
-
-def _png(figure: Any) -> bytes:
-    import matplotlib.pyplot as plt
-
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
-    return file.getvalue()

@@ -1,6 +1,7 @@
 """A check as one page of HTML that needs nothing else: no network, no other file; the pictures are inside.
 
-All text that comes from files (names, notes, reasons, provenance) is escaped. The browser folds; the script only opens and closes.
+All text that comes from files (names, notes, reasons, provenance) is escaped. The browser folds; the script only opens and closes. The
+page is light or dark as the reader's system is, and so are its pictures.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
 
-from parity import compare
-from parity.check import LEDGER, Check, Item
+from parity import compare, report_evidence
+from parity.check import LEDGER, CaseCheck, Check, Item
+from parity.evidence import Evidence, Overlay
 from parity.report_figures import Picture
 from parity.report_text import RATIO_FROM, facts, title, told, verdict
 from parity.report_tree import Node, grow, share
 
 TOLD = 20
 """Failures of a case that are told in words; the tree has all."""
+
+SEEN, OVERLAID, RANKED = 12, 8, 20
+"""Tensors of which there are heat maps, results that are laid over photographs, and places in the ranked list, at most."""
 
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("error", "relative L2 error against the official model in float64"),
@@ -47,8 +52,10 @@ def page(check: Check, pictures: Sequence[Picture]) -> str:
         f"<p>parity-check of <b>{escape(check.settings.checkpoint)}</b> against <b>{escape(check.settings.reference)}</b></p></header>",
         _table(("", ""), facts(check), "facts"),
         _section("Cases", _cases(check)),
-        _section("Pictures", map(_picture, pictures)),
         _section("Failures", _failures(check)),
+        _section("Results on the photographs", _results(check)),
+        _section("Errors", map(_picture, pictures)),
+        _section("Where errors arise", _ranked(check)),
         _section("Layers", _layers(check)),
         _section("Ledger", _ledger(check)),
         _section("Environment and provenance", _environment(check)),
@@ -83,22 +90,74 @@ def _cases(check: Check) -> Iterator[str]:
 
 
 def _failures(check: Check) -> Iterator[str]:
+    """In words, with what there is to see; the first of all is open."""
+    first = check.first_failure
+    seen = 0
     for case in check.cases:
         failures = case.failures
         if failures:
             yield f"<h3>{escape(title(case))}</h3>"
-        for index, item in enumerate(failures[:TOLD]):
-            lines = "\n".join(told(item))
-            yield f"<details{' open' * (index == 0)}><summary>{escape(item.group)} <b>{escape(item.name)}</b></summary>"
-            yield f"<pre>{escape(lines)}</pre></details>"
+        for item in failures[:TOLD]:
+            found = _evidence(case, item)[: max(SEEN - seen, 0)]
+            seen += len(found)
+            state = " open" if first and item is first[1] else ""
+            yield f"<details{state}><summary>{escape(item.group)} <b>{escape(item.name)}</b>{_hint(found)}</summary>"
+            yield "<pre>" + escape("\n".join(told(item))) + "</pre>"
+            for each in found:
+                yield from report_evidence.figure_of(each)
+            yield "</details>"
         if len(failures) > TOLD:
             yield f"<p>… and {len(failures) - TOLD} more, in the order of computation; the tree below has all.</p>"
 
 
+def _evidence(case: CaseCheck, item: Item) -> list[Evidence]:
+    return [found for found in case.evidence if (found.group, found.name) == (item.group, item.name)]
+
+
+def _hint(found: Sequence[Evidence]) -> str:
+    return " <small>with heat maps</small>" if found and found[0].error.size else " <small>with plots</small>" if found else ""
+
+
+def _results(check: Check) -> Iterator[str]:
+    """Of every image of every case: in the dtype in which most differs, else the first. What differs comes first."""
+    chosen: dict[tuple[str, str], tuple[CaseCheck, Overlay]] = {}
+    for case in check.cases:
+        for overlay in case.overlays:
+            key = (case.case, overlay.name)
+            if key not in chosen or overlay.share > chosen[key][1].share:
+                chosen[key] = case, overlay
+    ordered = sorted(chosen.values(), key=lambda pair: not pair[1].share)
+    for case, overlay in ordered[:OVERLAID]:
+        yield f"<h3>{escape(case.case)}, {escape(case.dtype)}</h3>"
+        yield from report_evidence.results_of([overlay])
+    if len(ordered) > OVERLAID:
+        yield f"<p>… and {len(ordered) - OVERLAID} more results, with no larger difference.</p>"
+
+
+def _ranked(check: Check) -> Iterator[str]:
+    """Taps by their local error in units of what is allowed, the largest first; nothing where no local errors were taken."""
+    rows = [
+        (item.local / item.tolerance if item.tolerance else item.local, case, item)
+        for case in check.cases
+        for item in case.items
+        if item.group == "taps" and not math.isnan(item.local)
+    ]
+    rows.sort(key=lambda row: -row[0])
+    if rows:
+        yield "<p>By the part of the error that arises there, with recorded inputs; what is only inherited is small here.</p>"
+        heads = ("tap", "case", "dtype", "local error", "error", "allowed", "local / allowed")
+        cells = [
+            (item.name, case.case, case.dtype, _number(item.local), _number(item.error), _number(item.tolerance), format(times, ".3g"))
+            for times, case, item in rows[:RANKED]
+        ]
+        yield _table(heads, cells)
+
+
 def _picture(picture: Picture) -> str:
-    image = base64.b64encode(picture.png).decode()
+    light, dark = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (picture.png, picture.dark))
     caption = escape(picture.caption)
-    return f'<figure><img alt="{caption}" src="data:image/png;base64,{image}"><figcaption>{caption}</figcaption></figure>'
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    return f'<figure><picture>{source}<img alt="{caption}" src="{light}"></picture><figcaption>{caption}</figcaption></figure>'
 
 
 def _layers(check: Check) -> Iterator[str]:
@@ -138,7 +197,7 @@ def _figures(item: Item) -> str:
     numbers = [*(_number(figure) for figure in (item.error, item.local, item.floor)), ratio, _number(item.tolerance)]
     cells = "".join(f"<span>{number}</span>" for number in numbers)
     filled = share(item)
-    if not 0 <= filled < math.inf:
+    if filled < 0 or math.isnan(item.error):
         return f"{cells}<span>–</span>"
     return f"{cells}<span class=bar style='--share:{min(filled, 1):.3f}'>{filled:.3g}</span>"
 
@@ -190,31 +249,48 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") 
 
 
 _STYLE = """
-:root { color-scheme: light; --green: #1b7f3b; --red: #c1272d; --line: #dfe3e8; }
-body { font: 14px/1.45 system-ui, sans-serif; color: #1c2126; max-width: 1320px; margin: 0 auto; padding: 0 16px 48px; }
+:root { color-scheme: light dark; --ground: #fff; --raised: #f5f7f9; --ink: #1c2126; --faint: #5a636e; --line: #dfe3e8; --thin: #eef0f3;
+  --hover: #eef3f9; --green: #1b7f3b; --red: #c1272d; --amber: #b26a00; --blue: #2f7ed8; --bar: #a9cbee; --badbar: #f0a7a9;
+  --grey: #c3cad2; }
+@media (prefers-color-scheme: dark) { :root { --ground: #14181d; --raised: #1d232a; --ink: #dde3ea; --faint: #9aa5b1; --line: #333c46;
+  --thin: #232a32; --hover: #222b35; --green: #1f6f3a; --red: #f0696f; --amber: #e0a040; --blue: #6cb0f5; --bar: #2c5480; --badbar: #7c3438;
+  --grey: #4a5560; } header.failed { background: #8f2329 !important; } }
+body { font: 14px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 1320px; margin: 0 auto;
+  padding: 0 16px 48px; }
 header { color: #fff; padding: 14px 20px; border-radius: 0 0 8px 8px; overflow-wrap: anywhere; }
 header.passed { background: var(--green); } header.failed { background: var(--red); }
 header h1 { font-size: 19px; margin: 0 0 6px; } header p { margin: 6px 0 0; }
 h2 { font-size: 17px; margin: 28px 0 8px; border-bottom: 2px solid var(--line); padding-bottom: 4px; }
-h3 { font-size: 14px; margin: 12px 0 6px; } summary h3 { display: inline; }
+h3 { font-size: 14px; margin: 14px 0 6px; } summary h3 { display: inline; }
 pre { margin: 4px 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 12px/1.5 ui-monospace, monospace; }
-section pre { background: #f5f7f9; padding: 8px 12px; border-radius: 4px; }
+section pre { background: var(--raised); padding: 8px 12px; border-radius: 4px; }
 table { border-collapse: collapse; margin: 8px 0; } table.facts { margin-top: 16px; } table.facts td:first-child { font-weight: 600; }
 th, td { text-align: left; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
-th { color: #5a636e; font-weight: 600; } td { font-variant-numeric: tabular-nums; }
-figure { margin: 12px 0 20px; } img { max-width: 100%; } figcaption { color: #5a636e; }
+th { color: var(--faint); font-weight: 600; } td { font-variant-numeric: tabular-nums; }
+figure { margin: 12px 0 20px; } img { max-width: 100%; } figcaption, small { color: var(--faint); font-weight: 400; }
 summary { cursor: pointer; }
+.figures { display: flex; flex-wrap: wrap; gap: 12px 26px; align-items: flex-end; } .figures figure { margin: 6px 0; max-width: 420px; }
+.results { align-items: flex-start; }
+.figures figcaption { font-size: 12px; overflow-wrap: anywhere; } .figures b { display: block; font-size: 12px; font-weight: 600; }
+.map { image-rendering: pixelated; display: block; max-width: none; }
+.scale { display: flex; gap: 6px; font: 11px ui-monospace, monospace; color: var(--faint); margin: 3px 0; }
+.scale i { flex: 1; border-radius: 2px; }
+svg { background: var(--raised); display: block; } svg text { font: 10px ui-monospace, monospace; fill: var(--faint); }
+svg circle { fill: var(--blue); fill-opacity: .6; } svg .axis { stroke: var(--faint); stroke-width: 1; } svg .old { fill: var(--grey); }
+svg .new { fill: var(--blue); } svg polyline { fill: none; stroke: var(--blue); stroke-width: 1.5; }
 .case { margin: 8px 0; }
 .tree { font: 12px/1.6 ui-monospace, monospace; overflow-x: auto; }
-.row { display: grid; grid-template-columns: minmax(340px, 1fr) repeat(5, 80px) 100px; min-width: 860px; border-bottom: 1px solid #f0f2f4; }
+.row { display: grid; grid-template-columns: minmax(340px, 1fr) repeat(5, 80px) 100px; min-width: 860px;
+  border-bottom: 1px solid var(--thin); }
 .row > span { text-align: right; } .row > span:first-child { text-align: left; padding-left: calc(var(--depth, 0) * 18px + 16px);
   overflow-wrap: anywhere; }
 .tree summary { list-style: none; } .tree summary > span:first-child::before { content: "▸ "; margin-left: -14px; }
 .tree details[open] > summary > span:first-child::before { content: "▾ "; }
-.tree .row:hover { background: #eef3f9; } .head { color: #5a636e; font-weight: 600; position: sticky; top: 0; background: #fff; }
-.failed > span:first-child { color: var(--red); font-weight: 600; } small { color: #5a636e; font-weight: 400; }
-.bar { background: linear-gradient(#a9cbee, #a9cbee) left / calc(var(--share) * 100%) 60% no-repeat; margin-left: 10px; }
-.failed > .bar { background-image: linear-gradient(#f0a7a9, #f0a7a9); }
+.tree .row:hover { background: var(--hover); }
+.head { color: var(--faint); font-weight: 600; position: sticky; top: 0; background: var(--ground); }
+.failed > span:first-child { color: var(--red); font-weight: 600; }
+.bar { background: linear-gradient(var(--bar), var(--bar)) left / calc(var(--share) * 100%) 84% no-repeat; margin-left: 10px; }
+.failed > .bar { background-image: linear-gradient(var(--badbar), var(--badbar)); }
 button { font: inherit; padding: 2px 10px; }
 """
 

@@ -47,7 +47,7 @@ def share(item: Item) -> float:
     """error / tolerance; without an error -1 for what passes, and inf for what fails."""
     if math.isnan(item.error) or math.isnan(item.tolerance):
         return -1 if item.passed else math.inf
-    return item.error / item.tolerance if item.tolerance else item.error
+    return item.error / item.tolerance if item.tolerance else math.inf if item.error else 0.0
 
 
 def grow(group: str, items: Sequence[Item]) -> Node:
