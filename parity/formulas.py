@@ -67,7 +67,12 @@ class Reference:
     def __init__(self, recorded: Mapping[str, np.ndarray], wanted: Collection[str], where: str, choices: Mapping[str, Any]):
         self.recorded, self.wanted, self.where, self.choices = recorded, set(wanted), where, choices
         self.computed: dict[str, np.ndarray] = {}
+        # The record begins where the module is called: a shared norm's first tap there may be its fourth.
         self._count: dict[str, int] = {}
+        for tap in recorded:
+            name, _, call = tap.partition("#")
+            index = int(call.partition("[")[0])
+            self._count[name] = min(index, self._count.get(name, index))
 
     def __call__(self, module: Any, *inputs: Any, **keywords: Any) -> Any:
         """What ``module`` gave, by the record; what its formula gives is computed if anybody wants it."""

@@ -1,6 +1,25 @@
-"""What may be wrong with a port, as things that can be tried."""
+"""What may be wrong with a port, as things that can be tried.
+
+A hypothesis is applied, never guessed: variables or attributes of the TensorFlow module are changed and the module runs again, or what it
+gave is changed back; everything is as before afterwards. :mod:`parity.diagnose` asks it how far it is off then. Those that need no
+run of TensorFlow, formulas with a wrong choice in them, are in :mod:`parity.formulas`.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from parity.trace import relative_error
+
+if TYPE_CHECKING:
+    from tfmaskformer.module import Module
 
 CAUSES = (
     "transpose",
@@ -36,3 +55,477 @@ CAUSES = (
 )
 """What a cause may be called. "missing term": something is left out, added twice or cut off (a residual connection, a position embedding, a
 gradient's path); "layer order": something is taken or done before or behind the place where it belongs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypothesis:
+    """Something that may be wrong, and can be tried.
+
+    Attributes:
+        cause: of :data:`CAUSES`.
+        where: the official name of what is at fault.
+        words: what is wrong: "weight transposed"; a function where that is known only after it was tried (a fitted factor).
+        undone: how it is taken back, for the sentence "with … the residual falls".
+        after: applies it, measures, restores everything; returns the relative error that is left.
+    """
+
+    cause: str
+    where: str
+    words: str | Callable[[], str]
+    undone: str
+    after: Callable[[], float]
+
+
+Values = Sequence[tuple[Any, np.ndarray]]
+"""Variables, each with a value."""
+
+
+@contextlib.contextmanager
+def assigned(values: Values) -> Iterator[None]:
+    """Inside, variables have these values."""
+    before = [(variable, variable.numpy()) for variable, _ in values]
+    try:
+        for variable, value in values:
+            variable.assign(value)
+        yield
+    finally:
+        for variable, value in before:
+            variable.assign(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What a module gives, as often as it is asked.
+
+    Attributes:
+        outputs: runs it, or its formula where TensorFlow is known to compute what that says: all that differs, flat.
+        expected: the same, as recorded.
+        confirm: runs it in TensorFlow; relative error.
+        floor: down to which an error is worth confirming.
+    """
+
+    outputs: Callable[[], np.ndarray]
+    expected: np.ndarray
+    confirm: Callable[[], float]
+    floor: float
+
+    def error(self) -> float:
+        """Relative error now; one that is near the floor is TensorFlow's."""
+        error = relative_error(self.outputs(), self.expected)
+        return error if error > self.floor else self.confirm()
+
+
+@contextlib.contextmanager
+def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, an attribute has another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+# Rearrangements: of variables, and of what a module gave.
+
+
+@dataclasses.dataclass(frozen=True)
+class Rearrangement:
+    """A permutation of elements that ports apply by mistake. ``undo`` takes it back."""
+
+    cause: str
+    words: str
+    undone: str
+    undo: Callable[[np.ndarray], np.ndarray]
+
+
+def rearrangements(shape: Sequence[int], heads: int | None = None) -> Iterator[Rearrangement]:
+    """Those that keep ``shape``; ``heads``: number of attention heads, where there are any."""
+    rank = len(shape)
+    for first, second in itertools.combinations(range(rank), 2):
+        if shape[first] == shape[second] > 1:
+            words = "transposed" if rank == 2 else f"axes {first} and {second} exchanged"
+            yield Rearrangement("transpose", words, "the transpose undone", lambda x, a=first, b=second: np.swapaxes(x, a, b))
+    if rank == 4 and shape[0] == shape[1] > 1:
+        yield Rearrangement("axis flip", "turned by 180°", "the turn undone", lambda x: x[::-1, ::-1])
+        yield Rearrangement("transpose", "turned by 90°", "the turn undone", lambda x: np.rot90(x, 1))
+        yield Rearrangement("transpose", "turned by −90°", "the turn undone", lambda x: np.rot90(x, -1))
+    for axis in range(rank):
+        if shape[axis] < 2:
+            continue
+        # Three channels going in are colours; a step of two elements is a flip.
+        cause = "BGR" if rank == 4 and axis == 2 and shape[axis] == 3 else "axis flip"
+        yield Rearrangement(cause, f"axis {axis} reversed", "the order restored", lambda x, a=axis: np.flip(x, a))
+        if shape[axis] > 2:
+            for step in (1, -1):
+                words = f"shifted by {step:+d} along axis {axis}"
+                yield Rearrangement("shift", words, "the shift undone", lambda x, a=axis, s=step: np.roll(x, -s, a))
+    for axis in range(rank):
+        if shape[axis] % 3 == 0 and shape[axis] > 3:
+            for order in itertools.islice(itertools.permutations(range(3)), 1, None):
+                words = f"thirds of axis {axis} in the order {''.join('qkv'[index] for index in order)}"
+                yield Rearrangement("q/k/v permutation", words, "q, k, v restored", lambda x, a=axis, o=order: _parts(x, a, o))
+        for count in dict.fromkeys((heads, 2, 4)):
+            if count and shape[axis] % count == 0 and count < shape[axis]:
+                for rows, columns, words in (
+                    (count, shape[axis] // count, "heads within channels"),
+                    (shape[axis] // count, count, "channels within heads"),
+                ):
+                    yield Rearrangement(
+                        "head split order",
+                        f"axis {axis} has {words}, of {count} heads",
+                        "the order restored",
+                        lambda x, a=axis, r=rows, c=columns: _regrouped(x, a, (r, c), (1, 0)),
+                    )
+                if shape[axis] % (3 * count) == 0:
+                    size = shape[axis] // (3 * count)
+                    for split, order in (
+                        ((count, 3, size), (1, 0, 2)),
+                        ((count, size, 3), (2, 0, 1)),
+                        ((3, size, count), (0, 2, 1)),
+                        ((size, count, 3), (2, 1, 0)),
+                    ):
+                        names = {3: "q/k/v", count: "heads", size: "channels"}
+                        yield Rearrangement(
+                            "head split order",
+                            f"axis {axis} packed as ({', '.join(names[length] for length in split)}), of {count} heads",
+                            "the packing undone",
+                            lambda x, a=axis, s=split, o=order: _regrouped(x, a, s, o),
+                        )
+
+
+def _parts(values: np.ndarray, axis: int, order: Sequence[int]) -> np.ndarray:
+    """Undoes ``concatenate([thirds[i] for i in order])``."""
+    parts = np.split(values, 3, axis)
+    return np.concatenate([parts[order.index(index)] for index in range(3)], axis)
+
+
+def _regrouped(values: np.ndarray, axis: int, split: Sequence[int], order: Sequence[int]) -> np.ndarray:
+    """Reads one axis as several, exchanges them, and makes one of them again."""
+    shape = (*values.shape[:axis], *split, *values.shape[axis + 1 :])
+    axes = (*range(axis), *(axis + index for index in order), *range(axis + len(split), len(shape)))
+    return values.reshape(shape).transpose(axes).reshape(values.shape)
+
+
+FACTORS = {
+    2.0: "2",
+    0.5: "½",
+    -1.0: "−1",
+    10.0: "10",
+    0.1: "1/10",
+    255.0: "255",
+    1 / 255: "1/255",
+    math.sqrt(2): "√2",
+    math.sqrt(0.5): "1/√2",
+    0.9: "0.9",
+    0.99: "0.99",
+    0.999: "0.999",
+    100.0: "100",
+    0.01: "1/100",
+    1000.0: "1000",
+    0.001: "1/1000",
+}
+"""Factors that have a name."""
+
+
+def factor_name(factor: float) -> str:
+    """A factor in words; √n and 1/√n, n and 1/n of whole numbers too.
+
+    >>> factor_name(0.125), factor_name(1 / math.sqrt(8)), factor_name(1.0371)
+    ('1/8', '1/√8', '1.0371')
+    """
+    for known, name in FACTORS.items():
+        if math.isclose(factor, known, rel_tol=1e-7):
+            return name
+    for power, sign in ((1.0, ""), (2.0, "√")):
+        for value, form in ((abs(factor) ** power, "{sign}{n}"), (abs(factor) ** -power if factor else 0.0, "1/{sign}{n}")):
+            if 1 < value < 4096 and math.isclose(value, round(value), rel_tol=1e-7):
+                return "−" * (factor < 0) + form.format(sign=sign, n=round(value))
+    return f"{factor:.6g}"
+
+
+# Of a module's variables.
+
+
+def own_variables(module: Module) -> dict[str, Any]:
+    """Official name → variable, of the module and of those inside it that are never called (a packed projection)."""
+    from tfmaskformer.module import Module, named_modules
+
+    found = {f"{module.official_name}.{name}": getattr(module, name) for name in module._declared}
+    for path, child in named_modules(module):
+        if type(child).call is Module.call:
+            found |= {f"{module.official_name}.{path}.{name}": getattr(child, name) for name in child._declared}
+    return found
+
+
+def of_variables(module: Module, trial: Trial, siblings: Mapping[str, Any]) -> Iterator[Hypothesis]:
+    """What may be wrong with the variables of a module.
+
+    Args:
+        module: of which it is known that its outputs differ.
+        trial: what it gives.
+        siblings: official name → other variables, of which one may have been taken by mistake.
+    """
+    variables = own_variables(module)
+    heads = getattr(module, "num_heads", None)
+
+    def tried(values: Values) -> float:
+        with assigned(values):
+            return trial.error()
+
+    for name, variable in variables.items():
+        where, _, last = name.rpartition(".")
+        value = variable.numpy()
+        for change in rearrangements(value.shape, heads):
+            yield Hypothesis(
+                change.cause if "class_embed" not in where or change.cause not in ("shift", "axis flip") else "class order",
+                where,
+                f"{last} {change.words}",
+                change.undone,
+                lambda c=change, v=variable, x=value: tried([(v, c.undo(x))]),
+            )
+    yield from _together(variables, heads, tried)
+    yield from _scaled(variables, trial)
+    yield from _stale(variables, siblings, tried)
+
+
+def _together(variables: Mapping[str, Any], heads: int | None, tried: Callable[[Values], float]) -> Iterator[Hypothesis]:
+    """A weight's outputs and its bias rearranged alike."""
+    for name, weight in variables.items():
+        where, _, last = name.rpartition(".")
+        bias = variables.get(f"{where}.{last.replace('weight', 'bias')}")
+        if not last.endswith("weight") or bias is None or len(weight.shape) < 2:
+            continue
+        length, axis = bias.shape[0], len(weight.shape) - 1
+        ours = {change.words: change for change in rearrangements(weight.shape, heads)}
+        for change in rearrangements((length,), heads):
+            partner = ours.get(change.words.replace("axis 0", f"axis {axis}"))
+            if partner is None:
+                continue
+            cause = change.cause if "class_embed" not in where or change.cause not in ("shift", "axis flip") else "class order"
+            yield Hypothesis(
+                cause,
+                where,
+                f"{last} and its bias: {change.words.replace('axis 0', 'outputs')}",
+                change.undone,
+                lambda c=change, p=partner, w=weight, b=bias: tried([(w, p.undo(w.numpy())), (b, c.undo(b.numpy()))]),
+            )
+
+
+def _scaled(variables: Mapping[str, Any], trial: Trial) -> Iterator[Hypothesis]:
+    """Variables, or thirds of a packed one, off by a factor, which is fitted."""
+    for name, variable in variables.items():
+        where, _, last = name.rpartition(".")
+        value = variable.numpy()
+        if not value.any():
+            continue
+        masks = {"": np.ones(value.shape)}
+        if last.startswith("in_proj") or where.endswith("qkv"):
+            thirds = np.arange(value.shape[-1]) * 3 // value.shape[-1]
+            masks |= {f"'s {part}": np.broadcast_to(thirds == index, value.shape).astype(float) for index, part in enumerate("qkv")}
+        for part, mask in masks.items():
+            factors: list[float] = []
+
+            def after(variable: Any = variable, value: Any = value, mask: Any = mask, factors: list[float] = factors) -> float:
+                def run(times: float) -> np.ndarray:
+                    with assigned([(variable, value * (1 + (times - 1) * mask))]):
+                        return trial.outputs()
+
+                factor, error = fitted(run, trial.expected)
+                factors.append(1 / factor if factor else math.inf)
+                if error > trial.floor:
+                    return error
+                with assigned([(variable, value * (1 + (factor - 1) * mask))]):
+                    return trial.error()
+
+            yield Hypothesis(
+                "scale",
+                where,
+                lambda f=factors, w=last + part: f"{w} is {factor_name(f[-1])} times the official",
+                "the factor undone",
+                after,
+            )
+
+
+def fitted(run: Callable[[float], np.ndarray], expected: np.ndarray, steps: int = 6) -> tuple[float, float]:
+    """The factor for which ``run(factor)`` comes closest to ``expected``, from 1 on, and the relative error there.
+
+    Gauss and Newton's way: one step where the outputs depend on the factor linearly.
+    """
+    factor, found, error = 1.0, run(1.0), math.inf
+    for _ in range(steps):
+        move = 1e-3 * max(abs(factor), 1e-3)
+        slope = (run(factor + move) - found) / move
+        power = float(np.vdot(slope, slope))
+        if not power or not math.isfinite(power):
+            break
+        factor += float(np.vdot(slope, expected - found)) / power
+        found = run(factor)
+        error, before = relative_error(found, expected), error
+        if error < 1e-13 or not error < before:
+            break
+    return factor, error
+
+
+def _stale(variables: Mapping[str, Any], siblings: Mapping[str, Any], tried: Callable[[Values], float]) -> Iterator[Hypothesis]:
+    """The weights of another layer, all of them or one variable."""
+    modules: dict[str, dict[str, Any]] = {}
+    for name, variable in siblings.items():
+        module, _, last = name.rpartition(".")
+        modules.setdefault(module, {})[last] = variable
+    owners: dict[str, dict[str, Any]] = {}
+    for name, variable in variables.items():
+        where, _, last = name.rpartition(".")
+        owners.setdefault(where, {})[last] = variable
+    for (where, ours), (module, theirs) in itertools.product(owners.items(), modules.items()):
+        fitting = [last for last in ours if module != where and last in theirs and tuple(theirs[last].shape) == tuple(ours[last].shape)]
+        for names in ([fitting] if len(fitting) > 1 else []) + [[last] for last in fitting]:
+            yield Hypothesis(
+                "stale weight",
+                where,
+                f"its {' and '.join(names)} stands in {module}",
+                "that in its place",
+                lambda n=names, o=ours, t=theirs: tried([(o[last], t[last].numpy()) for last in n]),
+            )
+
+
+# Of a module's attributes.
+
+EPS = (1e-5, 1e-3, 1e-6, 1e-12, 1e-8)
+
+_CAUSE_OF_ATTRIBUTE = {
+    "eps": "eps",
+    "shift": "shift",
+    "head": "head split order",
+    "group": "normaliser",
+    "bias": "bias",
+    "pad": "padding",
+    "momentum": "momentum",
+    "mask": "mask missing",
+    "threshold": "threshold",
+}
+
+
+def of_attributes(module: Module, trial: Trial) -> Iterator[Hypothesis]:
+    """Numbers and switches a module, or one inside it that is never called, has as attributes: changed to what is usual elsewhere."""
+    from tfmaskformer.module import Module, named_modules
+
+    common = vars(Module())
+    owners = [(module.official_name, module)]
+    owners += [(f"{module.official_name}.{path}", child) for path, child in named_modules(module) if type(child).call is Module.call]
+    for where, owner in owners:
+        for name, value in list(vars(owner).items()):
+            if name in common or name.startswith("_") or not isinstance(value, bool | int | float):
+                continue
+            cause = next((cause for part, cause in _CAUSE_OF_ATTRIBUTE.items() if part in name), "scale")
+            for other in _others(name, value):
+
+                def after(owner: Any = owner, name: str = name, other: Any = other) -> float:
+                    with attribute(owner, name, other):
+                        return trial.confirm()
+
+                yield Hypothesis(cause, where, f"{name} is {value!r}", f"{other!r} instead", after)
+
+
+def _others(name: str, value: Any) -> list[Any]:
+    if isinstance(value, bool):
+        return [not value]
+    if "eps" in name:
+        return [eps for eps in EPS if eps != value]
+    if isinstance(value, int):
+        return [
+            other
+            for other in dict.fromkeys((1, 2, value // 2, 2 * value, value + 1, value - 1, 0, 4, 8, 32))
+            if other != value and other >= 0
+        ]
+    return [value * factor for factor in (2.0, 0.5, -1.0)] + [1.0, 0.0, value**2, math.sqrt(abs(value))]
+
+
+# Of what came out, whatever made it.
+
+
+def of_outputs(where: str, actual: np.ndarray, expected: np.ndarray) -> Iterator[Hypothesis]:
+    """What may have been done to a tensor, which is undone: a rearrangement, a factor, a constant for each channel, a rounding.
+
+    Args:
+        where: what the tensor is of.
+        actual, expected: of one shape.
+    """
+    if actual.shape != expected.shape or actual.dtype.kind not in "fiu" or not np.isfinite(actual).all():
+        return
+    ours, theirs = actual.astype(np.float64), expected.astype(np.float64)
+    for change in rearrangements(ours.shape):
+        if change.cause not in ("head split order", "q/k/v permutation") and not change.words.startswith("turned"):
+            yield Hypothesis(
+                change.cause,
+                where,
+                f"what comes out is {change.words}",
+                change.undone,
+                lambda c=change: relative_error(c.undo(ours), theirs),
+            )
+    for axis, length in enumerate(ours.shape):
+        if 1 < length <= 4096:
+            yield from _permuted(where, ours, theirs, axis)
+    power = float(np.vdot(theirs, theirs))
+    factor = float(np.vdot(ours, theirs)) / power if power else 0.0
+    if factor and ours.size > 1:
+        yield Hypothesis(
+            "scale",
+            where,
+            f"what comes out is {factor_name(factor)} times the official",
+            "the factor undone",
+            lambda: relative_error(ours / factor, theirs),
+        )
+    if ours.ndim > 1:
+        offset = (ours - theirs).reshape(-1, ours.shape[-1]).mean(0)
+        yield Hypothesis(
+            "bias", where, "a constant is added to each channel", "it taken away", lambda: relative_error(ours - offset, theirs)
+        )
+    if ours.size > 1:
+        whole = float((ours - theirs).mean())
+        yield Hypothesis(
+            "bias", where, f"{whole:.6g} is added to every element", "it taken away", lambda: relative_error(ours - whole, theirs)
+        )
+    for name, rounded in ROUNDINGS.items():
+        yield Hypothesis(
+            "dtype rounding",
+            where,
+            f"what comes out is rounded to {name}",
+            "the official one rounded alike",
+            lambda r=rounded: relative_error(ours, r(theirs)),
+        )
+
+
+def _permuted(where: str, actual: np.ndarray, expected: np.ndarray, axis: int) -> Iterator[Hypothesis]:
+    """The slices along one axis in any other order; each is found again by a random sum of it."""
+    ours, theirs = (np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1) for values in (actual, expected))
+    weights = np.random.default_rng(0).standard_normal(ours.shape[1])
+    orders = [np.argsort(values @ weights, kind="stable") for values in (ours, theirs)]
+    order = np.empty(len(ours), int)
+    order[orders[1]] = orders[0]  # slice i of the official one is slice order[i] of ours
+    moved = np.flatnonzero(order != np.arange(len(order)))
+    if not len(moved):
+        return
+    words = (
+        f"{moved[0]} and {moved[1]} exchanged"
+        if len(moved) == 2
+        else f"in another order: {', '.join(map(str, order[:8]))}{' …' * (len(order) > 8)}"
+    )
+    yield Hypothesis(
+        "axis order", where, f"slices along axis {axis}: {words}", "the order restored", lambda: relative_error(ours[order], theirs)
+    )
+
+
+def _bfloat16(values: np.ndarray) -> np.ndarray:
+    import ml_dtypes
+
+    return values.astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "float32": lambda values: values.astype(np.float32).astype(np.float64),
+    "bfloat16": _bfloat16,
+    "float16": lambda values: values.astype(np.float16).astype(np.float64),
+    "uint8": lambda values: np.clip(np.rint(values), 0, 255),
+    "whole numbers": lambda values: np.floor(values),
+}

@@ -1,0 +1,406 @@
+"""Why something differs: hypotheses are tried at the place of the first local failure, and one is told only if it explains the failure.
+
+A module is judged from both sides. Its formula (:mod:`parity.formulas`) with the official choices must give what PyTorch recorded, and with
+the wrong one what TensorFlow computed; or a change of TensorFlow's own variables and attributes (:mod:`parity.hypotheses`) must bring the
+residual down to the floor. Which of the two is tried is not guessed either: a module that gives what its formula says, with the weights that it
+has, is coded right, so its weights are wrong or its inputs; the first caller whose formula gives the official result is where the code is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+import parity.formulas_model  # noqa: F401  registers its formulas
+from parity import hypotheses
+from parity.formulas import CHOICES, Choice, Reference, UnsupportedError
+from parity.hypotheses import Hypothesis, Trial
+from parity.tap_rules import TapRuleError, layout_of, official_layout
+from parity.trace import POSITION_EMBEDDING, Case, relative_error
+
+if TYPE_CHECKING:
+    from parity.replay import Call
+
+FLOOR = 1e-9
+"""Relative L2 error in float64 that a hypothesis may leave: :data:`parity.compare.FLOAT64_TOLERANCE`."""
+
+POSITION_FLOOR = 1e-6
+"""The same for position embeddings, which are float32 on both sides."""
+
+LEAST_FALL = 30
+"""A hypothesis must leave less than the residual divided by this; else noise that is near the floor could pass for a fault."""
+
+SECONDS = 60.0
+"""For one site; then the search ends with what was found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What was found at one place.
+
+    Attributes:
+        where: official name of the module, parameter, loss or step at fault.
+        hypothesis: what is wrong; "" where no hypothesis explains the failure.
+        cause: of :data:`parity.hypotheses.CAUSES`; "" where no hypothesis explains it.
+        statement: the finding in a sentence, with its numbers.
+        before, after: relative error without and with the hypothesis taken back; ``after`` is nan where there is none.
+        floor: what ``after`` had to come down to.
+        others: statements of further hypotheses that explain the failure as well.
+    """
+
+    where: str
+    hypothesis: str
+    cause: str
+    statement: str
+    before: float
+    after: float
+    floor: float
+    others: tuple[str, ...] = ()
+
+
+class Site(Protocol):
+    """A failure that can be examined."""
+
+    where: str
+    floor: float
+
+    def residual(self) -> float:
+        """Relative error as it is."""
+
+    def hypotheses(self) -> Iterator[Iterable[Hypothesis]]:
+        """What to try, in groups: the search ends behind the first group in which something was found."""
+
+    def not_finite(self) -> Finding | None:
+        """NaN or ±inf, which need no hypothesis."""
+
+    def without_cause(self) -> Finding | None:
+        """What is to be said where no hypothesis holds."""
+
+
+def diagnose(site: Site, seconds: float = SECONDS) -> Finding | None:
+    """The simplest hypothesis that explains a failure, or what is known without one; None: nothing.
+
+    Args:
+        site: see :class:`TapSite` and :mod:`parity.diagnose_results`.
+        seconds: after which nothing new is tried.
+    """
+    if (found := site.not_finite()) is not None:
+        return found
+    before, end = site.residual(), time.monotonic() + seconds
+    if not before > site.floor:
+        return None
+    enough = min(site.floor, before / LEAST_FALL)
+    for group in site.hypotheses():
+        holding: list[Finding] = []
+        for hypothesis in group:
+            if time.monotonic() > end:
+                break
+            after = _after(hypothesis)
+            if after <= enough:
+                holding.append(_finding(hypothesis, before, after, site.floor))
+        if holding:
+            first, *others = holding
+            return dataclasses.replace(first, others=tuple(dict.fromkeys(other.statement for other in others)))
+        if time.monotonic() > end:
+            break
+    return site.without_cause()
+
+
+def _after(hypothesis: Hypothesis) -> float:
+    """What the hypothesis leaves; inf where it cannot be applied here."""
+    from tensorflow.errors import InvalidArgumentError
+
+    try:
+        after = hypothesis.after()
+    except (UnsupportedError, InvalidArgumentError, ValueError, IndexError, ZeroDivisionError):  # shapes that no longer fit
+        return math.inf
+    return after if math.isfinite(after) else math.inf
+
+
+def _finding(hypothesis: Hypothesis, before: float, after: float, floor: float) -> Finding:
+    words = hypothesis.words if isinstance(hypothesis.words, str) else hypothesis.words()
+    statement = f"{hypothesis.where}: {words}; with {hypothesis.undone} the residual falls from {before:.1e} to {after:.1e}"
+    return Finding(hypothesis.where, words, hypothesis.cause, statement, before, after, floor)
+
+
+class Level:
+    """One call on the way from the failing tap outwards, and what its formula says.
+
+    Args:
+        call: of a replay.
+        tap: the first failure, which is inside the call.
+        floor: see :data:`FLOOR`.
+
+    Attributes:
+        modules: what is judged here: the called module, and those on the way to the tap that have no call of their own in the replay.
+        failing: taps of the call that differ, ``tap`` first.
+        follows: whether TensorFlow computes what the formula says; None: there is no formula.
+        official: whether the formula gives what PyTorch recorded; None: there is no formula.
+    """
+
+    def __init__(self, call: Call, tap: str, floor: float, inner: set[str]):
+        self.call, self.tap, self.floor = call, tap, floor
+        self.name = call.module.official_name
+        self.modules = [call.module, *_on_the_way(call.module, tap, inner)]
+        self.tensors = call.tensors()
+        self.failing = [name for name in self.tensors if self.off_record(name, self.tensors[name][0]) > _floor_of(name)]
+        self.failing.sort(key=lambda name: name != tap)
+        self.follows = self.official = None
+        with contextlib.suppress(UnsupportedError):
+            value = self.formula([tap]).get(tap)
+            self.follows = self.off_actual(tap, value) <= floor
+            self.official = self.off_record(tap, value) <= floor
+
+    @property
+    def wrong_code(self) -> bool:
+        """Whether something else is computed here than the formula says, which is right."""
+        return self.official is True and self.follows is False
+
+    def off_actual(self, tap: str, value: np.ndarray | None) -> float:
+        """Relative error of ``value`` (TensorFlow's layout) against what TensorFlow computed."""
+        return _error(value, self.tensors[tap][0], self.tensors[tap][0])
+
+    def off_record(self, tap: str, value: np.ndarray | None) -> float:
+        """Relative error of ``value`` (TensorFlow's layout) against what PyTorch recorded."""
+        own, forced = self.tensors[tap]
+        if value is None or forced is not own:
+            return _error(value, forced, own)
+        expected = self.call.expected[tap]
+        try:
+            return _error(official_layout(value, layout_of("taps", tap)), expected, expected)
+        except (TapRuleError, ValueError):
+            return math.inf
+
+    def formula(self, wanted: Sequence[str], where: str = "", choices: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+        """What the formula makes of recorded inputs, for each wanted tap."""
+        recorded = {name: forced for name, (_, forced) in self.tensors.items()}
+        reference = Reference(recorded, wanted, where, choices or {})
+        args, kwargs = _numpy(self.call.args), _numpy(self.call.kwargs)
+        reference.tap(self.name, reference.run(self.call.module, *args, **kwargs))
+        return reference.computed
+
+    def of_code(self) -> Iterator[Hypothesis]:
+        """The formula with something wrong in it, against what TensorFlow computed."""
+        right = self.formula(self.failing)
+        wanted = [tap for tap in self.failing if self.off_record(tap, right.get(tap)) <= _floor_of(tap)]
+        for where, kind, choice, value in self._choices():
+            said = f"{choice.words} {_told(value)} instead of {_told(choice.values[0])}"
+            yield Hypothesis(
+                choice.cause,
+                where,
+                said,
+                f"that in the formula of {kind}",
+                lambda c=choice, v=value, w=where: self._worst(
+                    wanted, self.formula(wanted, self._owner(w, c), {c.keyword: v}), self.off_actual
+                ),
+            )
+
+    def of_settings(self) -> Iterator[Hypothesis]:
+        """The formula with another number than the module has, against what PyTorch recorded."""
+        ours = self.formula(self.failing) if self.follows else {}
+        wanted = [tap for tap in self.failing if self.off_actual(tap, ours.get(tap)) <= _floor_of(tap)]
+        for where, kind, choice, value in self._choices(every=True) if wanted else ():
+            yield Hypothesis(
+                choice.cause,
+                where,
+                f"PyTorch computed with {choice.words} {_told(value)}",
+                f"that in the formula of {kind}",
+                lambda c=choice, v=value, w=where: self._worst(
+                    wanted, self.formula(wanted, self._owner(w, c), {c.keyword: v}), self.off_record
+                ),
+            )
+
+    def _choices(self, every: bool = False) -> Iterator[tuple[str, str, Choice, Any]]:
+        for module in self.modules:
+            kind = type(module).__name__
+            for choice in CHOICES.get(kind, ()):
+                where = ".".join(filter(None, (module.official_name, choice.within)))
+                for value in choice.values if every else choice.values[1:]:
+                    yield where, kind, choice, value
+
+    @staticmethod
+    def _owner(where: str, choice: Choice) -> str:
+        return where.removesuffix(f".{choice.within}") if choice.within else where
+
+    @staticmethod
+    def _worst(wanted: Sequence[str], computed: Mapping[str, np.ndarray], off: Callable[[str, np.ndarray | None], float]) -> float:
+        return max((off(tap, computed.get(tap)) for tap in wanted), default=math.inf)
+
+    def trial(self) -> Trial:
+        """What this call gives, for hypotheses on its variables and attributes."""
+        expected = {tap: self.tensors[tap][1] for tap in self.failing}
+
+        def rerun() -> dict[str, np.ndarray]:
+            return {tap: self.call.tensors()[tap][0] for tap in self.failing}
+
+        def confirm() -> float:
+            found = self.call.tensors()
+            return max(_error(found[tap][0], expected[tap], expected[tap]) for tap in self.failing)
+
+        fast = self.follows and self._worst(self.failing, self.formula(self.failing), self.off_actual) <= self.floor
+        run = functools.partial(self.formula, self.failing) if fast else rerun
+        return Trial(lambda: _flat(run(), self.failing), _flat(expected, self.failing), confirm, self.floor)
+
+
+def _flat(tensors: Mapping[str, np.ndarray], names: Iterable[str]) -> np.ndarray:
+    return np.concatenate([np.ravel(tensors[name]) for name in names])
+
+
+def _on_the_way(module: Any, tap: str, inner: set[str]) -> Iterator[Any]:
+    path = tap.partition("#")[0].removeprefix(module.official_name).strip(".")
+    for name in path.split(".") if path else ():
+        module = getattr(module, name)
+        if module.official_name in inner:
+            return
+        yield module
+
+
+def _floor_of(tap: str) -> float:
+    return POSITION_FLOOR if tap.partition("#")[0].endswith(POSITION_EMBEDDING) else FLOOR
+
+
+def _error(value: np.ndarray | None, expected: np.ndarray, other: np.ndarray) -> float:
+    """Relative to the larger of two: of a tensor that should be zero, it is not infinite."""
+    if value is None or value.shape != expected.shape or not np.isfinite(value).all():
+        return math.inf
+    scale = (
+        max(float(np.linalg.norm(expected)), float(np.linalg.norm(other))) if np.isfinite(other).all() else float(np.linalg.norm(expected))
+    )
+    difference = float(np.linalg.norm(value - expected))
+    return difference / scale if scale else difference
+
+
+def _numpy(arguments: Any) -> Any:
+    if isinstance(arguments, Mapping):
+        return {name: _numpy(value) for name, value in arguments.items()}
+    if isinstance(arguments, list | tuple):
+        return [_numpy(value) for value in arguments]
+    return arguments.numpy() if hasattr(arguments, "numpy") else arguments
+
+
+def _told(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else f"'{value}'" if isinstance(value, str) else str(value)
+
+
+class TapSite:
+    """A tap that differs although everything before it is as recorded.
+
+    Args:
+        call: of a replay, captured for the tap; with its callers.
+        root: the model, whose other variables may stand in the wrong place; None: these are not tried.
+        case: of the trace, whose other taps may have been taken by mistake; None: these are not tried.
+    """
+
+    def __init__(self, call: Call, root: Any = None, case: Case | None = None):
+        self.tap, self._root, self._case = call.tap, root, case
+        self.floor = _floor_of(self.tap)
+        chain: list[Call] = [call]
+        while chain[-1].caller is not None:
+            chain.append(chain[-1].caller)
+        names = [one.module.official_name for one in chain]
+        self.levels = [Level(one, self.tap, self.floor, set(names[:index])) for index, one in enumerate(chain)]
+        self.where = self._culprit.name if self._culprit else self.levels[0].name
+
+    @property
+    def _culprit(self) -> Level | None:
+        """Where the code is wrong: the innermost call whose formula gives the official result, and TensorFlow does not."""
+        return next((level for level in self.levels if level.wrong_code), None)
+
+    def residual(self) -> float:
+        level = self.levels[0]
+        return level.off_record(self.tap, level.tensors[self.tap][0])
+
+    def hypotheses(self) -> Iterator[Iterable[Hypothesis]]:
+        own, forced = self.levels[0].tensors[self.tap]
+        if (culprit := self._culprit) is not None:
+            yield culprit.of_code()
+            yield self._of_attributes(culprit)
+            yield self._wrong_places(culprit)
+        else:
+            siblings = {}
+            if self._root is not None:
+                from tfmaskformer.module import named_variables
+
+                siblings = named_variables(self._root)
+            for level in self.levels:
+                yield self._of_attributes(level)
+                for module in level.modules:
+                    if len(level.failing) <= MOST_TAPS:
+                        yield hypotheses.of_variables(module, level.trial(), siblings)
+                yield level.of_settings()
+        yield hypotheses.of_outputs(self.where, own, forced)
+
+    @staticmethod
+    def _of_attributes(level: Level) -> Iterator[Hypothesis]:
+        for module in level.modules:
+            yield from hypotheses.of_attributes(module, level.trial())
+
+    def _wrong_places(self, culprit: Level) -> Iterator[Hypothesis]:
+        """An input that is another tap's output."""
+        if self._case is None:
+            return
+        for level in self.levels[: self.levels.index(culprit)]:
+            inputs = [
+                value
+                for value in _numpy([*level.call.args, *level.call.kwargs.values()])
+                if isinstance(value, np.ndarray) and value.ndim > 2
+            ]
+            for tap, record in self._case.reference.group("taps").items():
+                for value in inputs:
+                    if value.size == record.size:
+                        yield Hypothesis(
+                            "layer order",
+                            culprit.name,
+                            f"{level.name} is given what {tap} gives",
+                            f"that for what {culprit.name} should have given it",
+                            lambda v=value, t=tap: self._off_tap(v, t),
+                        )
+
+    def _off_tap(self, value: np.ndarray, tap: str) -> float:
+        assert self._case is not None
+        return relative_error(official_layout(value, layout_of("taps", tap)), self._case.reference.read("taps", tap))
+
+    def not_finite(self) -> Finding | None:
+        """NaN or ±inf in a variable, or in what comes out."""
+        own = self.levels[0].tensors[self.tap][0]
+        if np.isfinite(own).all():
+            return None
+        where, words = self.where, f"{np.count_nonzero(~np.isfinite(own))} elements of {self.tap} are not finite"
+        for level in self.levels:
+            for module in level.modules:
+                for name, variable in hypotheses.own_variables(module).items():
+                    if count := np.count_nonzero(~np.isfinite(variable.numpy())):
+                        where, words = name.rpartition(".")[0], f"{count} elements of {name} are not finite"
+        return Finding(where, words, "not finite", f"{where}: {words}", math.inf, math.nan, self.floor)
+
+    def without_cause(self) -> Finding | None:
+        before = self.residual()
+        if (culprit := self._culprit) is not None:
+            where = self._part(culprit)
+            said = "of its inputs and weights its formula makes what PyTorch computed, and TensorFlow does not: its code is wrong"
+        elif self.levels[0].follows:
+            where = self.levels[0].name
+            said = "its code does what its formula says with the weights that it has: these are wrong, or its inputs"
+        else:
+            return None
+        return Finding(where, "", "", f"{where}: {said}; none of the hypotheses explains it", before, math.nan, self.floor)
+
+    def _part(self, culprit: Level) -> str:
+        """The culprit, or the part of it that is never called itself, where the failure is in that."""
+        from tfmaskformer.module import Module, named_modules
+
+        for module in culprit.modules[1:]:
+            if type(module).call is Module.call and any(named_modules(module)):
+                return module.official_name
+        return culprit.name
+
+
+MOST_TAPS = 40
+"""Variables are tried where at most so many taps fail: a module that holds many others has none of its own."""
