@@ -176,7 +176,8 @@ def verify(directory: pathlib.Path, variables: Mapping[str, np.ndarray], progres
 
 def same_bytes(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two contiguous arrays of one dtype and shape have the same bits: −0 is not 0, and a NaN is itself."""
-    return bool(np.array_equal(first.reshape(-1).view(np.uint8), second.reshape(-1).view(np.uint8)))
+    bits = np.dtype(f"u{first.dtype.itemsize}")
+    return bool(np.array_equal(first.reshape(-1).view(bits), second.reshape(-1).view(bits)))
 
 
 def _object_graph(names: Mapping[str, object]) -> TrackableObjectGraph:

@@ -18,7 +18,7 @@ import numpy as np
 
 from checkpoints import registry
 from converters import checkpoint, target
-from converters.destination import Destination
+from converters.destination import Destination, sync
 from converters.errors import ConversionError, printable, quoted
 from converters.infer import Inference, infer
 from converters.manifest import Loss, manifest
@@ -136,7 +136,8 @@ def run(
         kind_of(path)
         if destination is None:
             with ThreadPoolExecutor(THREADS) as pool, open_source(path) as file:
-                return _Run(file, planner(file), target.DIRECTORY, dtype, pool, progress).examined()
+                digest = pool.submit(file.sha256)  # while the model is worked out
+                return _Run(file, digest, planner(file), target.DIRECTORY, dtype, pool, progress).examined()
         with upload(destination, force) as place:
             form = target.format_of(str(destination))
             staged = Destination(place, force, form.files, target.is_own)
@@ -144,9 +145,10 @@ def run(
                 raise ConversionError(f"{quoted(destination)} is the source itself", "choose another --dst")
             with staged.staging() as directory:
                 with ThreadPoolExecutor(THREADS) as pool, open_source(path) as file:
+                    digest = pool.submit(file.sha256)  # while the model is worked out
                     todo = planner(file)
                     _check_space(staged.path, directory, todo.elements * DTYPES[dtype or "float32"].itemsize)
-                    conversion = _Run(file, todo, form, dtype, pool, progress).written(directory, staged.path.name)
+                    conversion = _Run(file, digest, todo, form, dtype, pool, progress).written(directory, staged.path.name)
                 staged.commit(directory)
     return dataclasses.replace(conversion, destination=staged.path if place == pathlib.Path(destination) else os.fspath(destination))
 
@@ -173,14 +175,23 @@ def _plan(file: Source, base: MaskFormerConfig | None) -> Plan:
 class _Run:
     """One conversion: every tensor is read once, checked, hashed and written. What needs no interpreter lock goes on side by side."""
 
-    def __init__(self, file: Source, todo: Plan, form: target.Format, dtype: str | None, pool: ThreadPoolExecutor, progress: Progress):
+    def __init__(
+        self,
+        file: Source,
+        digest: Future[str],
+        todo: Plan,
+        form: target.Format,
+        dtype: str | None,
+        pool: ThreadPoolExecutor,
+        progress: Progress,
+    ):
         self.file = file
+        self.file_digest = digest
         self.todo = todo
         self.form = form
         self.dtype = DTYPES[dtype or "float32"]
         self.pool = pool
         self.progress = progress
-        self.file_digest = pool.submit(file.sha256)
         self.hashing: list[Future[None]] = []
         self.losses: dict[str, Loss] = {}
         self.digests: dict[str, str] = {}
@@ -215,6 +226,7 @@ class _Run:
             }
             self.progress("writing", 0)
             self.form.write(path, target.Contents(config, self.file.author, {}, variables, conversion.manifest))
+            self._start_syncing(directory)
             if self.form.kind == TENSORFLOW:
                 checkpoint.verify(path, variables, lambda share: self.progress("verifying", share))
                 return conversion
@@ -222,11 +234,17 @@ class _Run:
         if not self.form.holds_variables:
             self.progress("writing", 0)
             self.form.write(path, target.Contents(config, self.file.author, tensors, {}, {}))
+            self._start_syncing(directory)
             for drop in self.todo.drops:
                 self._hash(drop, self._checked(drop))
             conversion = self._conclusion()
         self._verify(path, tensors)
         return conversion
+
+    def _start_syncing(self, directory: pathlib.Path) -> None:
+        """The disk works while what was written is verified; an error shows when the destination is synced before its name is given."""
+        for path in directory.iterdir():
+            self.pool.submit(sync, path)
 
     @property
     def _items(self) -> list[Move | Drop]:

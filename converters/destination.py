@@ -83,7 +83,7 @@ class Destination:
     def commit(self, directory: pathlib.Path) -> None:
         """Moves what was staged into place; after a crash of the machine too, there is the old state or the new one."""
         for file in (*directory.iterdir(), directory):
-            _sync(file)
+            sync(file)
         self._check_existing()
         if not self.own_files:
             self._commit_file(directory / self.path.name)
@@ -94,7 +94,7 @@ class Destination:
             self.path.rename(old)
             directory.rename(self.path)
             shutil.rmtree(old)
-        _sync(self.path.parent)
+        sync(self.path.parent)
 
     def _commit_file(self, file: pathlib.Path) -> None:
         if self.force:
@@ -197,7 +197,8 @@ def _lock(directory: pathlib.Path) -> int:
     return descriptor
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync(path: pathlib.Path) -> None:
+    """Waits until the disk has the file or directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

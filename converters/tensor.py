@@ -68,7 +68,7 @@ def cast(tensor: Tensor, dtype: np.dtype) -> Tensor:
 def rounded(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The array in another type, as :func:`cast` makes it."""
     with np.errstate(over="ignore"):
-        return array.astype(dtype)
+        return array.astype(dtype, copy=False)
 
 
 def is_exact(source: np.dtype, target: np.dtype) -> bool:
