@@ -65,7 +65,7 @@ from parity.sampling import blocks, sample_indices, sketch
 
 FORMAT = "tfmaskformer-trace"
 VERSION = 3
-GROUPS = ("inputs", "taps", "outputs", "matcher", "losses", "tap_gradients", "gradients", "inference", "scalars", "steps")
+GROUPS = ("inputs", "taps", "outputs", "matcher", "losses", "tap_gradients", "gradients", "inference", "metrics", "scalars", "steps")
 SAMPLED_GROUPS = ("taps", "outputs", "tap_gradients", "gradients", "inference", "steps")
 DTYPES = ("float64", "float32", "int64", "int32", "uint8", "bool")
 SKETCH = {"taps": 128, "outputs": 128, "inference": 128, "tap_gradients": 8, "gradients": 8, "steps": 16}
@@ -73,6 +73,7 @@ SKETCH = {"taps": 128, "outputs": 128, "inference": 128, "tap_gradients": 8, "gr
 POSITION_EMBEDDING = "pe_layer"
 """Last part of the name of the modules whose output is stored whole."""
 _CHUNK = 1 << 14  # elements of an HDF5 chunk: the smallest amount that is read at once
+_SAMPLED_CHUNK = 1 << 10  # the same of a sampled file, in which a whole chunk would mostly be empty
 
 
 class TraceError(ValueError):
@@ -249,7 +250,8 @@ class TraceFileWriter:
         if name not in self._file:
             # Masks, ids and position embeddings (float32 in the float64 file) shrink, activations do not.
             compression = None if dtype.name == self.dtype else "gzip"
-            self._file.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(_CHUNK,), compression=compression, fletcher32=True)
+            chunks = (_CHUNK if self.samples is None else _SAMPLED_CHUNK,)
+            self._file.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=chunks, compression=compression, fletcher32=True)
         return self._file[name]
 
     def __enter__(self) -> TraceFileWriter:
@@ -269,7 +271,7 @@ class TraceFileWriter:
         self._file["floor"] = floor
         if self._sketches:
             sums = np.concatenate(self._sketches)
-            self._file.create_dataset("sketches", data=sums, chunks=(min(_CHUNK, sums.size),), fletcher32=True)
+            self._file.create_dataset("sketches", data=sums, chunks=(min(_SAMPLED_CHUNK, sums.size),), fletcher32=True)
         self._file.close()
         _move_into_place(self._partial, self.path)
 
