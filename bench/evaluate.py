@@ -77,7 +77,7 @@ def _write(folder: Path) -> None:
     from checkpoints import synthesize
     from converters.convert import convert
 
-    files = sorted((importlib.resources.files("checkpoints") / "photos").iterdir(), key=lambda file: file.name)  # type: ignore[attr-defined]
+    files = sorted((importlib.resources.files("checkpoints") / "photos").iterdir(), key=lambda file: file.name)
     photos = [Image.open(str(file)).convert("RGB") for file in files if file.name.endswith(".png")]
     info = checkpoints.registry.dataset("coco_panoptic")
     images, pngs, jsons = (folder / "coco" / name for name in ("val2017", "panoptic_val2017", "annotations"))

@@ -21,7 +21,6 @@ from tfmaskformer.config import MaskFormerConfig, TestConfig
 from tfmaskformer.data import preprocessing, shapes
 from tfmaskformer.evaluation.panoptic import PanopticQuality
 from tfmaskformer.evaluation.results import read_panoptic
-from tfmaskformer.model import MaskFormer
 from tfmaskformer.static_inference import _below, static_panoptic_inference, static_semantic_inference
 
 ROOT = Path(__file__).parents[2]
@@ -281,14 +280,15 @@ SIZES = ((75, 101), (96, 64), (50, 83))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_on_a_canvas_as_alone_for_every_architecture(name):
+def test_on_a_canvas_as_alone_for_every_architecture(name, tmp_path):
     """Masked padding through network and post-processing: the segments and classes that each image gives without the others, pixel for
-    pixel. In float64, where no sum of another order decides."""
+    pixel. In float64, so that no sum of another order decides; the position embedding is float32 even then, and its last bit is all that
+    differs: 2e-6 of scores up to 1 was the most."""
     entry = registry.entry(name)
     config = MaskFormerConfig.from_dict(entry.config)
-    weights = synthesize.synthesize(entry)
-    model = MaskFormer(config, "float64")
-    model.build_parameters(weights.__getitem__)
+    synthesize.write_pickle(synthesize.synthesize(entry), tmp_path / "model.pkl")
+    assert cli.main(["--src", str(tmp_path / "model.pkl"), "--dst", str(tmp_path / "tf_ckpt"), "--config", name]) == 0
+    model = tfmaskformer.load(str(tmp_path / "tf_ckpt"), "float64")
     canvas, output_sizes = (112, 120), [(60, 90), (131, 70), (50, 83)]
     images = np.zeros([3, *canvas, 3], np.uint8)
     photos = [
@@ -307,7 +307,7 @@ def test_on_a_canvas_as_alone_for_every_architecture(name):
     for score, arguments in zip(scores, alone, strict=True):
         [expected] = tfmaskformer.semantic_inference(arguments[0], config, *arguments[1:])
         height, width = expected.shape[1:]
-        np.testing.assert_allclose(score[:, :height, :width], expected, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(score[:, :height, :width], expected, rtol=0, atol=1e-5)
         np.testing.assert_array_equal(score[:, :height, :width].argmax(0), np.argmax(expected, 0))
         met |= set(np.unique(np.argmax(expected, 0)).tolist())
     assert len(met) > 1
