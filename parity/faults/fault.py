@@ -72,7 +72,7 @@ class Fault:
     Attributes:
         name: unique; reads as what is wrong.
         kind: one of :data:`KINDS`.
-        model: the test model (``checkpoints.registry``) on which it shows, and ``case`` the case of its trace.
+        model: the test model (a key of ``parity.selftest.TRACES``) on which it shows, and ``case`` the case of its trace.
         group, where: what must be named: of "taps" the faulty module (or the first module whose inputs are made in the wrong way), of
             "gradients" the module whose parameters have a wrong gradient, else a name of the group.
         cause: one of :data:`CAUSES`, or :data:`OTHER`.
@@ -177,7 +177,7 @@ def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 PANOPTIC, SEMANTIC, DEEPLAB, SWIN = "tiny_panoptic", "tiny_semantic", "tiny_deeplab", "tiny_swin"
-PER_PIXEL, PER_PIXEL_PLUS, SHAPES = "tiny_per_pixel", "tiny_per_pixel_plus", "shapes_panoptic"
+PER_PIXEL, PER_PIXEL_PLUS, SILENT = "tiny_per_pixel", "tiny_per_pixel_plus", "tiny_panoptic_9"
 
 PIXEL = "sem_seg_head.pixel_decoder"
 PREDICTOR = "sem_seg_head.predictor"

@@ -305,7 +305,7 @@ FAULTS = (
           replaced(resnet, "_max_pool", average_pool)),
     Fault("no multi-grid: dilation 2 in the last block", "layers", DEEPLAB, "odd", "taps", "backbone.res5.2.conv2", OTHER,
           attribute("backbone.res5.2.conv2", "dilation", 2)),
-    Fault("always twice as large, cut at the top and left", "layers", SEMANTIC, "plain", "taps", f"{PIXEL}.layer_3", "shift",
+    Fault("always twice as large, cut at the top and left", "layers", PANOPTIC, "odd", "taps", f"{PIXEL}.layer_3", "shift",
           replaced(pixel_decoder, "resize_nearest", always_twice)),
     Fault("bilinear in the feature pyramid", "layers", PANOPTIC, "even", "taps", f"{PIXEL}.layer_3", OTHER,
           replaced(pixel_decoder, "resize_nearest", bilinear)),

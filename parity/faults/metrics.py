@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from parity.faults.fault import OTHER, SHAPES, Fault, replaced
+from parity.faults.fault import OTHER, PANOPTIC, Fault, replaced
 from tfmaskformer.evaluation import panoptic
 from tfmaskformer.evaluation.panoptic import VOID, PanopticQuality, _Segments
 from tfmaskformer.evaluation.semantic import SemanticQuality
@@ -100,21 +100,21 @@ def absent_classes_are_zero(right):
 
 # fmt: off
 FAULTS = (
-    Fault("panoptic quality reset every image", "metrics", SHAPES, "many", "metrics", "panoptic", "normaliser",
+    Fault("panoptic quality reset every image", "metrics", PANOPTIC, "odd", "metrics", "panoptic", "normaliser",
           replaced(PanopticQuality, "update", reset_every_image)),
-    Fault("void in the union", "metrics", SHAPES, "many", "metrics", "panoptic", "mask missing", counted(void=False)),
-    Fault("crowds are missed", "metrics", SHAPES, "many", "metrics", "panoptic", "mask missing", counted(crowd=False)),
-    Fault("an IoU of ½ matches", "metrics", SHAPES, "many", "metrics", "panoptic", "threshold", counted(beyond_half=False)),
-    Fault("segments of other classes match", "metrics", SHAPES, "many", "metrics", "panoptic", OTHER, counted(category=False)),
-    Fault("absent classes are 0 in the panoptic quality", "metrics", SHAPES, "many", "metrics", "panoptic", "normaliser",
+    Fault("void in the union", "metrics", PANOPTIC, "odd", "metrics", "panoptic", "mask missing", counted(void=False)),
+    Fault("crowds are missed", "metrics", PANOPTIC, "odd", "metrics", "panoptic", "mask missing", counted(crowd=False)),
+    Fault("an IoU of ½ matches", "metrics", PANOPTIC, "odd", "metrics", "panoptic", "threshold", counted(beyond_half=False)),
+    Fault("segments of other classes match", "metrics", PANOPTIC, "odd", "metrics", "panoptic", OTHER, counted(category=False)),
+    Fault("absent classes are 0 in the panoptic quality", "metrics", PANOPTIC, "odd", "metrics", "panoptic", "normaliser",
           replaced(panoptic, "_mean", mean_of_all_classes)),
-    Fault("surplus segments count whole", "metrics", SHAPES, "many", "metrics", "panoptic", "scale",
+    Fault("surplus segments count whole", "metrics", PANOPTIC, "odd", "metrics", "panoptic", "scale",
           replaced(panoptic, "_quality", f1_alone)),
-    Fault("ignored pixels count", "metrics", SHAPES, "many", "metrics", "semantic", "mask missing",
+    Fault("ignored pixels count", "metrics", PANOPTIC, "odd", "metrics", "semantic", "mask missing",
           replaced(SemanticQuality, "update", ignored_counts)),
-    Fault("truth and prediction exchanged", "metrics", SHAPES, "many", "metrics", "semantic", "transpose",
+    Fault("truth and prediction exchanged", "metrics", PANOPTIC, "odd", "metrics", "semantic", "transpose",
           replaced(SemanticQuality, "update", exchanged)),
-    Fault("absent classes are 0 in the mean IoU", "metrics", SHAPES, "many", "metrics", "semantic", "normaliser",
+    Fault("absent classes are 0 in the mean IoU", "metrics", PANOPTIC, "odd", "metrics", "semantic", "normaliser",
           replaced(SemanticQuality, "result", absent_classes_are_zero)),
 )
 # fmt: on

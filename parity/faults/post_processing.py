@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from parity.faults.fault import OTHER, PANOPTIC, SEMANTIC, SHAPES, Fault, configured, replaced
+from parity.faults.fault import OTHER, PANOPTIC, SEMANTIC, SILENT, Fault, configured, replaced
 from parity.faults.losses import align_corners
 from tfmaskformer import inference
 from tfmaskformer.resize import bilinear_weights
@@ -130,23 +130,23 @@ BEFORE = "sem_seg_postprocessing_before_inference"
 FAULTS = (
     Fault("panoptic ids start at 0", "post-processing", PANOPTIC, "even", "inference", "0/panoptic_seg", "id",
           replaced(inference, "_segments", ids_from_zero), first=True),
-    Fault("score threshold of 0.5", "post-processing", SHAPES, "many", "inference", "0/panoptic_seg", "threshold",
+    Fault("score threshold of 0.5", "post-processing", PANOPTIC, "odd", "inference", "0/panoptic_seg", "threshold",
           configured(test={"object_mask_threshold": 0.5})),
-    Fault("overlap threshold of 0.5", "post-processing", SHAPES, "many", "inference", "0/panoptic_seg", "threshold",
+    Fault("overlap threshold of 0.5", "post-processing", PANOPTIC, "odd", "inference", "0/panoptic_seg", "threshold",
           configured(test={"overlap_threshold": 0.5})),
-    Fault("overlap threshold for a share of the image", "post-processing", SHAPES, "many", "inference", "0/panoptic_seg", "normaliser",
+    Fault("overlap threshold for a share of the image", "post-processing", PANOPTIC, "odd", "inference", "0/panoptic_seg", "normaliser",
           replaced(inference, "_segments", overlap_with_the_image)),
-    Fault("stuff not merged", "post-processing", SHAPES, "many", "inference", "0/panoptic_seg", "id",
+    Fault("stuff not merged", "post-processing", PANOPTIC, "odd", "inference", "0/panoptic_seg", "id",
           replaced(inference, "_segments", every_segment_apart)),
-    Fault("things looked up by the data set's ids", "post-processing", SHAPES, "many", "inference", "0/segments", "id",
+    Fault("things looked up by the data set's ids", "post-processing", PANOPTIC, "odd", "inference", "0/segments", "id",
           replaced(inference, "_segments", original_ids)),
-    Fault("categories of the data set", "post-processing", SHAPES, "many", "inference", "0/segments", "id",
+    Fault("categories of the data set", "post-processing", PANOPTIC, "odd", "inference", "0/segments", "id",
           replaced(inference, "_segments", categories_from_one)),
-    Fault("last query first", "post-processing", SHAPES, "many", "inference", "0/panoptic_seg", "id",
+    Fault("last query first", "post-processing", PANOPTIC, "odd", "inference", "0/panoptic_seg", "id",
           replaced(inference, "_segments", later_query_wins)),
-    Fault("images without a kept query left out", "post-processing", SHAPES, "batch", "inference", "0/panoptic_seg", "id",
+    Fault("images without a kept query left out", "post-processing", SILENT, "batch", "inference", "0/panoptic_seg", "id",
           replaced(inference, "panoptic_inference", kept_queries_of_all_images)),
-    Fault("results of the other image", "post-processing", SHAPES, "batch", "inference", "0/sem_seg", "axis order",
+    Fault("results of the other image", "post-processing", PANOPTIC, "batch", "inference", "0/sem_seg", "axis order",
           replaced(inference, "semantic_inference", other_images_first)),
     Fault("probabilities resized, not logits", "post-processing", PANOPTIC, "odd", "inference", "0/resized/sem_seg", OTHER,
           replaced(inference, "semantic_inference",

@@ -34,8 +34,7 @@ def preprocess(*, pad_first=False, at_the_top_left=False, uint8_mean=False):
                 images = (tf.pad(images, margins) - mean) / std
             else:
                 images = tf.pad(zero_outside((images - mean) / std, image_sizes), margins)
-            tap("images", images)
-            return images
+            return tap("images", images)
 
         return call
 
