@@ -48,7 +48,7 @@ BY_DEFINITION = "against the definition: the trace has no figures of the officia
 def judge_preprocessing(
     case: Case, described: Sequence[Mapping[str, Any]], folder: Path, results: CaseResults, config: MaskFormerConfig, dtype: str
 ) -> Iterator[Item | Exemption | Evidence]:
-    """Group "preprocessing" of a case: ``{i}/decoded``, ``{i}/resized`` and, of masked padding, ``{i}/canvas`` of each image, and the evidence
+    """Group "preprocessing" of a case: ``{i}/decoded``, ``{i}/resized`` and, of masked padding, ``{i}/canvas`` of each image, and evidence
     of what fails. With official padding the canvas is the tap ``images#0``, which the trace has.
 
     Args:

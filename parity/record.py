@@ -34,7 +34,7 @@ import numpy as np
 import tfmaskformer
 from converters import ports
 from converters.errors import ConversionError
-from parity import official, trace
+from parity import official, official_metrics, trace
 from parity.inputs import CaseSpec, InputError, make_targets, parse_case
 from parity.meta_architectures import META_ARCHITECTURES, Emit, RecordError, Targets, Task, numpy
 from parity.spool import KEPT_SHARE, Spool, over_budget, parse_bytes
@@ -196,16 +196,9 @@ def write(
         TraceError: the directory cannot be written, or holds another trace.
     """
     directory = Path(directory)
-    keys = {name: _digest([provenance, description]) for name, description in described.items()}
-    cases = _earlier_cases(directory, provenance) | {name: {"key": keys[name], **description} for name, description in described.items()}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        when = {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": list(command)}
-        trace.write_manifest(directory, {**provenance, **when}, cases)
-    except OSError as error:
-        raise TraceError(f"cannot write trace '{directory}': {error}") from error
+    keys = begin(directory, provenance, described, command)
     for name, key in keys.items():
-        done = [dtype for dtype in RUNS if _is_recorded(directory, name, dtype, key)]
+        done = [dtype for dtype in RUNS if is_recorded(directory, name, dtype, key)]
         if done:
             say(f"{name}: {' and '.join(done)} there already")
         if len(done) < len(RUNS):
@@ -213,6 +206,30 @@ def write(
                 warnings.simplefilter("ignore")  # the official code's deprecations
                 _record_case(name, inputs[name], run_of(name), directory, samples, {"key": key}, done)
     return Trace(directory)
+
+
+INCIDENTAL = ("date", "command", "environment")
+"""What recordings of one trace may have other values of in their provenance."""
+
+
+def begin(
+    directory: Path, provenance: Mapping[str, Any], described: Mapping[str, Mapping[str, Any]], command: Sequence[str]
+) -> dict[str, str]:
+    """Writes the manifest of a trace, or adds cases to it; arguments as of :func:`write`.
+
+    Returns:
+        Case → key, by which its files are known to be of this recording.
+    """
+    decisive = {name: value for name, value in provenance.items() if name not in INCIDENTAL}
+    keys = {name: _digest([decisive, description]) for name, description in described.items()}
+    cases = _earlier_cases(directory, decisive) | {name: {**description, "key": keys[name]} for name, description in described.items()}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        when = {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": list(command)}
+        trace.write_manifest(directory, {**provenance, **when}, cases)
+    except OSError as error:
+        raise TraceError(f"cannot write trace '{directory}': {error}") from error
+    return keys
 
 
 def _record_case(
@@ -339,6 +356,8 @@ def _run(task: Task, run: Run, case: LoadedCase, emit: Emit, kept: Callable[[], 
                 results = model([{**image, "height": size[0], "width": size[1]} for image, size in zip(inputs, output_sizes, strict=True)])
                 for index, result in enumerate(results):
                     _emit_inference(result, f"{index}/{suffix}", emit)
+                    for name, figures in official_metrics.figures(result, case.targets[index], model) if not suffix else ():
+                        emit("metrics", f"{index}/{name}", figures)
                 del results, result
     say(f"{case.name}: {run.dtype} {run.name} {time.perf_counter() - start:.1f} s")
     return dict(seen.without_gradient)
@@ -628,13 +647,15 @@ def _earlier_cases(directory: Path, provenance: Mapping[str, Any]) -> dict[str, 
         return {}
     manifest = trace.read_manifest(directory)
     recorded, wanted = manifest["provenance"], json.loads(json.dumps(provenance))
-    differing = [name for name in wanted if recorded.get(name) != wanted[name]]
+    names = [*wanted, *(name for name in recorded if name not in wanted and name not in INCIDENTAL)]
+    differing = [name for name in names if recorded.get(name) != wanted.get(name)]
     if differing:
         raise TraceError(f"'{directory}' holds a trace with other {', '.join(differing)}; give another folder")
     return manifest["cases"]
 
 
-def _is_recorded(directory: Path, case: str, dtype: str, key: str) -> bool:
+def is_recorded(directory: Path, case: str, dtype: str, key: str) -> bool:
+    """Whether a file is there, complete, and of the recording with this key."""
     try:
         with TraceFile(trace.file_path(directory, case, dtype)) as file:
             return file.facts.get("key") == key
@@ -690,10 +711,7 @@ def run(arguments: argparse.Namespace) -> int:
         for option, samples in (("--samples", arguments.samples), ("--samples-float32", arguments.samples_float32)):
             if samples is not None and samples < 2:
                 raise InputError(f"{option} {samples}: expected 2 or more, or leave it out to store everything")
-        try:
-            memory_budget = arguments.memory_budget and parse_bytes(arguments.memory_budget)
-        except ValueError as error:
-            raise InputError(f"--memory-budget: {error}") from error
+        budget = memory_budget(arguments)
         if arguments.port:
             from parity import port_record
 
@@ -705,7 +723,7 @@ def run(arguments: argparse.Namespace) -> int:
                 samples=arguments.samples,
                 samples_float32=arguments.samples_float32,
                 gradients=not arguments.no_gradients,
-                memory_budget=memory_budget,
+                memory_budget=budget,
                 command=_command(arguments),
             )
             print(arguments.out)
@@ -723,7 +741,7 @@ def run(arguments: argparse.Namespace) -> int:
             samples=arguments.samples,
             samples_float32=arguments.samples_float32,
             gradients=not arguments.no_gradients,
-            memory_budget=memory_budget,
+            memory_budget=budget,
             seed=arguments.seed,
             command=_command(arguments),
         )
@@ -735,6 +753,18 @@ def run(arguments: argparse.Namespace) -> int:
         return 3
     print(arguments.out)
     return 0
+
+
+def memory_budget(arguments: argparse.Namespace) -> int | None:
+    """The option --memory-budget, in bytes.
+
+    Raises:
+        InputError: it is no amount of memory.
+    """
+    try:
+        return arguments.memory_budget and parse_bytes(arguments.memory_budget)
+    except ValueError as error:
+        raise InputError(f"--memory-budget: {error}") from error
 
 
 def _command(arguments: argparse.Namespace) -> list[str]:

@@ -38,6 +38,8 @@ Records are grouped:
                ``without_gradient`` of the float64 file tells of the others why they have none
 ``inference``  ``{i}/sem_seg`` [C, H, W]; with panoptic on ``{i}/panoptic_seg`` int32 [H, W] and ``{i}/segments`` int64 [segments, 3]
                (id, category_id, isthing); the same below ``{i}/resized/`` at another output size
+``metrics``    what the official packages, where they are installed, make of the results at the images' own size
+               (:mod:`parity.official_metrics`): ``{i}/panoptic/…``, ``{i}/semantic/…``
 ``scalars``, ``steps``  of a training (:mod:`parity.trajectory`), which has a format of its own
 
 A sampled file stores, of each large floating-point tensor in :data:`SAMPLED_GROUPS`, only the
