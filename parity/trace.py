@@ -427,6 +427,14 @@ class Case:
                 targets[int(index)][name[0]] = self.reference.read("inputs", record)
         return targets
 
+    @property
+    def resized_px(self) -> list[tuple[int, int]]:
+        """(height, width) of each image's second inference."""
+        if known := self.reference.facts.get("resized_px"):
+            return [(height, width) for height, width in known]
+        shapes = (self.reference["inference", f"{index}/resized/sem_seg"].shape for index in range(self._count()))
+        return [(height, width) for _, height, width in shapes]
+
     def _count(self) -> int:
         return sum(name.startswith("images/") for name in self.reference.group("inputs"))
 

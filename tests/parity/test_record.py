@@ -51,16 +51,23 @@ def folder(tmp_path_factory):
     return folder
 
 
-def options(folder, out, cases=CASES, **more):
+def options(folder, out, cases=CASES, flags=(), **more):
     more = {"--src": folder / "model.pkl", "--config": folder / "tiny", "--out": out, "--samples": 64} | more
     given = [item for case in cases for item in ("--case", case.replace("photo.png", f"{folder}/photo.png"))]
-    return parse([*given, *(str(part) for option in more.items() if option[1] is not None for part in option)])
+    return parse([*given, *flags, *(str(part) for option in more.items() if option[1] is not None for part in option)])
 
 
 @pytest.fixture(scope="module")
 def recorded(folder):
     assert record.run(options(folder, folder / "sampled")) == 0
     return Trace(folder / "sampled")
+
+
+@pytest.fixture(scope="module")
+def full(folder):
+    """One case, whole in float64, sampled in float32."""
+    assert record.run(options(folder, folder / "full", CASES[:1], **{"--samples": None, "--samples-float32": 64})) == 0
+    return Trace(folder / "full")
 
 
 @needs_official
@@ -107,9 +114,11 @@ def test_the_floor_is_the_error_of_each_run_and_small(recorded):
 
 
 @needs_official
-def test_samples_are_elements_of_the_full_recording(folder, recorded):
-    assert record.run(options(folder, folder / "full", CASES[:1], **{"--samples": None})) == 0
-    with Trace(folder / "full").case("photo") as full, recorded.case("photo") as sampled:
+def test_samples_are_elements_of_the_full_recording(full, recorded):
+    with full.case("photo") as full, recorded.case("photo") as sampled:
+        for (group, name), part in sampled.baseline.records.items():
+            assert repr(full.baseline[group, name]) == repr(part)  # a floor that was not measured is nan
+            np.testing.assert_array_equal(full.baseline.read(group, name), sampled.baseline.read(group, name))
         assert list(full.reference.records) == list(sampled.reference.records)
         for (group, name), part in sampled.reference.records.items():
             whole = full.reference.read(group, name)
@@ -134,6 +143,64 @@ def test_samples_are_elements_of_the_full_recording(folder, recorded):
         assert read("taps", "backbone.stem.conv1#0").min() < 0
         assert full.reference["inference", "0/resized/sem_seg"].shape == (133, 86, 72)
         assert full.reference["inference", "0/panoptic_seg"].shape == (65, 97)
+
+
+@needs_official
+def test_the_gradient_of_a_tap_is_that_of_what_the_module_returned(full):
+    with full.case("photo") as case:
+        read = case.reference.read
+        found, without = set(case.reference.group("tap_gradients")), case.reference.facts["without_gradient"]
+        assert found | without.keys() == set(case.reference.group("taps"))
+        assert not found & without.keys()
+        decoder = "sem_seg_head.predictor.transformer.decoder"
+        assert without["images#0"] == without["sem_seg_head.predictor.pe_layer#0"] == "it depends on no parameter"
+        assert without[f"{decoder}.norm#2"] == without[f"{decoder}.layers.0.self_attn#0[1]"] == "the loss does not depend on it"
+        assert all("_attn#0[1]" in tap or "pe_layer" in tap or tap in NO_GRADIENT for tap in without)
+        # A ReLU in place follows: nothing reaches the loss from where it cuts off, though the tensor is its output by then.
+        for tap in ("backbone.stem.conv1#0", "backbone.res2.0.conv2.norm#0"):
+            negative = read("taps", tap) < 0
+            assert 0.1 < negative.mean() < 0.9
+            assert not read("tap_gradients", tap)[negative].any()
+            assert np.count_nonzero(read("tap_gradients", tap)[~negative]) > 0.2 * np.count_nonzero(~negative)
+        # The gradient of a bias is the sum of those of what it is added to.
+        for module in ("sem_seg_head.predictor.class_embed", f"{decoder}.layers.1.linear1", "sem_seg_head.predictor.mask_embed.layers.0"):
+            bias = read("gradients", f"{module}.bias")
+            summed = read("tap_gradients", f"{module}#0").reshape(-1, bias.size).sum(0)
+            np.testing.assert_allclose(summed, bias, rtol=1e-9, atol=1e-12 * np.abs(bias).max())
+        for name in ("[pred_logits]", "[aux_outputs][0][pred_masks]"):
+            ends = [read("tap_gradients", f"sem_seg_head{module}#0{name}") for module in ("", ".predictor")]
+            np.testing.assert_array_equal(*ends)
+        floors = [record_.floor for record_ in case.baseline.group("tap_gradients").values()]
+        assert not np.isnan(floors).any()
+
+
+NO_GRADIENT = {"images#0", "sem_seg_head.predictor.transformer#0[1]", "sem_seg_head.predictor.transformer.decoder.norm#2"}
+
+
+@needs_official
+def test_what_the_backward_pass_needs_may_lie_on_disk(folder, recorded, tmp_path, capsys):
+    assert record.run(options(folder, tmp_path, CASES[:1], **{"--memory-budget": "4000"})) == 0
+    for dtype in ("float64", "float32"):
+        file = f"photo.{dtype}.h5"
+        with TraceFile(tmp_path / file) as spilled, TraceFile(recorded.directory / file) as kept:
+            assert repr(spilled.records) == repr(kept.records)
+            for group, name in kept.records:
+                np.testing.assert_array_equal(spilled.read(group, name), kept.read(group, name))
+    assert "more than the budget of 0.00 GB" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "photo.float32.h5", "photo.float64.h5"]
+
+
+@needs_official
+def test_gradients_can_be_left_out(folder, recorded, tmp_path):
+    assert record.run(options(folder, tmp_path, CASES[:1], ["--no-gradients"])) == 0
+    trace = Trace(tmp_path)
+    assert trace.provenance["gradients"] is False
+    assert "--no-gradients" in trace.provenance["command"]
+    with trace.case("photo") as without, recorded.case("photo") as case:
+        kept = {key: record_.statistics for key, record_ in case.reference.records.items() if "gradients" not in key[0]}
+        assert {key: record_.statistics for key, record_ in without.reference.records.items()} == kept
+        assert set(without.reference.facts["without_gradient"].values()) == {"no gradients were recorded"}
+    assert record.run(options(folder, tmp_path, CASES[:1])) == 2  # not to be mixed
 
 
 @needs_official
@@ -211,6 +278,8 @@ def test_hooks_that_change_the_outputs_are_noticed(folder, tmp_path, monkeypatch
         ({"--src": "absent.pkl"}, CASES, "no checkpoint 'absent.pkl'"),
         ({"--config": "absent"}, CASES, "no official config 'absent'"),
         ({"--samples": 1}, CASES, "--samples 1: expected 2 or more"),
+        ({"--samples-float32": 1}, CASES, "--samples-float32 1: expected 2 or more"),
+        ({"--memory-budget": "much"}, CASES, "--memory-budget: 'much' is no amount of memory"),
         ({}, ["photo.png"], "expected [NAME=]FILE@HEIGHTxWIDTH"),
         ({}, ["a/b=photo.png@65x97"], "case name 'a/b'"),
         ({}, ["photo.png@65x97", "photo.png@65x97"], "two cases have one name"),
