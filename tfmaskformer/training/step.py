@@ -102,23 +102,29 @@ class TrainStep:
     def keep(self) -> Keep:
         """The masks of dropout in this step, on this replica."""
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        seed = tf.constant([self.seed, 0], tf.int32)
-        for number in (self.optimizer.iterations.value, replica):
-            seed = _folded(seed, tf.cast(number, tf.int32))
+        numbers = [tf.cast(number, tf.uint32) for number in (self.seed, self.optimizer.iterations.value, replica)]
 
         def keep(place: str, shape: Sequence[int | tf.Tensor], rate: float) -> tf.Tensor:
-            own = _folded(seed, zlib.crc32(place.encode()) >> 1)
-            return tf.random.stateless_uniform(tf.stack(shape), own, alg=_GENERATOR) >= rate
+            keys = []
+            for key in (tf.constant(0, tf.uint32), tf.constant(_GOLDEN, tf.uint32)):
+                for number in (*numbers, tf.constant(zlib.crc32(place.encode()), tf.uint32)):
+                    key = _mix(key + number)
+                keys.append(key)
+            index = tf.cast(tf.range(tf.reduce_prod(shape)), tf.uint32)
+            bits = _mix(_mix(index + keys[0]) + keys[1])
+            return tf.reshape(bits >= tf.constant(int(rate * 2**32), tf.uint32), shape)
 
         return keep
 
 
-_GENERATOR = "philox"
-"""The same numbers with and without XLA; left to choose, they take different ones."""
+_GOLDEN = 0x9E3779B9
 
 
-def _folded(seed: tf.Tensor, number: Any) -> tf.Tensor:
-    return tf.random.experimental.stateless_fold_in(seed, number, alg=_GENERATOR)
+def _mix(bits: tf.Tensor) -> tf.Tensor:
+    """Murmur3's last step (Appleby 2008), uint32: whatever compiles it, the same masks. TensorFlow's generators give others under XLA."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = tf.bitwise.bitwise_xor(bits, tf.bitwise.right_shift(bits, tf.constant(shift, tf.uint32))) * tf.constant(factor, tf.uint32)
+    return tf.bitwise.bitwise_xor(bits, tf.bitwise.right_shift(bits, tf.constant(16, tf.uint32)))
 
 
 def build_criterion(config: MaskFormerConfig) -> Any:
