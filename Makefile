@@ -25,7 +25,7 @@ parity-check: $(VENV)/demo.stamp
 	$(BIN)/parity-check --ckpt parity-report/tf_ckpt --reference parity/traces/$(ENTRY) --report parity-report/report
 
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --durations=25
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -1,0 +1,274 @@
+"""The command ``tfmaskformer predict``: what a checkpoint finds in photographs, as pictures to look at and as data.
+
+Each photograph is read, resized and segmented as in an evaluation (:mod:`tfmaskformer.evaluation.evaluate`), on a canvas with masked
+padding, so that photographs of similar sizes, and all frames of a video, share one compiled program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tfmaskformer.model import MaskFormer
+
+OK, BAD_INPUT, COULD_NOT_RUN = 0, 2, 3
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Of files in a folder that are taken for photographs."""
+
+KINDS = ("panoptic", "semantic")
+
+CANVAS_PX = 128
+"""A canvas is the resized photograph's size rounded up to a multiple of this."""
+
+
+class PredictError(ValueError):
+    """Photographs, names or a folder that cannot be used; the message says which, why and what to do."""
+
+
+class Prediction(NamedTuple):
+    """What was found in a photograph.
+
+    Attributes:
+        image: uint8 [height, width, 3] RGB, upright, at the size of the results.
+        panoptic: ids int32 [height, width], 0 for none, and ``segments_info``; None for a model without panoptic inference.
+        semantic: int32 [height, width], the class of each pixel.
+    """
+
+    image: np.ndarray
+    panoptic: tuple[np.ndarray, list[dict[str, Any]]] | None
+    semantic: np.ndarray
+
+
+class Predictor:
+    """A model that takes photographs of any size.
+
+    Args:
+        model: with its weights.
+        max_size: the longer side of results in px, so that memory is bounded: semantic scores take 4 bytes for each class and pixel.
+            0: always the photograph's own size.
+    """
+
+    def __init__(self, model: MaskFormer, max_size: int = 0):
+        import tensorflow as tf
+
+        self._model, self._max_size = model, max_size
+        self._step = tf.function(lambda images, sizes: model(images, sizes, padding="masked"))
+
+    def __call__(self, photograph: np.ndarray) -> Prediction:
+        """``photograph``: uint8 [height, width, 3] RGB."""
+        import tensorflow as tf
+
+        from tfmaskformer.data.preprocessing import resize_shortest_edge
+        from tfmaskformer.inference import panoptic_inference, semantic_inference
+
+        config = self._model.config
+        resized = resize_shortest_edge(photograph, config.test.min_size, config.test.max_size)
+        size = resized.shape[:2]
+        canvas = np.zeros((1, *(-(-side // CANVAS_PX) * CANVAS_PX for side in size), 3), np.uint8)
+        canvas[0, : size[0], : size[1]] = resized
+        outputs = self._step(tf.constant(canvas), tf.constant([size], tf.int32))
+
+        image = photograph
+        if 0 < self._max_size < max(photograph.shape[:2]):
+            image = resize_shortest_edge(photograph, max(photograph.shape[:2]), self._max_size)
+        sizes, output_sizes = [size], [image.shape[:2]]
+        panoptic = None
+        if config.test.panoptic_on:
+            [(ids, segments_info)] = panoptic_inference(outputs, config, sizes, output_sizes)
+            panoptic = np.asarray(ids, np.int32), segments_info
+        [scores] = semantic_inference(outputs, config, sizes, output_sizes)
+        return Prediction(image, panoptic, tf.argmax(scores, 0, tf.int32).numpy())
+
+
+def photographs(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
+    """Every photograph that the arguments name, and the name of its results: without its suffix, below the folder it was found in.
+
+    A folder stands for all photographs in it and below it, a pattern for what fits it. Numbers in names count as numbers, so that frames
+    of a video keep their order.
+
+    Raises:
+        PredictError: an argument names none, or two photographs would have one result.
+    """
+    found: list[tuple[Path, Path]] = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            inside = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+            named = [(file, file.relative_to(path).with_suffix("")) for file in sorted(inside, key=_natural)]
+        else:
+            files = [path] if path.exists() else sorted(map(Path, glob.glob(argument, recursive=True)), key=_natural)
+            named = [(file, Path(file.stem)) for file in files if file.is_file()]
+        if not named:
+            what = "holds no photographs" if path.is_dir() else "is no file, and no file fits it"
+            raise PredictError(f"'{argument}' {what}\n  expected files, folders or patterns of {', '.join(SUFFIXES)}")
+        found += named
+    results: dict[Path, Path] = {}
+    for file, name in found:
+        if results.setdefault(name, file) != file:
+            raise PredictError(
+                f"'{results[name]}' and '{file}' would both be '{name}'\n  give the folder that holds both, or one at a time"
+            )
+    return [(file, name) for name, file in results.items()]
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """A key that sorts frame2 before frame10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", os.fspath(path))]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Segment photographs: overlays with class names, ids and JSON.
+
+    Returns 0; 2 for usage or bad input; 3 where it could not run.
+    """
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        from tfmaskformer.checkpoint import CheckpointError, load
+        from tfmaskformer.data.cli import _Progress
+    except ImportError as error:
+        return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
+    progress = _Progress()
+    try:
+        todo = photographs(arguments.photographs)
+        out = Path(arguments.out)
+        out.mkdir(parents=True, exist_ok=True)
+        model = load(arguments.ckpt)
+        kinds = _kinds(arguments.kind, model)
+        unread = list(_predict_all(Predictor(model, arguments.max_size), todo, kinds, out, progress))
+    except (PredictError, CheckpointError) as error:
+        return _failed(str(error), BAD_INPUT)
+    except OSError as error:
+        return _failed(f"cannot write '{error.filename or arguments.out}': {error.strerror or error}\n  choose another --out", BAD_INPUT)
+    except MemoryError:
+        return _failed("out of memory\n  take a smaller --max-size", COULD_NOT_RUN)
+    except KeyboardInterrupt:
+        return _failed("interrupted; what is written is whole", COULD_NOT_RUN)
+    finally:
+        progress.end()
+    for message in unread:
+        print(f"error: {message}", file=sys.stderr)
+    print(f"{len(todo) - len(unread)} of {len(todo)} photographs: {out}")
+    return BAD_INPUT if unread else OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tfmaskformer predict",
+        description="Segments photographs with a converted checkpoint. For each photograph, NAME.panoptic.png and NAME.semantic.png are "
+        "overlays to look at, with class names and a legend; NAME.ids.png has the segments' ids (R + 256 G + 65536 B, 0 for none), and "
+        "NAME.json tells what they are.",
+        epilog="exit codes: 0 all done, 2 usage or bad input (photographs that cannot be read are told at the end), 3 could not run",
+    )
+    parser.add_argument("--ckpt", required=True, metavar="DIR", help="directory written by 'convert'; may be gs://…")
+    parser.add_argument("photographs", nargs="+", metavar="PHOTO", help="files, patterns, and folders, of video frames for example")
+    parser.add_argument("--out", default="predictions", metavar="DIR", help="made where it is missing (default: %(default)s)")
+    parser.add_argument("--kind", choices=KINDS, help="one kind of overlay only (default: all that the model is for)")
+    parser.add_argument(
+        "--max-size",
+        type=int,
+        default=1600,
+        metavar="PX",
+        help="longer side of the results; 0: that of the photograph, however much memory it takes (default: %(default)s)",
+    )
+    return parser
+
+
+def _kinds(asked: str | None, model: MaskFormer) -> tuple[str, ...]:
+    if asked == "panoptic" and not model.config.test.panoptic_on:
+        raise PredictError(f"{model.config.name} is for semantic segmentation: it has no panoptic result\n  leave --kind out")
+    return (asked,) if asked else KINDS if model.config.test.panoptic_on else ("semantic",)
+
+
+def _predict_all(
+    predictor: Predictor, todo: Sequence[tuple[Path, Path]], kinds: Sequence[str], out: Path, progress: Callable[[int, int], None]
+) -> Iterator[str]:
+    """Writes all results; yields what is wrong with photographs that cannot be read."""
+    from PIL import UnidentifiedImageError
+
+    from tfmaskformer.data.preprocessing import decode_image
+
+    for done, (file, name) in enumerate(todo):
+        progress(done, len(todo))
+        try:
+            photograph = decode_image(file.read_bytes())
+        except Exception as error:  # Pillow raises many kinds
+            reason = "it is of no kind that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+            yield f"cannot read '{file}' as an image: {reason}"
+            continue
+        _write_all(predictor(photograph), predictor._model.config, file, out / name, kinds)
+    progress(len(todo), len(todo))
+
+
+def _write_all(prediction: Prediction, config: Any, file: Path, place: Path, kinds: Sequence[str]) -> None:
+    """The JSON comes last, so that where it is, all is."""
+    from tfmaskformer.evaluation.results import encode_png
+    from tfmaskformer.visualize import panoptic_overlay, semantic_overlay
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    height, width = prediction.semantic.shape
+    told: dict[str, Any] = {"file": file.name, "height": height, "width": width, "model": config.name}
+    names = config.class_names or [f"class {index}" for index in range(config.num_classes)]
+    if "panoptic" in kinds and prediction.panoptic is not None:
+        ids, segments = prediction.panoptic
+        areas = np.bincount(ids.ravel(), minlength=1)
+        told["segments_info"] = [
+            {**segment, "category": names[segment["category_id"]], "area": int(areas[segment["id"]]), "bbox": _box(ids == segment["id"])}
+            for segment in segments
+        ]
+        _write(place, ".panoptic.png", _png(panoptic_overlay(prediction.image, ids, segments, config)))
+        _write(place, ".ids.png", encode_png(ids))
+    if "semantic" in kinds:
+        areas = np.bincount(prediction.semantic.ravel(), minlength=config.num_classes)
+        present = sorted(np.flatnonzero(areas).tolist(), key=lambda index: -areas[index])
+        told["classes"] = [{"category_id": index, "category": names[index], "area": int(areas[index])} for index in present]
+        _write(place, ".semantic.png", _png(semantic_overlay(prediction.image, prediction.semantic, config)))
+    _write(place, ".json", (json.dumps(told) + "\n").encode())
+
+
+def _box(mask: np.ndarray) -> list[int]:
+    """x, y, width and height in px of the pixels of a mask, as COCO has them."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not rows.size:
+        return [0, 0, 0, 0]
+    return [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
+
+
+def _png(picture: np.ndarray) -> bytes:
+    from PIL import Image
+
+    with io.BytesIO() as file:
+        Image.fromarray(picture).save(file, format="PNG")
+        return file.getvalue()
+
+
+def _write(place: Path, suffix: str, content: bytes) -> None:
+    """A file that is whole, or not there."""
+    path = place.with_name(place.name + suffix)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _failed(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
