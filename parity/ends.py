@@ -6,8 +6,8 @@ must make the same of it, bit for bit. The canvas of masked padding, which upstr
 
 Metrics. Our counts of the *official* results against the trace's targets are compared with those of the official packages, where the
 trace has them (group "metrics"), else with the definitions, in NumPy (:func:`panoptic_counts`, :func:`confusion`). Made-up targets seldom
-match anything, so the official result itself, moved by :data:`SHIFT_PX`, is a second ground truth. What our counts make of *our* results
-must be the same again, but for pixels at a near-tie.
+match anything, so the official result itself, moved by :data:`SHIFT_PX`, is a second ground truth, and :func:`probe` has every rule of
+panoptic quality in one small picture. What our counts make of *our* results must be the same again, but for pixels at a near-tie.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import hashlib
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,13 @@ BY_DEFINITION = "against the definition: the trace has no figures of the officia
 def judge_preprocessing(
     case: Case, described: Sequence[Mapping[str, Any]], folder: Path, results: CaseResults, config: MaskFormerConfig, dtype: str
 ) -> Iterator[Item | Exemption | Evidence]:
-    """Group "preprocessing" of a case: ``{i}/decoded``, ``{i}/resized`` and, of masked padding, ``{i}/canvas`` of each image, and evidence
-    of what fails. With official padding the canvas is the tap ``images#0``, which the trace has.
+    """Group "preprocessing" of a case, and evidence of what fails; of each image below ``{i}/``:
+
+    ``read/png``, ``read/png_tf``, ``read/upright``: the recorded image as a lossless file, as it is and in all orientations of EXIF;
+    ``read/photograph``, ``resized/photograph``: the photograph's own file, up to the recorded image;
+    ``resized/shortest_edge``, ``resized/shortest_edge_tf``: the recorded image made smaller, by the official transform of a test;
+    ``canvas``: of masked padding, the whole of what the network sees (with official padding that is the tap ``images#0``).
+    ``resized/shapes`` are the sizes that Detectron2 computes.
 
     Args:
         described: the images in the trace's manifest: ``file``, ``size_px``, ``sha256`` of the resized pixels.
@@ -58,56 +64,83 @@ def judge_preprocessing(
         dtype: what TensorFlow computed in.
     """
     for index, (image, description) in enumerate(zip(case.images, described, strict=True)):
+        yield from _judge_reading(f"{index}", image)
         yield from _judge_photograph(f"{index}", image, description, (folder, PHOTOS))
+        yield from _judge_shrinking(f"{index}", image)
         if results.view is not None:
             actual = np.asarray(results.groups["taps"]["images#0"])[results.view.image]
             expected = canvas(image, results.view.canvas_px, config)
-            yield from _judge_pixels(f"{index}/canvas", actual, expected, compare.tolerance(dtype, 0.0), dtype)
+            yield from _judge_pixels(f"{index}/canvas", partial(np.asarray, actual), expected, compare.tolerance(dtype, 0.0), dtype)
+    yield from _judge_shapes()
+
+
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda image: np.rot90(image, 2),
+    4: np.flipud,
+    5: lambda image: image.swapaxes(0, 1),
+    6: np.rot90,
+    7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
+    8: lambda image: np.rot90(image, -1),
+}
+"""Orientation of EXIF → how an upright image lies in a file that has it."""
+
+
+def _judge_reading(name: str, image: np.ndarray) -> Iterator[Item | Evidence]:
+    import tensorflow as tf
+
+    from tfmaskformer.data import preprocessing
+
+    def by_tensorflow() -> np.ndarray:
+        return preprocessing.decode_image_tf(tf.constant(_png(image)), tf.constant("png")).numpy()
+
+    def upright() -> np.ndarray:
+        return np.concatenate([preprocessing.decode_image(_png(lie(corner), orientation)) for orientation, lie in UPRIGHT.items()])
+
+    corner = image[:PROBE_PX, :PROBE_PX]
+    yield from _judge_pixels(f"{name}/read/png", lambda: preprocessing.decode_image(_png(image)), image)
+    yield from _judge_pixels(f"{name}/read/png_tf", by_tensorflow, image)
+    yield from _judge_pixels(f"{name}/read/upright", upright, np.concatenate([corner] * len(UPRIGHT)))
+
+
+def _png(image: np.ndarray, orientation: int = 1) -> bytes:
+    """A lossless file."""
+    from PIL import Image
+
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(image)).save(file, "PNG", exif=exif.tobytes())
+    return file.getvalue()
 
 
 def _judge_photograph(
     name: str, image: np.ndarray, description: Mapping[str, Any], folders: Sequence[Path]
 ) -> Iterator[Item | Exemption | Evidence]:
-    from parity.check import Exemption, Item
+    from parity.check import Exemption
     from tfmaskformer.data import preprocessing
 
     file = str(description["file"])
-    steps = (f"{name}/decoded", f"{name}/resized")
     found = [path for folder in folders if (path := folder / Path(file).name).is_file()]
-    if not found:
-        for step in steps:
-            yield Exemption("preprocessing", step, f"the photograph '{file}' is not here; only its name and hash are recorded")
-        return
-    data = found[0].read_bytes()
-    decoded, resized = _by_pillow(data, image.shape[:2])
-    if hashlib.sha256(resized.tobytes()).hexdigest() != description["sha256"]:
-        for step in steps:
-            yield Exemption("preprocessing", step, f"of '{file}' Pillow makes other pixels here: another photograph, or another Pillow")
-        return
-    kind = next((kind for start, kind in _KINDS.items() if data.startswith(start)), None)
-    if kind is None:
-        for step in steps:
-            yield Exemption("preprocessing", step, f"'{file}' is neither PNG nor JPEG, which TensorFlow reads")
-        return
-    import tensorflow as tf
+    reason = f"the photograph '{file}' is not here; its name and hash alone are recorded"
+    if found:
+        data = found[0].read_bytes()
+        decoded, resized = _by_pillow(data, image.shape[:2])
+        kind = next((kind for start, kind in _KINDS.items() if data.startswith(start)), None)
+        if kind is None:
+            reason = f"'{file}' is neither PNG nor JPEG, which TensorFlow reads"
+        elif hashlib.sha256(resized.tobytes()).hexdigest() != description["sha256"]:
+            reason = f"of '{file}' Pillow makes other pixels here than were recorded: another photograph, or another Pillow"
+        else:
+            import tensorflow as tf
 
-    try:
-        got = preprocessing.decode_image_tf(tf.constant(data), tf.constant(kind))
-        got_resized = preprocessing.resize_bilinear(got, tf.constant(image.shape[:2])).numpy()
-    except (tf.errors.OpError, ValueError) as error:
-        yield Item("preprocessing", steps[0], False, note=f"TensorFlow cannot read '{file}': {error}")
-        return
-    yield from _judge_pixels(steps[0], got.numpy(), decoded, 0.0, "uint8")
-    yield from _judge_pixels(steps[1], got_resized, image, 0.0, "uint8")
+            def read() -> Any:
+                return preprocessing.decode_image_tf(tf.constant(data), tf.constant(kind))
 
-
-def _judge_pixels(name: str, actual: np.ndarray, expected: np.ndarray, tolerance: float, dtype: str) -> Iterator[Item | Evidence]:
-    from parity.evidence import evidence
-
-    item = _item("preprocessing", name, actual, expected, tolerance, dtype)
-    yield item
-    if not item.passed and actual.shape == expected.shape:
-        yield evidence("preprocessing", name, actual, expected)
+            yield from _judge_pixels(f"{name}/read/photograph", lambda: read().numpy(), decoded)
+            size = tf.constant(image.shape[:2])
+            yield from _judge_pixels(f"{name}/resized/photograph", lambda: preprocessing.resize_bilinear(read(), size).numpy(), image)
+            return
+    yield from (Exemption("preprocessing", f"{name}/{step}/photograph", reason) for step in ("read", "resized"))
 
 
 _KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg"}
@@ -121,6 +154,71 @@ def _by_pillow(data: bytes, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray
     with Image.open(io.BytesIO(data)) as opened:
         image = opened.convert("RGB")
     return np.asarray(image), np.asarray(image.resize((int(size[1]), int(size[0])), Image.Resampling.BILINEAR))
+
+
+def _judge_shrinking(name: str, image: np.ndarray) -> Iterator[Item | Evidence]:
+    import tensorflow as tf
+    from PIL import Image
+
+    from tfmaskformer.data import preprocessing
+
+    corner = image[:PROBE_PX, :PROBE_PX]
+    corner = corner[: max(corner.shape[0] * 2 // 3, 1)]  # wider than high
+    short, long = sorted(corner.shape[:2])
+    sides = range(max(short // 2, 1), short + 1)
+    # A size whose longer side has to be rounded up; where there is none, any.
+    low = next((side for side in sides if (2 * side * long) % (2 * short) > short), sides[0])
+    scaled = (2 * low * long + short) // (2 * short)
+    width_first = (scaled, low) if corner.shape[0] <= corner.shape[1] else (low, scaled)
+    expected = np.asarray(Image.fromarray(np.ascontiguousarray(corner)).resize(width_first, Image.Resampling.BILINEAR))
+    step, high = f"{name}/resized/shortest_edge", 10**6
+    yield from _judge_pixels(step, lambda: preprocessing.resize_shortest_edge(corner, low, high), expected)
+    yield from _judge_pixels(f"{step}_tf", lambda: preprocessing.resize_shortest_edge_tf(tf.constant(corner), low, high).numpy(), expected)
+
+
+PROBE_PX = 160
+"""Height and width of the part of an image that probes take, at most."""
+
+# fmt: off
+SHAPES: tuple[tuple[int, int, int, int, int, int], ...] = (
+    (427, 640, 800, 1333, 800, 1199), (640, 427, 800, 1333, 1199, 800), (333, 500, 800, 1333, 800, 1201),
+    (500, 375, 800, 1333, 1067, 800), (300, 900, 800, 1333, 444, 1333), (900, 301, 800, 1333, 1333, 446),
+    (1024, 2048, 800, 1333, 667, 1333), (512, 512, 800, 1333, 800, 800), (17, 400, 800, 1333, 57, 1333),
+    (427, 640, 512, 2048, 512, 767), (500, 375, 512, 2048, 683, 512), (17, 400, 512, 2048, 87, 2048),
+    (683, 1024, 640, 2560, 640, 960), (101, 75, 640, 2560, 862, 640),
+)
+# fmt: on
+"""(height, width, MIN_SIZE_TEST, MAX_SIZE_TEST, height, width) of Detectron2's ``ResizeShortestEdge.get_output_shape``, recorded at commit
+02b5c4e295e990042a714712c21dc79b731e8833."""
+
+
+def _judge_shapes() -> Iterator[Item]:
+    from tfmaskformer.data import preprocessing
+
+    given = [shape[:4] for shape in SHAPES]
+    actual = np.array([preprocessing.resized_shape(*sizes) for sizes in given])
+    yield _item("preprocessing", "resized/shapes", actual, np.array([shape[4:] for shape in SHAPES]), 0.0)
+    sizes = np.array(given, np.int32)
+    actual = np.stack([preprocessing.resized_shape_tf(row[:2], row[2], row[3]).numpy() for row in sizes])
+    yield _item("preprocessing", "resized/shapes_tf", actual, np.array([shape[4:] for shape in SHAPES]), 0.0)
+
+
+def _judge_pixels(
+    name: str, compute: Callable[[], np.ndarray], expected: np.ndarray, tolerance: float = 0.0, dtype: str = "uint8"
+) -> Iterator[Item | Evidence]:
+    """What ``compute`` gives, [height, width, 3]; an error of it is a failure too."""
+    from parity.check import Item
+    from parity.evidence import evidence
+
+    try:
+        actual = np.asarray(compute())
+    except Exception as error:  # whatever a broken reader raises
+        yield Item("preprocessing", name, False, note=f"{type(error).__name__}: {error}")
+        return
+    item = _item("preprocessing", name, actual, expected, tolerance, dtype)
+    yield item
+    if not item.passed and actual.shape == expected.shape:
+        yield evidence("preprocessing", name, actual, expected)
 
 
 def canvas(image: np.ndarray, canvas_px: Sequence[int], config: MaskFormerConfig) -> np.ndarray:
@@ -157,6 +255,10 @@ class Truth:
         return [{"id": index, "category_id": label, "iscrowd": int(index in self.crowds)} for index, label in self.classes.items()]
 
 
+Pair = tuple[Truth, np.ndarray, dict[int, int]]
+"""A ground truth, and a result: a map of ids [height, width], and id → class."""
+
+
 def target_truth(target: Mapping[str, np.ndarray]) -> Truth:
     """Of a trace's target: later objects lie over earlier ones; what is nobody's is void."""
     ids = np.zeros(target["masks"].shape[1:], np.int32)
@@ -183,12 +285,37 @@ def shifted_truth(ids: np.ndarray, classes: Mapping[int, int]) -> Truth:
     return Truth(ids, present, (max(present),) if len(present) > 1 else ())
 
 
+def probe() -> Pair:
+    """A small pair in which every rule counts: an IoU of exactly ½ is no match, void is not in the union, other classes do not match,
+    crowds are not missed and excuse what lies on them, and half on void is no excuse.
+    """
+    true, found = np.zeros((2, 12, 16), np.int32)
+    true[0:2, 0:6], found[0:2, 0:3] = 1, 1  # class 0: exactly ½
+    true[2:4, 0:6], found[2:4, 0:12] = 2, 2  # class 1: ½ with the void, 1 without it
+    true[4:6, 0:8], found[4:6, 0:8] = 3, 3  # class 2 as 3
+    true[6:8, 0:12], found[6:8, 0:6] = 4, 4  # class 4: a crowd, and what lies on it
+    true[8:10, 0:10], found[8:10, 0:8] = 5, 5  # class 1: 4/5
+    found[10:12, 0:10], true[10:12, 0:5] = 6, 6  # class 5 lies half on void, half on class 0
+    found[10:12, 10:16] = 7  # class 5 on void alone
+    return (
+        Truth(true, {1: 0, 2: 1, 3: 2, 4: 4, 5: 1, 6: 0}, (4,)),
+        found,
+        {1: 0, 2: 1, 3: 3, 4: 4, 5: 1, 6: 5, 7: 5},
+    )
+
+
 def moved(values: np.ndarray, fill: int) -> np.ndarray:
     """``values`` [height, width] moved by :data:`SHIFT_PX`; where nothing comes from, ``fill``."""
     down, right = SHIFT_PX
     result = np.full_like(values, fill)
     result[down:, right:] = values[: values.shape[0] - down, : values.shape[1] - right]
     return result
+
+
+def panoptic_pairs(target: Mapping[str, np.ndarray], ids: np.ndarray, classes: dict[int, int], num_classes: int) -> dict[str, Pair]:
+    """What is counted of an image with an official result: name → ground truth and result. The probe has six classes."""
+    pairs: dict[str, Pair] = {"targets": (target_truth(target), ids, classes), "shifted": (shifted_truth(ids, classes), ids, classes)}
+    return pairs | ({"probe": probe()} if num_classes >= 6 else {})
 
 
 def panoptic_counts(truth: Truth, ids: np.ndarray, classes: Mapping[int, int], num_classes: int) -> np.ndarray:
@@ -244,7 +371,7 @@ def semantic_quality(counts: np.ndarray) -> np.ndarray:
 
 def judge_metrics(case: Case, results: CaseResults, config: MaskFormerConfig, items: Sequence[Item]) -> Iterator[Item | Exemption]:
     """Group "metrics" of a case: below ``{i}/panoptic/`` and ``{i}/semantic/`` our counts of the official result against the ``targets``
-    and against itself ``shifted``, the ``quality`` of both together, and the counts of TensorFlow's ``own`` result against those.
+    and against itself ``shifted``, those of the ``probe``, the ``quality`` of all together, and the counts of TensorFlow's ``own`` result.
 
     Args:
         results: of the case.
@@ -268,33 +395,35 @@ def _judge_panoptic(
     from tfmaskformer.evaluation.panoptic import PanopticQuality
 
     ids, classes = panoptic_result(case.reference.read, image)
-    truths = {"targets": target_truth(target), "shifted": shifted_truth(ids, classes)}
+    pairs = panoptic_pairs(target, ids, classes, config.num_classes)
 
-    def count(ids: np.ndarray, classes: Mapping[int, int]) -> dict[str, Any]:
-        counted = {name: PanopticQuality(config.num_classes, config.thing_classes) for name in truths}
-        for name, quality in counted.items():
+    def count(*pairs: Pair) -> PanopticQuality:
+        quality = PanopticQuality(config.num_classes, config.thing_classes)
+        for truth, ids, classes in pairs:
             told = [{"id": index, "category_id": label} for index, label in classes.items()]
-            quality.update(truths[name].ids, truths[name].segments_info, ids, told)
-        return counted | {"both": counted["targets"] + counted["shifted"]}
+            quality.update(truth.ids, truth.segments_info, ids, told)
+        return quality
 
-    ours = count(ids, classes)
-    defined = {name: panoptic_counts(truth, ids, classes, config.num_classes) for name, truth in truths.items()}
-    for name in truths:
-        yield _against(case, f"{image}/panoptic/{name}", _table(ours[name]), defined[name])
+    defined = {name: panoptic_counts(*pair, config.num_classes) for name, pair in pairs.items()}
+    for name, pair in pairs.items():
+        yield _against(case, f"{image}/panoptic/{name}", _table(count(pair)), defined[name])
     is_thing = np.isin(np.arange(config.num_classes), list(config.thing_classes))
-    quality = np.array([group[:3] for group in ours["both"].result().values()])
-    yield _against(case, f"{image}/panoptic/quality", quality, panoptic_quality(defined["targets"] + defined["shifted"], is_thing))
+    quality = np.array([group[:3] for group in count(*pairs.values()).result().values()])
+    yield _against(case, f"{image}/panoptic/quality", quality, panoptic_quality(sum(defined.values(), np.zeros(1)), is_thing))
 
     name, result = f"{image}/panoptic/own", inference[f"{image}/panoptic_seg"]
     own_ids, own_classes = panoptic_result(lambda group, name: results.groups[group][name], image)
     try:
-        actual = _table(count(own_ids, own_classes)["both"])
+        actual, expected = (
+            _table(count(*((pairs[against][0], *result) for against in ("targets", "shifted"))))
+            for result in ((own_ids, own_classes), (ids, classes))
+        )
     except ValueError as error:  # another size, or segments that do not fit the map
         yield _failed(name, str(error))
         return
-    expected, differing = _table(ours["both"]), int(np.count_nonzero(own_ids != ids))
+    differing = int(np.count_nonzero(own_ids != ids))
     # With each ground truth, a pixel that goes to another segment moves the IoU of two segments by no more than 1 / area.
-    areas = [int(np.count_nonzero(truth.ids == index)) for truth in truths.values() for index in truth.classes]
+    areas = [int(np.count_nonzero(truth.ids == index)) for truth, _, _ in pairs.values() for index in truth.classes]
     allowed = 4 * differing / min(areas, default=1) / max(float(np.linalg.norm(expected)), 1.0)
     item = _item("metrics", name, actual, expected, max(allowed, compare.FLOAT64_TOLERANCE))
     if differing:

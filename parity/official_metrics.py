@@ -81,19 +81,18 @@ def _panoptic(
 
     classes = {int(segment["id"]): int(segment["category_id"]) for segment in segments}
     categories = {index: {"id": index, "isthing": int(index in things)} for index in range(num_classes)}
-    truths = {"targets": ends.target_truth(target), "shifted": ends.shifted_truth(ids, classes)}
     total = PQStat()
     with tempfile.TemporaryDirectory() as scratch:
-        Image.fromarray(id2rgb(ids)).save(Path(scratch, FILE))
-        for name, truth in truths.items():
-            folder = Path(scratch, name)
-            folder.mkdir()
-            Image.fromarray(id2rgb(truth.ids)).save(folder / FILE)
-            given = [{"id": index, "category_id": label} for index, label in classes.items()]
+        for name, (truth, found, labels) in ends.panoptic_pairs(target, ids, classes, num_classes).items():
+            folders = [Path(scratch, name, side) for side in ("truth", "result")]
+            for folder, values in zip(folders, (truth.ids, found), strict=True):
+                folder.mkdir(parents=True)
+                Image.fromarray(id2rgb(values)).save(folder / FILE)
+            given = [{"id": index, "category_id": label} for index, label in labels.items()]
             wanted = [{**info, "area": int((truth.ids == info["id"]).sum())} for info in truth.segments_info]
             pair = tuple({"image_id": 0, "file_name": FILE, "segments_info": info} for info in (wanted, given))
             with contextlib.redirect_stdout(io.StringIO()):
-                stat = pq_compute_single_core(0, [pair], str(folder), scratch, categories)
+                stat = pq_compute_single_core(0, [pair], *map(str, folders), categories)
             total += stat
             of_class = [stat[index] for index in range(num_classes)]
             yield f"panoptic/{name}", np.array([[each.iou, each.tp, each.fp, each.fn] for each in of_class], np.float64)
