@@ -33,7 +33,7 @@ def as_dict(check: Check) -> dict[str, Any]:
     unseen = tuple(dataclasses.replace(case, evidence=(), overlays=()) for case in check.cases)
     values = dataclasses.asdict(dataclasses.replace(check, cases=unseen))
     for case_values in values["cases"]:
-        del case_values["evidence"], case_values["overlays"]
+        del case_values["evidence"], case_values["overlays"], case_values["plan"]
     for case, case_values in zip(check.cases, values["cases"], strict=True):
         for item, item_values in zip(case.items, case_values["items"], strict=True):
             item_values["ratio"] = item.ratio
@@ -47,6 +47,9 @@ def as_dict(check: Check) -> dict[str, Any]:
         "passed": check.passed,
         "median_ratio": check.median_ratio,
         "verdict": verdict(check),
+        "verdict_kind": check.verdict_kind,
+        "verdict_reason": check.verdict_reason,
+        "stages": [dataclasses.asdict(stage) for stage in check.stages],
         "first_failure": first and {"case": first[0].case, "dtype": first[0].dtype, "group": first[1].group, "name": first[1].name},
     }
     return _plain(head | values)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from parity import check, compare, prove, tap_rules
-from parity.check import CheckError, Settings, _judge, _loss_floors
+from parity.check import COMPUTED, CheckError, Settings, judge_case
+from parity.judge import CaseRun, loss_floors_of, variables_of
 from parity.tap_rules import TAPS, Layout, TapRuleError, View, layout_of, official_layout
 from parity.tensorflow_run import CaseResults
 from parity.trace import Case, Trace, TraceFileWriter, write_manifest
@@ -79,14 +80,20 @@ def tensorflow(tensors, dtype="float64"):
     )
 
 
+def judged(case, results, dtype="float64", floors=None):
+    """All stages of it."""
+    run = CaseRun(case, results, dtype, floors or loss_floors_of([case]), config=CONFIG)
+    return judge_case(run, COMPUTED, all_stages=True)[0]
+
+
 def failed(case, results, dtype="float64"):
-    items, _ = _judge(case, results, CONFIG, dtype, _loss_floors([case]))
-    return {(item.group, item.name): item for item in items if not item.passed}
+    return {(item.group, item.name): item for item in judged(case, results, dtype).failures}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_equal_sides_match_and_everything_is_accounted_for(case, tensors, dtype):
-    items, exempted = _judge(case, tensorflow(tensors, dtype), CONFIG, dtype, _loss_floors([case]))
+    found = judged(case, tensorflow(tensors, dtype), dtype)
+    items, exempted = found.items, found.exempted
     assert [(item.group, item.name) for item in items if not item.passed] == []
     assert {(item.group, item.name) for item in items} == {*tensors, ("taps", f"{NORM}#2")}
     assert [(exemption.group, exemption.name) for exemption in exempted] == [("taps", f"{NORM}#2")]
@@ -120,9 +127,9 @@ def test_only_an_exact_name_with_a_reason_exempts(case, tensors, monkeypatch):
     monkeypatch.setitem(tap_rules.EXEMPT, ("taps", "backbone.res9"), "a prefix is not enough")
     assert failed(case, results)
     monkeypatch.setitem(tap_rules.EXEMPT, ("taps", "backbone.res9#0"), "a test")
-    items, exempted = _judge(case, results, CONFIG, "float64", _loss_floors([case]))
-    assert all(item.passed for item in items)
-    assert [exemption.reason for exemption in exempted if exemption.name == "backbone.res9#0"] == ["a test"]
+    found = judged(case, results)
+    assert found.passed
+    assert [exemption.reason for exemption in found.exempted if exemption.name == "backbone.res9#0"] == ["a test"]
 
 
 def test_a_wrong_layout_is_a_mismatch_and_never_permuted_to_fit(case, tensors):
@@ -151,8 +158,8 @@ def test_float32_is_judged_by_the_floor(case, tensors):
     for factor, passes in ((1.0, True), (1.5, True), (2.1, False)):
         noise = random.standard_normal(tensors[key].shape)
         noise *= factor * 1e-6 * np.linalg.norm(tensors[key]) / np.linalg.norm(noise)
-        items, _ = _judge(case, tensorflow({**tensors, key: tensors[key] + noise}, "float32"), CONFIG, "float32", _loss_floors([case]))
-        item = next(item for item in items if item.name == key[1])
+        found = judged(case, tensorflow({**tensors, key: tensors[key] + noise}, "float32"), "float32")
+        item = next(item for item in found.items if item.name == key[1])
         assert item.tolerance == pytest.approx(1.8e-6)
         assert item.error == pytest.approx(factor * 1e-6, rel=0.15)
         assert item.passed == passes
@@ -165,8 +172,7 @@ def test_a_float32_loss_is_held_to_what_it_adds_and_to_the_floor_of_its_term(cas
         results = tensorflow({**tensors, key: exact * (1 + added)}, "float32")
         results.exact["losses"]["loss_ce_0"] = exact
         floors = {("float32", "loss_ce"): 1e-6, ("float32", "total"): 1e-6}
-        items, _ = _judge(case, results, CONFIG, "float32", floors)
-        item = next(item for item in items if item.name == "loss_ce_0")
+        item = next(item for item in judged(case, results, "float32", floors).items if item.name == "loss_ce_0")
         assert item.passed == passes, (inherited, added, item)
         assert item.local == pytest.approx(added, abs=1e-7)
     assert item.note.startswith("it adds 4.")
@@ -178,29 +184,30 @@ def test_a_panoptic_result_at_a_threshold_is_a_near_tie_only_if_a_moved_threshol
     other = {"0/panoptic_seg": np.roll(official["0/panoptic_seg"], 3, axis=0), "0/segments": official["0/segments"][:1]}
     moves = []
 
-    def judged(dtype, below):
+    def results_of(dtype, below):
         def panoptic(score, overlap):
             moves.append((score, overlap))
             return official if score < 0 and below else other
 
         results = tensorflow(tensors | {("inference", name): array for name, array in other.items()}, dtype)
-        items, _ = _judge(case, dataclasses.replace(results, panoptic=panoptic), CONFIG, dtype, _loss_floors([case]))
-        return {item.name: item for item in items if item.name in official}
+        found = judged(case, dataclasses.replace(results, panoptic=panoptic), dtype)
+        return {item.name: item for item in found.items if item.name in official}
 
-    for item in judged("float32", below=True).values():
+    for item in results_of("float32", below=True).values():
         assert item.passed
         assert item.note.startswith("near-tie: the official result with the score threshold moved by -")
     logits = tensors["outputs", "pred_logits"]
     noise = (1.5 * 1e-6 + 3e-7) * np.linalg.norm(logits) / np.sqrt(logits.size)
     assert sorted({abs(score) for score, _ in moves}) == pytest.approx([0.0, noise])
-    assert not any(item.passed for item in judged("float32", below=False).values())
+    assert not any(item.passed for item in results_of("float32", below=False).values())
     assert {overlap for _, overlap in moves} == {0.0, -1e-3, 1e-3}
-    assert not any(item.passed for item in judged("float64", below=True).values())
+    assert not any(item.passed for item in results_of("float64", below=True).values())
 
 
 def test_the_median_is_judged_in_float32_only(case, tensors):
-    items, exempted = _judge(case, tensorflow(tensors), CONFIG, "float64", _loss_floors([case]))
-    off = [check.dataclasses.replace(item, error=1.2 * item.floor) for item in items]
+    found = judged(case, tensorflow(tensors))
+    items, exempted = found.items, found.exempted
+    off = [dataclasses.replace(item, error=1.2 * item.floor) for item in items]
     for dtype, passes in (("float32", False), ("float64", True)):
         one = check.CaseCheck("mini", dtype, ((20, 30),), None, tuple(off), tuple(exempted))
         good = check.CaseCheck("good", dtype, ((20, 30),), None, tuple(items), tuple(exempted))
@@ -340,11 +347,10 @@ def test_variables_without_a_witness_fail():
     from tfmaskformer.model import MaskFormer
     from tfmaskformer.module import parameter_specs
 
-    model = MaskFormer(CONFIG)
+    specs = parameter_specs(MaskFormer(CONFIG))
     witness = check.Item("taps", "backbone.stem.conv1.norm#0", True, comparison=compare.incomparable("x"))
-    trained = {name: spec.trainable for name, spec in parameter_specs(model).items()}
-    found = {item.name: item.passed for item in check._judge_variables(trained, [witness])}
-    assert found.keys() == parameter_specs(model).keys()
+    found = {item.name: item.passed for item in variables_of({name: spec.trainable for name, spec in specs.items()}, [witness])}
+    assert found.keys() == specs.keys()
     assert sorted(name for name, passed in found.items() if passed) == [
         f"backbone.stem.conv1.norm.{stat}" for stat in ("bias", "running_mean", "running_var", "weight")
     ]
