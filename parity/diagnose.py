@@ -2,8 +2,9 @@
 
 A module is judged from both sides. Its formula (:mod:`parity.formulas`) with the official choices must give what PyTorch recorded, and with
 the wrong one what TensorFlow computed; or a change of TensorFlow's own variables and attributes (:mod:`parity.hypotheses`) must bring the
-residual down to the floor. Which of the two is tried is not guessed either: a module that gives what its formula says, with the weights that it
-has, is coded right, so its weights are wrong or its inputs; the first caller whose formula gives the official result is where the code is wrong.
+residual down to the floor. Which of the two is tried is not guessed either: a module that gives what its formula says, with the weights
+that it has, is coded right, so its weights are wrong or its inputs; the first caller whose formula gives the official result is where the
+code is wrong.
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ class Level:
         floor: see :data:`FLOOR`.
 
     Attributes:
+        called: names of modules that have a tap.
         modules: what is judged here: the called module, and those on the way to the tap that have no call of their own in the replay.
         failing: taps of the call that differ, ``tap`` first.
         follows: whether TensorFlow computes what the formula says; None: there is no formula.
@@ -150,7 +152,8 @@ class Level:
         self.name = call.module.official_name
         self.modules = [call.module, *_on_the_way(call.module, tap, inner)]
         self.tensors = call.tensors()
-        self.failing = [name for name in self.tensors if self.off_record(name, self.tensors[name][0]) > _floor_of(name)]
+        self.called = {name.partition("#")[0] for name in self.tensors}
+        self.failing = [name for name in self.tensors if self.off_record(name, self.tensors[name][0]) > floor_of(name)]
         self.failing.sort(key=lambda name: name != tap)
         self.follows = self.official = None
         with contextlib.suppress(UnsupportedError):
@@ -165,16 +168,16 @@ class Level:
 
     def off_actual(self, tap: str, value: np.ndarray | None) -> float:
         """Relative error of ``value`` (TensorFlow's layout) against what TensorFlow computed."""
-        return _error(value, self.tensors[tap][0], self.tensors[tap][0])
+        return relative(value, self.tensors[tap][0])
 
     def off_record(self, tap: str, value: np.ndarray | None) -> float:
         """Relative error of ``value`` (TensorFlow's layout) against what PyTorch recorded."""
         own, forced = self.tensors[tap]
         if value is None or forced is not own:
-            return _error(value, forced, own)
+            return relative(value, forced, own)
         expected = self.call.expected[tap]
         try:
-            return _error(official_layout(value, layout_of("taps", tap)), expected, expected)
+            return relative(official_layout(value, layout_of("taps", tap)), expected)
         except (TapRuleError, ValueError):
             return math.inf
 
@@ -189,9 +192,9 @@ class Level:
     def of_code(self) -> Iterator[Hypothesis]:
         """The formula with something wrong in it, against what TensorFlow computed."""
         right = self.formula(self.failing)
-        wanted = [tap for tap in self.failing if self.off_record(tap, right.get(tap)) <= _floor_of(tap)]
+        wanted = [tap for tap in self.failing if self.off_record(tap, right.get(tap)) <= floor_of(tap)]
         for where, kind, choice, value in self._choices():
-            said = f"{choice.words} {_told(value)} instead of {_told(choice.values[0])}"
+            said = f"{choice.words} {told(value)} instead of {told(choice.values[0])}"
             yield Hypothesis(
                 choice.cause,
                 where,
@@ -205,12 +208,12 @@ class Level:
     def of_settings(self) -> Iterator[Hypothesis]:
         """The formula with another number than the module has, against what PyTorch recorded."""
         ours = self.formula(self.failing) if self.follows else {}
-        wanted = [tap for tap in self.failing if self.off_actual(tap, ours.get(tap)) <= _floor_of(tap)]
+        wanted = [tap for tap in self.failing if self.off_actual(tap, ours.get(tap)) <= floor_of(tap)]
         for where, kind, choice, value in self._choices(every=True) if wanted else ():
             yield Hypothesis(
                 choice.cause,
                 where,
-                f"PyTorch computed with {choice.words} {_told(value)}",
+                f"PyTorch computed with {choice.words} {told(value)}",
                 f"that in the formula of {kind}",
                 lambda c=choice, v=value, w=where: self._worst(
                     wanted, self.formula(wanted, self._owner(w, c), {c.keyword: v}), self.off_record
@@ -242,7 +245,7 @@ class Level:
 
         def confirm() -> float:
             found = self.call.tensors()
-            return max(_error(found[tap][0], expected[tap], expected[tap]) for tap in self.failing)
+            return max(relative(found[tap][0], expected[tap]) for tap in self.failing)
 
         fast = self.follows and self._worst(self.failing, self.formula(self.failing), self.off_actual) <= self.floor
         run = functools.partial(self.formula, self.failing) if fast else rerun
@@ -262,18 +265,22 @@ def _on_the_way(module: Any, tap: str, inner: set[str]) -> Iterator[Any]:
         yield module
 
 
-def _floor_of(tap: str) -> float:
+def floor_of(tap: str) -> float:
+    """What may be left of the error of a tap."""
     return POSITION_FLOOR if tap.partition("#")[0].endswith(POSITION_EMBEDDING) else FLOOR
 
 
-def _error(value: np.ndarray | None, expected: np.ndarray, other: np.ndarray) -> float:
-    """Relative to the larger of two: of a tensor that should be zero, it is not infinite."""
+def relative(value: np.ndarray | None, expected: np.ndarray, other: np.ndarray | None = None) -> float:
+    """Relative L2 error; of whole numbers, the share that differs. inf: another shape, or not finite.
+
+    ``other``: relative to the larger of it and ``expected``, so that of a tensor that should be zero the error is not infinite.
+    """
     if value is None or value.shape != expected.shape or not np.isfinite(value).all():
         return math.inf
-    scale = (
-        max(float(np.linalg.norm(expected)), float(np.linalg.norm(other))) if np.isfinite(other).all() else float(np.linalg.norm(expected))
-    )
+    if expected.dtype.kind in "iub":
+        return float(np.mean(value != expected)) if expected.size else 0.0
     difference = float(np.linalg.norm(value - expected))
+    scale = max((float(np.linalg.norm(each)) for each in (expected, other) if each is not None and np.isfinite(each).all()), default=0.0)
     return difference / scale if scale else difference
 
 
@@ -285,7 +292,8 @@ def _numpy(arguments: Any) -> Any:
     return arguments.numpy() if hasattr(arguments, "numpy") else arguments
 
 
-def _told(value: Any) -> str:
+def told(value: Any) -> str:
+    """A value of a choice, for a sentence."""
     return f"{value:g}" if isinstance(value, float) else f"'{value}'" if isinstance(value, str) else str(value)
 
 
@@ -300,7 +308,7 @@ class TapSite:
 
     def __init__(self, call: Call, root: Any = None, case: Case | None = None):
         self.tap, self._root, self._case = call.tap, root, case
-        self.floor = _floor_of(self.tap)
+        self.floor = floor_of(self.tap)
         chain: list[Call] = [call]
         while chain[-1].caller is not None:
             chain.append(chain[-1].caller)
@@ -333,7 +341,7 @@ class TapSite:
                 yield self._of_attributes(level)
                 for module in level.modules:
                     if len(level.failing) <= MOST_TAPS:
-                        yield hypotheses.of_variables(module, level.trial(), siblings)
+                        yield hypotheses.of_variables(module, level.trial(), siblings, level.called)
                 yield level.of_settings()
         yield hypotheses.of_outputs(self.where, own, forced)
 
@@ -375,7 +383,7 @@ class TapSite:
         where, words = self.where, f"{np.count_nonzero(~np.isfinite(own))} elements of {self.tap} are not finite"
         for level in self.levels:
             for module in level.modules:
-                for name, variable in hypotheses.own_variables(module).items():
+                for name, variable in hypotheses.own_variables(module, level.called).items():
                     if count := np.count_nonzero(~np.isfinite(variable.numpy())):
                         where, words = name.rpartition(".")[0], f"{count} elements of {name} are not finite"
         return Finding(where, words, "not finite", f"{where}: {words}", math.inf, math.nan, self.floor)

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -247,26 +247,30 @@ def factor_name(factor: float) -> str:
 # Of a module's variables.
 
 
-def own_variables(module: Module) -> dict[str, Any]:
-    """Official name → variable, of the module and of those inside it that are never called (a packed projection)."""
+def own_variables(module: Module, called: Collection[str]) -> dict[str, Any]:
+    """Official name → variable, of the module and of those inside it that only hold variables (a frozen norm, an output projection).
+
+    ``called``: names of the modules that are called, and so have outputs of their own.
+    """
     from tfmaskformer.module import Module, named_modules
 
     found = {f"{module.official_name}.{name}": getattr(module, name) for name in module._declared}
     for path, child in named_modules(module):
-        if type(child).call is Module.call:
+        if type(child).call is Module.call or child.official_name not in called:
             found |= {f"{module.official_name}.{path}.{name}": getattr(child, name) for name in child._declared}
     return found
 
 
-def of_variables(module: Module, trial: Trial, siblings: Mapping[str, Any]) -> Iterator[Hypothesis]:
+def of_variables(module: Module, trial: Trial, siblings: Mapping[str, Any], called: Collection[str]) -> Iterator[Hypothesis]:
     """What may be wrong with the variables of a module.
 
     Args:
         module: of which it is known that its outputs differ.
         trial: what it gives.
         siblings: official name → other variables, of which one may have been taken by mistake.
+        called: see :func:`own_variables`.
     """
-    variables = own_variables(module)
+    variables = own_variables(module, called)
     heads = getattr(module, "num_heads", None)
 
     def tried(values: Values) -> float:
