@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo parity-check test check zoo bench fuzz
+.PHONY: help demo parity-check test check zoo bench fuzz kills
 
 help:
 	@echo "make demo    convert a checkpoint, check its parity, draw what both frameworks see; in demo/"
@@ -13,6 +13,7 @@ help:
 	@echo "make zoo     prove all 30 official models against the official code's traces, and make the README's table (an hour)"
 	@echo "make bench   measure speed and memory; writes docs/benchmarks.md"
 	@echo "make fuzz    read 10 000 damaged files of every kind of checkpoint (some minutes)"
+	@echo "make kills   kill evaluations and TFRecord builds at 50 random moments each (some minutes)"
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m parity.demo demo
@@ -41,6 +42,9 @@ bench: $(VENV)/test.stamp
 
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python -m tests.converters.fuzz
+
+kills: $(VENV)/test.stamp
+	TFMASKFORMER_KILLS=50 $(BIN)/python -m pytest -k "killed_builds or killed_at_random_moments" tests/tfmaskformer/test_data_tfrecords.py tests/tfmaskformer/test_evaluate.py
 
 $(VENV)/demo.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

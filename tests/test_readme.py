@@ -18,8 +18,8 @@ def blocks(language: str) -> list[str]:
 
 
 def test_example_runs(tmp_path):
-    for folder in ("parity/traces", "checkpoints/photos"):
-        (tmp_path / folder).parent.mkdir(parents=True)
+    for folder in ("parity/traces", "checkpoints/photos", "checkpoints/small"):
+        (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / folder).symlink_to(ROOT / folder)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     commands = "".join(block for block in blocks("bash") if "convert --src" in block)
@@ -27,7 +27,7 @@ def test_example_runs(tmp_path):
     for command in (["bash", "-ec", commands], [sys.executable, "-c", code + "\nassert len(segments_info) >= 3"]):
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
-    assert {path.name for path in tmp_path.iterdir()} >= {"model_final.pkl", "tf_ckpt", "report", "back.pth"}
+    assert {path.name for path in tmp_path.iterdir()} >= {"model_final.pkl", "tf_ckpt", "report", "back.pth", "result.json"}
 
 
 def test_other_commands_are_make_verbs_or_the_install():

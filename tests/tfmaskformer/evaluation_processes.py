@@ -3,7 +3,7 @@
 ``python evaluation_processes.py replicas CKPT DATA`` evaluates with 1, 2 and 4 logical devices of the CPU, and with 2 compiled; the others
 are plain graphs, since compiling takes seconds. ``… workers CKPT DATA`` evaluates in two processes together, with 1 and with 2 devices
 each, and ``… alone CKPT DATA`` in one. ``… kills CKPT DATA`` kills one evaluation with SIGKILL again and again, each time at another place
-of the program, and goes on with what it saved; ``… moments CKPT DATA KILLS`` does so at random moments, and begins anew when it is
+of the program, and goes on with what it saved; ``… moments CKPT DATA KILLS [SEED]`` does so at random moments, and begins anew when it is
 complete. All print a JSON object: the counts of each run by its name, and, of kills, what each of them left: how many images its state
 has, or -1 if it cannot be read.
 """
@@ -20,13 +20,14 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 
 DIED = -signal.SIGKILL
 WORKERS = 2
 
 
-def main(what: str, ckpt: str, data: str, kills: str = "0") -> None:
+def main(what: str, ckpt: str, data: str, kills: str = "0", seed: str = "0") -> None:
     import tensorflow as tf
 
     from tfmaskformer.checkpoint import read_config
@@ -53,7 +54,7 @@ def main(what: str, ckpt: str, data: str, kills: str = "0") -> None:
             return child
         code = 1
         try:
-            os.environ["TF_CONFIG"] = cluster
+            os.environ |= {"TF_CONFIG": cluster} if cluster else {}
             if not compiled:
                 function = tf.function
                 tf.function = lambda *functions, **options: function(*functions, **(options | {"jit_compile": None}))
@@ -67,6 +68,8 @@ def main(what: str, ckpt: str, data: str, kills: str = "0") -> None:
             (scratch / f"{name}.new").write_text(json.dumps(evaluation.total().to_dict()))
             os.replace(scratch / f"{name}.new", scratch / name)
             code = 0
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(code)
 
@@ -154,7 +157,7 @@ def main(what: str, ckpt: str, data: str, kills: str = "0") -> None:
         codes = [evaluated("whole")]
         duration_s = time.monotonic() - start_s
         # Imports are behind us; half of the time goes into the model and its graph.
-        moments = random.Random(0)
+        moments = random.Random(int(seed))
         names, left, before = ["whole"], [], 0
         while len(left) < int(kills):
             (scratch / "killed").unlink(missing_ok=True)

@@ -469,17 +469,18 @@ def test_bad_data_is_told_by_file_and_counted(tiny_panoptic, tmp_path, capsys, u
         assert packed[key] == report[key], key
 
 
-def test_in_a_bucket(tiny, sound, tmp_path, uncompiled):
+def test_in_a_bucket(tiny, tmp_path, uncompiled):
     """TensorFlow's file system in memory: checkpoint, data, results and what is saved."""
     for file in Path(tiny).iterdir():
         tf.io.gfile.makedirs("ram://eval/ckpt")
         with tf.io.gfile.GFile(f"ram://eval/ckpt/{file.name}", "wb") as copy:
             content = file.read_bytes()
             copy.write(content.replace(tiny.encode(), b"ram://eval/ckpt") if file.name == "checkpoint" else content)
-    generated.write("cityscapes", "ram://eval/data", "val", 3)
-    options = ["--limit", "3", "--dataset", "cityscapes", "--canvas", "100", "100"]
+    for folder in ("ram://eval/data", tmp_path / "data"):
+        generated.write("cityscapes", folder, "val", 3)
+    options = ["--canvas", "100", "100"]
     folders = [f"--{name}={{0}}/{name}" for name in ("results", "resume")]
-    local = evaluate("--ckpt", tiny, "--data", sound, *options, *(folder.format(tmp_path) for folder in folders))
+    local = evaluate("--ckpt", tiny, "--data", str(tmp_path / "data"), *options, *(folder.format(tmp_path) for folder in folders))
     remote = ["--ckpt", "ram://eval/ckpt", "--data", "ram://eval/data", *options, *(folder.format("ram://eval") for folder in folders)]
     report = evaluate(*remote)
     assert (report["metrics"], report["counts"]) == (local["metrics"], local["counts"])
@@ -558,6 +559,13 @@ def test_usage(arguments):
 def test_no_gpu(tiny, cityscapes, capsys):
     assert cli.main(["--ckpt", tiny, "--data", cityscapes, "--gpu"]) == cli.COULD_NOT_RUN
     assert "TensorFlow sees no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["", "[]", "{", '{"cluster": 3}'])
+def test_a_broken_cluster(tiny, cityscapes, monkeypatch, capsys, value):
+    monkeypatch.setenv("TF_CONFIG", value)
+    assert cli.main(["--ckpt", tiny, "--data", cityscapes, "--cpu"]) == cli.COULD_NOT_RUN
+    assert "TF_CONFIG is not what TensorFlow reads" in capsys.readouterr().err
 
 
 def test_help_needs_no_tensorflow():

@@ -26,6 +26,12 @@ def strategy_for(device: str | None = None, *, tpu: str = "", replicas: int = 1)
         DeviceError: not there.
     """
     try:
+        workers = json.loads(os.environ.get("TF_CONFIG", "{}")).get("cluster", {}).get("worker", [])
+    except (ValueError, AttributeError) as error:
+        raise DeviceError(
+            f"the environment's TF_CONFIG is not what TensorFlow reads: {error}\n  unset it, or see docs/evaluate.md"
+        ) from error
+    try:
         # TensorFlow would let a GPU multiply float32 with 10 bits of mantissa, and tell XLA that a TPU may take bfloat16, with 7.
         tf.config.experimental.enable_tensor_float_32_execution(False)
         if device == "tpu":
@@ -41,7 +47,7 @@ def strategy_for(device: str | None = None, *, tpu: str = "", replicas: int = 1)
         if replicas > 1:
             [cpu] = tf.config.get_visible_devices("CPU")
             tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
-        if len(json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {}).get("worker", [])) > 1:
+        if len(workers) > 1:
             return tf.distribute.MultiWorkerMirroredStrategy()
         if len(gpus) > 1:
             return tf.distribute.MirroredStrategy()
