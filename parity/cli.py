@@ -28,20 +28,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 0 match, 1 mismatch, 2 usage or bad input, 3 could not run.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"record": _record, "record-steps": _record_steps, "steps": _steps, "compare": _compare}
+    commands = {"record": _record, "record-steps": _record_steps, "steps": _steps, "inputs": _inputs, "compare": _compare}
     return commands[arguments[0]](arguments[1:]) if arguments[:1] and arguments[0] in commands else _check(arguments)
 
 
 def _record(argv: Sequence[str]) -> int:
+    if any(argument.startswith("--framework") for argument in argv):
+        return _record_tensorflow(argv)
     from parity import record
 
     parser = argparse.ArgumentParser(
         prog="parity-check record",
         description="Runs the official PyTorch code on a checkpoint and photographs, and writes a trace of all that it computes.",
-        epilog="exit codes: 0 recorded, 2 usage or bad input, 3 could not run",
+        epilog="'parity-check record --framework tensorflow --help' tells how TensorFlow is recorded. "
+        "exit codes: 0 recorded, 2 usage or bad input, 3 could not run",
     )
     record.add_arguments(parser)
     return record.run(parser.parse_args(argv))
+
+
+def _record_tensorflow(argv: Sequence[str]) -> int:
+    from parity import tensorflow_record
+
+    parser = argparse.ArgumentParser(
+        prog="parity-check record",
+        description="Runs the TensorFlow model on the inputs of a trace, and writes a trace of all that it computes, which "
+        "'parity-check --actual' compares anywhere.",
+        epilog="exit codes: 0 recorded, 2 usage or bad input, 3 could not run",
+    )
+    tensorflow_record.add_arguments(parser)
+    return tensorflow_record.run_command(parser.parse_args(argv))
+
+
+def _inputs(argv: Sequence[str]) -> int:
+    from parity import tensorflow_record
+    from parity.trace import TraceError
+
+    parser = argparse.ArgumentParser(
+        prog="parity-check inputs",
+        description="Copies of a trace what 'parity-check record --framework tensorflow' needs where it runs: the inputs, not the results.",
+        epilog="exit codes: 0 copied, 2 usage or bad input",
+    )
+    parser.add_argument("trace", metavar="DIR", help="a trace of the official code")
+    parser.add_argument("copy", metavar="COPY", help="a new folder")
+    arguments = parser.parse_args(argv)
+    try:
+        tensorflow_record.copy_inputs(arguments.trace, arguments.copy)
+    except (OSError, TraceError) as error:
+        return _failed(str(error), BAD_INPUT)
+    print(arguments.copy)
+    return MATCH
 
 
 def _record_steps(argv: Sequence[str]) -> int:
@@ -106,6 +142,12 @@ def _compare(argv: Sequence[str]) -> int:
 def _check(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if (arguments.ckpt is None) == (arguments.actual is None):
+        parser.error("give either --ckpt, a checkpoint to run, or --actual, a trace that TensorFlow recorded")
+    if arguments.actual is None and arguments.baseline:
+        parser.error("--baseline is for --actual: a checkpoint that is run here is held to the floors of the trace")
+    if arguments.actual is not None and (option := _needs_run(parser, arguments)):
+        parser.error(f"{option} is for --ckpt: a trace has been recorded already")
     if arguments.reference != "official" and (arguments.src or arguments.config or arguments.image):
         parser.error("--src, --config and --image are for --reference official; a trace says what it was recorded from")
     if arguments.reference == "official" and not arguments.src:
@@ -126,17 +168,36 @@ def _check(argv: Sequence[str]) -> int:
         return _failed(str(error), BAD_INPUT)
 
 
+def _needs_run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str | None:
+    """An option that was given and says how to run the model."""
+    given = (name for name in ("dtype", "mode", "padding", "pad_to", "port") if getattr(arguments, name) != parser.get_default(name))
+    found = "reference official" if arguments.reference == "official" else next(given, None)
+    return found and f"--{found.replace('_', '-')}"
+
+
 def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     try:
         from converters.errors import ConversionError
-        from parity import check, report
+        from parity import check, recorded, report
         from parity.trace import TraceError
-        from tfmaskformer.checkpoint import CheckpointError
+
+        unusable: tuple[type[Exception], ...] = (check.CheckError, ConversionError, TraceError)
+        if arguments.actual is None:  # two traces are compared without TensorFlow
+            from tfmaskformer.checkpoint import CheckpointError
+
+            unusable += (CheckpointError,)
     except ImportError as error:
         return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
+
+    def progress(step: str) -> None:
+        print(f"{step} …", file=sys.stderr, flush=True)
+
     try:
-        result: Check = check.check(settings, lambda step: print(f"{step} …", file=sys.stderr, flush=True))
-    except (check.CheckError, ConversionError, TraceError, CheckpointError) as error:
+        if arguments.actual is None:
+            result: Check = check.check(settings, progress)
+        else:
+            result = recorded.check_recorded(arguments.actual, arguments.reference, arguments.baseline, settings, progress)
+    except unusable as error:
         return _failed(str(error), BAD_INPUT)
     except check.EnvironmentBrokenError as error:
         return _failed(str(error), COULD_NOT_RUN)
@@ -166,7 +227,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="'parity-check record --help' tells how traces are made, 'parity-check compare --help' how two reports are compared. "
         "exit codes: 0 match, 1 mismatch, 2 usage or bad input, 3 could not run",
     )
-    parser.add_argument("--ckpt", required=True, metavar="DIR", help="the checkpoint, written by convert")
+    parser.add_argument("--ckpt", metavar="DIR", help="the checkpoint, written by convert")
+    parser.add_argument(
+        "--actual", metavar="DIR", help="in place of --ckpt: a trace that TensorFlow recorded, maybe elsewhere ('parity-check record')"
+    )
+    parser.add_argument(
+        "--baseline", metavar="DIR", help="with --actual: a trace of the same precision that TensorFlow recorded on a CPU, as the floor"
+    )
     parser.add_argument("--reference", required=True, metavar="DIR", help="a trace, or 'official' to record one now")
     parser.add_argument("--port", metavar="FILE.py", help="another model, which this Python file describes (it is run)")
     parser.add_argument(
@@ -178,6 +245,9 @@ def _parser() -> argparse.ArgumentParser:
         "--padding", choices=("official", "masked"), default="official", help="masked: all cases of one image in one padded batch"
     )
     parser.add_argument("--pad-to", type=int, nargs=2, metavar=("H", "W"), help="canvas of masked padding, px (default: a little larger)")
+    parser.add_argument(
+        "--all-stages", action="store_true", help="judge what comes behind the first broken stage too (default: stop there)"
+    )
     parser.add_argument("--report", metavar="DIR", help="write report.html, .txt and .json, junit.xml and error_along_depth.png into DIR")
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON to FILE, or to stdout only (-)")
     official = parser.add_argument_group("with --reference official (needs PyTorch)")
@@ -195,13 +265,14 @@ def _settings(arguments: argparse.Namespace, scratch: str) -> Settings:
     from parity.check import Settings
 
     return Settings(
-        checkpoint=arguments.ckpt,
+        checkpoint=arguments.ckpt or arguments.actual,
         reference=scratch if arguments.reference == "official" else arguments.reference,
         dtypes=("float32", "float64") if arguments.dtype == "both" else (arguments.dtype,),
         cases=tuple(arguments.case),
         mode=arguments.mode,
         padding=arguments.padding,
         pad_to=tuple(arguments.pad_to) if arguments.pad_to else None,
+        all_stages=arguments.all_stages,
         port=arguments.port,
     )
 

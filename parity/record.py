@@ -443,7 +443,7 @@ class Bits:
             RecordError: any bit of it is another.
         """
         if self._digests[group, name] != self._digest(array):
-            what = f"without hooks, {group} '{name}' has other bits"
+            what = f"without taps, {group} '{name}' has other bits"
             raise RecordError(f"{self._where}: {what}; the recording would not show what the model computes")
 
     @staticmethod

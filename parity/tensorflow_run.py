@@ -92,6 +92,7 @@ def run(
     gradients: str = "parameters",
     memory_budget: int | None = None,
     substitute: Substitute | None = None,
+    tapped: bool = True,
 ) -> list[CaseResults]:
     """Runs the model with taps; one result for each case.
 
@@ -106,6 +107,7 @@ def run(
             TensorFlow runs eagerly, for a compiled function hands over all taps at once. None: all stay in memory.
         substitute: is given every tap and returns what the model goes on with (:func:`tfmaskformer.record_taps`); the results then have
             no taps. Only where TensorFlow runs eagerly.
+        tapped: False leaves the model alone: what comes out is what it computes when nobody looks, without taps.
     """
     import tensorflow as tf
 
@@ -124,7 +126,7 @@ def run(
     targets = [task.targets(case, height, width) for case in cases]
     arguments = tf.nest.map_structure(tf.constant, (padded_images(images, canvas), sizes, targets))
     spool = None if memory_budget is None else Spool(memory_budget // KEPT_SHARE)
-    step: Any = _step(model, task, padding, gradients, spool, substitute)
+    step: Any = _step(model, task, padding, gradients, spool, substitute, tapped)
     if mode != "eager":
         step = tf.function(step, jit_compile=mode == "xla")
     with _given_position_embeddings(cases):
@@ -166,6 +168,7 @@ def _step(
     gradients: str,
     spool: Spool | None,
     substitute: Substitute | None,
+    tapped: bool,
 ) -> Callable[..., tuple[Any, ...]]:
     """The function to trace: a forward pass for the batch, then costs, losses and gradients for each case apart."""
     import tensorflow as tf
@@ -187,7 +190,8 @@ def _step(
             return tensor if substitute is None else substitute(name, tensor)
 
         with tf.GradientTape(persistent=len(targets) > 1) if gradients != "none" else contextlib.nullcontext() as tape:
-            with record_taps(None if spool is None and substitute is None else spill) as taps:
+            recording: Any = record_taps(None if spool is None and substitute is None else spill) if tapped else contextlib.nullcontext({})
+            with recording as taps:
                 outputs = model(batch, sizes, padding=padding)
             for index, case_targets in enumerate(targets):
                 own = outputs

@@ -40,6 +40,7 @@ Records are grouped:
                (id, category_id, isthing); the same below ``{i}/resized/`` at another output size
 ``metrics``    what the official packages, where they are installed, make of the results at the images' own size
                (:mod:`parity.official_metrics`): ``{i}/panoptic/…``, ``{i}/semantic/…``
+``losses_float64``, ``inference_float64``  of a float32 recording with TensorFlow: what float64 makes of its outputs
 ``scalars``, ``steps``  of a training (:mod:`parity.trajectory`), which has a format of its own
 
 A sampled file stores, of each large floating-point tensor in :data:`SAMPLED_GROUPS`, only the
@@ -47,6 +48,11 @@ elements of :func:`parity.sampling.sample_indices`, and of all of them the sums 
 a whole tensor is known to 1 / √(2 · 128) = 6 %, that of a gradient, which is only judged in float64 and far from its tolerance, to 25 %.
 Statistics and floor are those of the whole tensor too. The float64 file has position embeddings whole: a float64 check needs them
 (:mod:`parity.tensorflow_run`).
+
+TensorFlow's traces (:mod:`parity.tensorflow_record`; ``framework`` in the provenance) have one file ``<case>.<dtype>.h5`` a case, whole, in
+the official names and layouts, bfloat16 stored as float32, without floors; the fact ``reference`` is the ``key`` of the file whose inputs
+they are of. A copy of the inputs (``inputs_only`` in the provenance) has the group ``inputs``, position embeddings, assignments, ``gap``
+and ``cost_noise``, and the fact ``resized_px``.
 """
 
 from __future__ import annotations
@@ -67,7 +73,10 @@ from parity.sampling import blocks, sample_indices, sketch
 
 FORMAT = "tfmaskformer-trace"
 VERSION = 3
-GROUPS = ("inputs", "taps", "outputs", "matcher", "losses", "tap_gradients", "gradients", "inference", "metrics", "scalars", "steps")
+GROUPS = (
+    *("inputs", "taps", "outputs", "matcher", "losses", "tap_gradients", "gradients", "inference", "metrics"),
+    *("losses_float64", "inference_float64", "scalars", "steps"),
+)
 SAMPLED_GROUPS = ("taps", "outputs", "tap_gradients", "gradients", "inference", "steps")
 DTYPES = ("float64", "float32", "int64", "int32", "uint8", "bool")
 SKETCH = {"taps": 128, "outputs": 128, "inference": 128, "tap_gradients": 8, "gradients": 8, "steps": 16}

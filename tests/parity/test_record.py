@@ -267,7 +267,7 @@ def test_hooks_that_change_the_outputs_are_noticed(folder, tmp_path, monkeypatch
 
     monkeypatch.setattr(record, "numpy", meddling)
     assert record.run(options(folder, tmp_path / "out", CASES[:1])) == 3
-    assert "without hooks, outputs 'pred_logits' has other bits" in capsys.readouterr().err
+    assert "without taps, outputs 'pred_logits' has other bits" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 

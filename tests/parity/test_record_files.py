@@ -153,7 +153,7 @@ def test_the_bits_of_the_second_pass_are_compared():
     bits.remember("outputs", "a", array)
     bits.compare("outputs", "a", array.copy())
     assert len(emitted) == 1
-    with pytest.raises(RecordError, match="here: without hooks, outputs 'a' has other bits"):
+    with pytest.raises(RecordError, match="here: without taps, outputs 'a' has other bits"):
         bits.compare("outputs", "a", np.nextafter(array, np.inf, where=array == 5, out=array.copy()))
 
 

@@ -1,0 +1,276 @@
+"""Comparing two recordings: what TensorFlow computed somewhere (:mod:`parity.tensorflow_record`) with what PyTorch did. Needs neither.
+
+float32 and float64 are judged as in any check. A precision that no official run has is judged by its ratio: the errors of a CPU
+recording of the same precision take the place of the official float32 floors, and the rules are those of float32. Ids that this
+recording has wrong itself are exempted by name; gradients are only held to their shape and finiteness, as in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from parity import check, judge, probes, tap_rules
+from parity.check import COMPUTED, CaseCheck, Check, CheckError, Settings
+from parity.judge import CaseRun, Exemption, Found, Item
+from parity.tensorflow_run import CaseResults
+from parity.trace import Case, Record, Trace, TraceFile, file_path, relative_error
+from tfmaskformer.config import MaskFormerConfig
+
+EXACT = {"losses": "losses_float64", "inference": "inference_float64"}
+"""Group → group of a TensorFlow trace with what float64 makes of the same outputs."""
+
+CPU_RUN = "a CPU run of the same precision"
+
+
+def check_recorded(
+    actual: str, reference: str, baseline: str | None = None, settings: Settings | None = None, progress: Callable[[str], None] = print
+) -> Check:
+    """Compares a TensorFlow trace with the trace of the official code whose inputs it was recorded of.
+
+    Args:
+        actual: the TensorFlow trace.
+        reference: the official trace.
+        baseline: a TensorFlow trace of the same precision from a CPU, whose errors are the floors; None: those of the official code.
+        settings: what else is asked for: ``cases`` and ``all_stages``.
+        progress: is told each step.
+
+    Raises:
+        CheckError, TraceError: the traces cannot be compared.
+    """
+    recorded, official = Recording(actual), Trace(reference)
+    floors = None if baseline is None else Recording(baseline)
+    recorded.check_against(official)
+    if floors is None and recorded.is_low:
+        raise CheckError(
+            f"'{actual}' was computed in {recorded.precision}, in which there are no official runs; give --baseline, {CPU_RUN}:\n"
+            f"  parity-check record --framework tensorflow --device cpu {recorded.options} …"
+        )
+    if floors is not None:
+        floors.check_against(official)
+        floors.check_is_baseline_of(recorded)
+    asked = settings or Settings(actual, reference)
+    names = [name for name in official.cases if name in (asked.cases or recorded.trace.cases)]
+    if missing := [name for name in asked.cases if name not in recorded.trace.cases or name not in official.cases]:
+        raise CheckError(f"no case {', '.join(missing)} in both traces; '{actual}' has {', '.join(recorded.trace.cases)}")
+    left_out = tuple(Exemption("cases", name, f"'{actual}' has no recording of it") for name in official.cases if name not in names)
+    loss_floors: dict[tuple[str, str], float] = {}
+    for name in official.cases if floors is None else names:
+        with _opened(official, floors, name) as case:
+            found = judge.loss_floors_of([case])
+            loss_floors |= {key: max(loss_floors.get(key, 0.0), floor) for key, floor in found.items()}
+    checked = []
+    for name in names:
+        progress(f"{name}: {recorded.precision}")
+        with _opened(official, floors, name) as case, recorded.file(name) as file:
+            checked.append(_check_case(case, file, recorded, official, loss_floors, asked.all_stages))
+    asked = dataclasses.replace(
+        asked, checkpoint=actual, reference=reference, dtypes=(str(recorded.precision),), mode=recorded.provenance["mode"]
+    )
+    return Check(asked, recorded.environment, recorded.provenance["checkpoint"], official.provenance, tuple(checked), left_out)
+
+
+class Recording:
+    """A trace that TensorFlow computed.
+
+    Raises:
+        CheckError: it is none.
+    """
+
+    def __init__(self, directory: str):
+        self.directory = directory
+        self.trace = Trace(directory)
+        self.provenance: dict[str, Any] = self.trace.provenance
+        if self.provenance.get("framework") != "tensorflow":
+            raise CheckError(f"'{directory}' was not recorded with TensorFlow; give one of 'parity-check record --framework tensorflow'")
+
+    @property
+    def precision(self) -> str:
+        """As it is told in reports."""
+        dtype, products = self.provenance["dtype"], self.provenance["products"]
+        return dtype if products == "float32" else f"{dtype} with products in {products}"
+
+    @property
+    def is_low(self) -> bool:
+        """Whether no official run computes in its precision."""
+        return self.precision not in ("float32", "float64")
+
+    @property
+    def options(self) -> str:
+        """With which another recording has the same precision."""
+        return f"--dtype {self.provenance['dtype']} --products {self.provenance['products']}"
+
+    @property
+    def environment(self) -> probes.Environment:
+        """What computed."""
+        known = self.provenance["environment"]
+        return probes.Environment(**{**known, "probes": tuple(probes.Probe(**probe) for probe in known["probes"])})
+
+    def file(self, case: str) -> TraceFile:
+        """What was recorded of a case."""
+        return TraceFile(file_path(self.directory, case, self.provenance["dtype"]))
+
+    def check_against(self, official: Trace) -> None:
+        """Raises CheckError unless both traces are of the same weights and inputs."""
+        if official.provenance.get("framework") == "tensorflow" or official.provenance.get("inputs_only"):
+            raise CheckError(f"'{official.directory}' has no results of the official code; give the trace that PyTorch recorded")
+        mine, theirs = (provenance["checkpoint"].get("sha256") for provenance in (self.provenance, official.provenance))
+        if mine != theirs:
+            raise CheckError(
+                f"other weights: '{self.directory}' was recorded of a file with SHA-256 {mine},\n"
+                f"  '{official.directory}' of one with SHA-256 {theirs}"
+            )
+        for name in self.trace.cases:
+            if name in official.cases:
+                with self.file(name) as file, TraceFile(file_path(official.directory, name, "float64")) as reference:
+                    if file.facts["reference"] != reference.facts["key"]:
+                        raise CheckError(
+                            f"case {name} of '{self.directory}' was recorded of other inputs than those of '{official.directory}'"
+                        )
+
+    def check_is_baseline_of(self, actual: Recording) -> None:
+        """Raises CheckError unless this was computed on a CPU in the same precision and has the same cases."""
+        if self.provenance["device"]["kind"] != "cpu":
+            raise CheckError(f"--baseline '{self.directory}' was recorded on a {self.provenance['device']['kind']}; expected {CPU_RUN}")
+        if self.precision != actual.precision:
+            raise CheckError(f"--baseline '{self.directory}' was computed in {self.precision}, expected {actual.precision}")
+        if missing := [name for name in actual.trace.cases if name not in self.trace.cases]:
+            raise CheckError(f"--baseline '{self.directory}' has no case {', '.join(missing)}")
+
+
+def _opened(official: Trace, floors: Recording | None, name: str) -> Case:
+    case = official.case(name)
+    if floors is not None:
+        config = MaskFormerConfig.from_dict(floors.provenance["config"])
+        case.baseline = _Floors(case, floors.file(name), tap_rules.names(config).partners)  # type: ignore[assignment]
+    return case
+
+
+class _Floors:
+    """A TensorFlow recording in place of the official float32 file: its errors against the reference are the floors."""
+
+    dtype = "float32"
+
+    def __init__(self, case: Case, file: TraceFile, partners: Mapping[str, tuple[str, str]]):
+        self._reference, self._official, self._file, self._partners = case.reference, case.baseline, file, partners
+
+    def __getitem__(self, key: tuple[str, str]) -> Record:
+        record = self._official[key]
+        if not record.dtype.startswith("float") or key[1].endswith("/cost_noise"):
+            return record
+        return dataclasses.replace(record, floor=(self._error(*key),))
+
+    def group(self, group: str) -> dict[str, Record]:
+        return {name: self[group, name] for name in self._official.group(group)}
+
+    def read(self, group: str, name: str) -> np.ndarray:
+        if name.endswith("/cost_noise"):
+            total = name.replace("cost_noise", "total")
+            return np.abs(self._file.read(group, total) - self._reference.read(group, total)).max(initial=0)
+        return self._file.read(group, name)
+
+    @functools.cache  # noqa: B019 it lives as long as its case
+    def _error(self, group: str, name: str) -> float:
+        """Relative L2 error of the whole tensor, by the sketch of a sampled one; nan where there is none to compare."""
+        partner = self._partners.get(name, (name,))[0] if group in ("taps", "tap_gradients") else name
+        if (group, partner) not in self._file.records or self._file[group, partner].shape != self._reference[group, name].shape:
+            return math.nan
+        record, tensor = self._reference[group, name], self._file.read(group, partner)
+        if record.samples is None:
+            return relative_error(tensor, self._reference.read(group, name))
+        difference = float(np.linalg.norm(record.sketch(tensor) - self._reference.read_sketch(group, name)))
+        return difference / record.statistics.l2 if record.statistics.l2 else math.inf if difference else 0.0
+
+    def close(self) -> None:
+        self._file.close()
+        self._official.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Results(CaseResults):
+    """What a TensorFlow trace has: the official layout already."""
+
+    def official(self, group: str, name: str) -> np.ndarray:
+        return self.groups[group][name]
+
+
+class _Group(Mapping[str, np.ndarray]):
+    """One group of a file; each tensor is read when it is asked for."""
+
+    def __init__(self, file: TraceFile, group: str):
+        self._file, self._group, self._names = file, group, file.group(group)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.read(self._group, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _check_case(
+    case: Case, file: TraceFile, recorded: Recording, official: Trace, loss_floors: judge.LossFloors, all_stages: bool
+) -> CaseCheck:
+    config = MaskFormerConfig.from_dict(recorded.provenance["config"])
+    without = _without_gradients(recorded, official)
+    groups: dict[str, Mapping[str, np.ndarray]] = {group: _Group(file, group) for group in COMPUTED}
+    if not case.reference.group("tap_gradients"):
+        del groups["tap_gradients"]
+    exact = {group: _Group(file, stored) for group, stored in EXACT.items() if file.group(stored)}
+    results = _Results(groups, tap_rules.names(config), None, exact, None)  # type: ignore[arg-type]
+    dtype = "float64" if recorded.provenance["dtype"] == "float64" else "float32"
+    one = CaseRun(case, results, dtype, loss_floors, config=config, trace=official, manifest=recorded.provenance["sources"])
+    judges: dict[str, check.Judge] = {group: functools.partial(_judge_computed, judge_of, without) for group, judge_of in COMPUTED.items()}
+    judges["variables"] = functools.partial(_judge_variables, recorded.provenance["variables"], without)
+    judges["sources"] = judge.judge_sources
+    judged, _ = check.judge_case(one, judges, all_stages=all_stages)
+    sizes = tuple((image.shape[0], image.shape[1]) for image in case.images)
+    return dataclasses.replace(judged, dtype=recorded.precision, sizes_px=sizes, local="two recordings are compared; nothing is replayed")
+
+
+def _without_gradients(recorded: Recording, official: Trace) -> str | None:
+    """Why gradients are not compared, if they are not."""
+    for provenance, which in ((recorded.provenance, recorded.directory), (official.provenance, official.directory)):
+        if provenance.get("gradients") is False:
+            return f"'{which}' was recorded without gradients"
+    return None
+
+
+def _judge_computed(judge_of: check.Judge, without: str | None, run: CaseRun, found: Found) -> Iterator[Any]:
+    """A group; of ids, what the CPU run of the same precision has wrong too is exempted by name."""
+    for one in judge_of(run, found):
+        if without and one.group in ("gradients", "tap_gradients"):
+            yield Exemption(one.group, one.name, without)
+        elif isinstance(one, Item) and not one.passed and isinstance(run.case.baseline, _Floors) and (reason := _unstable(run, one)):
+            yield Exemption(one.group, one.name, reason)
+        else:
+            yield one
+
+
+def _unstable(run: CaseRun, item: Item) -> str | None:
+    """Why an id or an assignment cannot be judged in a precision, if it cannot."""
+    if not item.name.endswith(("/segments", "/panoptic_seg", "/assignment")):
+        return None
+    name = item.name.replace("/panoptic_seg", "/segments")  # of which pixels belong to which a share may differ
+    own, expected = run.case.baseline.read(item.group, name), run.case.reference.read(item.group, name)
+    return None if np.array_equal(own, expected) else f"{CPU_RUN} has another result than float64, too"
+
+
+def _judge_variables(trained: Mapping[str, bool], without: str | None, run: CaseRun, found: Found) -> Iterator[Item | Exemption]:
+    for item in judge.variables_of(trained, found):
+        if without and trained[item.name]:
+            yield Exemption(item.group, item.name, f"it would show in its gradient, but {without}")
+        else:
+            yield item
