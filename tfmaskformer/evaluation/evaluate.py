@@ -375,6 +375,8 @@ class Evaluation:
 
         def on_replicas(function, *, compiled):
             """``function`` of what each replica has; its last argument is the same for all, and static."""
+            # A TPU compiles whatever runs on it, as a whole.
+            compiled = compiled and not isinstance(self.strategy, tf.distribute.TPUStrategy)
             inner = tf.function(function, jit_compile=True, autograph=False) if compiled else function
 
             @tf.function(autograph=False)
