@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from parity.ports import Port
 from parity.replay import Replay, replay, why_not
 from parity.tensorflow_run import run
 from parity.trace import Case, Trace
+
+if TYPE_CHECKING:
+    from parity.diagnose import Finding
 
 __all__ = ["Check", "CaseCheck", "CheckError", "EnvironmentBrokenError", "Exemption", "Item", "LEDGER", "Settings", "check"]
 
@@ -77,6 +80,7 @@ class CaseCheck:
         local: why local errors are not known; "" where they are.
         stopped: the broken stage behind which nothing was judged; "" without one.
         plan: which stages there are.
+        findings: the diagnosis of its first local failure (:mod:`parity.diagnose`), if it has one.
         evidence, overlays: what there is to see of the first failures and of the results.
     """
 
@@ -89,6 +93,7 @@ class CaseCheck:
     local: str = ""
     stopped: str = ""
     plan: stages.Plan = dataclasses.field(default=stages.MASKFORMER, repr=False, compare=False)
+    findings: tuple[Finding, ...] = ()
     evidence: tuple[Evidence, ...] = dataclasses.field(default=(), repr=False, compare=False)
     overlays: tuple[Overlay, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
@@ -188,6 +193,14 @@ class Check:
         """
         found = [(case, failures[0]) for case in self.cases if (failures := case.own_failures or case.failures)]
         return min(found, key=lambda pair: (pair[1].inherited, pair[0].dtype != "float64", *pair[0].place(pair[1]))) if found else None
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """The diagnoses of all cases, each told once; that of the first failure first."""
+        first = self.first_failure
+        cases = sorted(self.cases, key=lambda case: first is None or case is not first[0])
+        found = {(finding.where, finding.cause): finding for case in reversed(cases) for finding in case.findings}
+        return tuple(reversed(found.values()))
 
     @property
     def stages(self) -> tuple[stages.Stage, ...]:
@@ -329,10 +342,11 @@ def _check_batch(
             manifest = _manifest(Path(settings.checkpoint))
             one = CaseRun(case, results, dtype, loss_floors, model, model.config, trace, manifest, replayed)
             judged, seen = judge_case(one, JUDGES, all_stages=settings.all_stages)
+            findings = _diagnose(one, judged, settings.padding, pad_to)
             sizes = tuple((image.shape[0], image.shape[1]) for image in case.images)
             seen += of_failures(case, results, judged.failures)
             overlays = tuple(of_results(case, results, model.config))
-            yield dataclasses.replace(judged, sizes_px=sizes, local=local, evidence=tuple(seen), overlays=overlays)
+            yield dataclasses.replace(judged, sizes_px=sizes, local=local, findings=findings, evidence=tuple(seen), overlays=overlays)
     finally:
         for case in cases:
             case.close()
@@ -345,6 +359,17 @@ def _replay(model: Any, case: Case, dtype: str, padding: str, pad_to: tuple[int,
     if reason := why_not(case):
         return reason, None
     return "", replay(model, case, padding=padding, pad_to=pad_to, gradients=True)
+
+
+def _diagnose(run: CaseRun, judged: CaseCheck, padding: str, pad_to: tuple[int, int] | None) -> tuple[Finding, ...]:
+    """The diagnosis of the first failure that is not inherited, in float64."""
+    if judged.passed or run.replay is None:
+        return ()
+    from parity.diagnose_results import examine
+
+    failing = [(item.group, item.name) for item in judged.own_failures]
+    found = examine(run.model, run.case, failing, replayed=run.replay, padding=padding, pad_to=pad_to)
+    return () if found is None else (found,)
 
 
 Judge = Callable[[CaseRun, Found], Iterable[Item | Exemption | Evidence]]

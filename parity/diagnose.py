@@ -200,9 +200,7 @@ class Level:
                 where,
                 said,
                 f"that in the formula of {kind}",
-                lambda c=choice, v=value, w=where: self._worst(
-                    wanted, self.formula(wanted, self._owner(w, c), {c.keyword: v}), self.off_actual
-                ),
+                functools.partial(self._off_with, wanted, self.off_actual, self._owner(where, choice), choice.keyword, value),
             )
 
     def of_settings(self) -> Iterator[Hypothesis]:
@@ -215,9 +213,7 @@ class Level:
                 where,
                 f"PyTorch computed with {choice.words} {told(value)}",
                 f"that in the formula of {kind}",
-                lambda c=choice, v=value, w=where: self._worst(
-                    wanted, self.formula(wanted, self._owner(w, c), {c.keyword: v}), self.off_record
-                ),
+                functools.partial(self._off_with, wanted, self.off_record, self._owner(where, choice), choice.keyword, value),
             )
 
     def _choices(self, every: bool = False) -> Iterator[tuple[str, str, Choice, Any]]:
@@ -227,6 +223,12 @@ class Level:
                 where = ".".join(filter(None, (module.official_name, choice.within)))
                 for value in choice.values if every else choice.values[1:]:
                     yield where, kind, choice, value
+
+    def _off_with(
+        self, wanted: Sequence[str], off: Callable[[str, np.ndarray | None], float], where: str, keyword: str, value: Any
+    ) -> float:
+        """How far the formula is off with one choice."""
+        return self._worst(wanted, self.formula(wanted, where, {keyword: value}), off)
 
     @staticmethod
     def _owner(where: str, choice: Choice) -> str:
@@ -368,7 +370,7 @@ class TapSite:
                             culprit.name,
                             f"{level.name} is given what {tap} gives",
                             f"that for what {culprit.name} should have given it",
-                            lambda v=value, t=tap: self._off_tap(v, t),
+                            functools.partial(self._off_tap, value, tap),
                         )
 
     def _off_tap(self, value: np.ndarray, tap: str) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 
 from parity import formulas_results as formulas
 from parity import hypotheses
-from parity.diagnose import FLOOR, Finding, TapSite, diagnose, floor_of, relative, told
+from parity.diagnose import FLOOR, Finding, Site, TapSite, diagnose, floor_of, relative, told
 from parity.formulas import Choice, UnsupportedError
 from parity.hypotheses import Hypothesis
 from parity.judge import case_inputs
@@ -113,7 +113,8 @@ class Results:
     def __init__(self, case: Case, results: Any, config: MaskFormerConfig):
         self._case, self._results, self._config = case, results, config
         self._images, self._targets = case.images, case.targets
-        self.canvas = tuple(case.reference["taps", "images#0"].shape[2:])
+        height, width = case.reference["taps", "images#0"].shape[2:]
+        self.canvas = (height, width)
 
     def expected(self, group: str, name: str) -> np.ndarray:
         """What PyTorch recorded."""
@@ -261,14 +262,14 @@ class Results:
     def _inference(self, name: str) -> ResultSite | None:
         image_text, *resized, what = name.split("/")
         image = int(image_text)
-        size = self._images[image].shape[:2]
-        output = self._case.reference["inference", f"{image}/{'/'.join([*resized, 'sem_seg'])}"].shape[1:]
+        _, *output = self._case.reference["inference", f"{image}/{'/'.join([*resized, 'sem_seg'])}"].shape
         test = self._config.test
         per_pixel = ("outputs", "sem_seg") in self._case.reference.records
         masks = self._output(0, "sem_seg" if per_pixel else "pred_masks")[image]
         logits = None if per_pixel else self._output(0, "pred_logits")[image]
         canvas = (4 * masks.shape[1], 4 * masks.shape[2]) if per_pixel else self.canvas
-        sizes = {"canvas": canvas, "image": size, "output": output}
+        height, width = self._images[image].shape[:2]
+        sizes = {"canvas": canvas, "image": (height, width), "output": (output[0], output[1])}
         actual, expected = self.actual("inference", name), self.expected("inference", name)
         where = f"inference/{what}"
         if what == "sem_seg":
@@ -341,11 +342,11 @@ def _assigned(costs: np.ndarray, rule: str = "least cost") -> np.ndarray:
 
 def canvas_site(case: Case, actual: np.ndarray, config: MaskFormerConfig) -> ResultSite:
     """The network's input; ``actual``: what TensorFlow made of the images, official layout."""
-    images, size = case.images, tuple(case.reference["taps", "images#0"].shape[2:])
-    record = case.reference["taps", "images#0"]
+    images, record = case.images, case.reference["taps", "images#0"]
+    height, width = record.shape[2:]
 
     def formula(**choices: Any) -> np.ndarray:
-        made = formulas.canvas(images, size, config.pixel_mean, config.pixel_std, **choices)
+        made = formulas.canvas(images, (height, width), config.pixel_mean, config.pixel_std, **choices)
         return record.select(np.ascontiguousarray(np.moveaxis(made, -1, 1)))
 
     selected = record.select(actual) if actual.shape == record.shape else actual
@@ -428,22 +429,22 @@ def examine(
         return None
     again = functools.partial(replay, model, case, padding=padding, pad_to=pad_to)
     replayed = replayed or again(gradients=True)
-    first = next((tap for tap, error in replayed.errors.items() if error > floor_of(tap)), None)
-    if first == "images#0":
-        canvas = model.preprocess(*_padded(case)).numpy()
-        return diagnose(canvas_site(case, np.moveaxis(canvas, -1, 1), model.config))
-    if first is not None:
-        calls = again(capture=[first]).calls
-        return diagnose(TapSite(calls[first], model, case)) if first in calls else None
     results = Results(case, replayed.results, model.config)
     for group, name in failing:
-        site: ResultSite | None = None
-        if group in ("gradients", "tap_gradients"):
+        site: Site | None = None
+        if (group, name) == ("taps", "images#0"):
+            canvas = model.preprocess(*_padded(case)).numpy()
+            site = canvas_site(case, np.moveaxis(canvas, -1, 1), model.config)
+        elif group in ("taps", "outputs"):
+            tap = name if group == "taps" else next((tap for tap, error in replayed.errors.items() if error > floor_of(tap)), "")
+            calls = again(capture=[tap]).calls
+            site = TapSite(calls[tap], model, case) if tap in calls else None
+        elif group in ("gradients", "tap_gradients"):
             site = _gradient_site(model, case, group, name)
         elif name in replayed.results.groups.get(group, ()):
             site = results.site(group, name)
-        if site is not None and (finding := diagnose(site)) is not None:
-            return finding
+        if site is not None:
+            return diagnose(site)
     return None
 
 

@@ -113,7 +113,7 @@ def canvas(
                 normal(pixels),
                 margin,
                 **({"mode": "edge"} if fill == "the border repeated" else {"constant_values": float(fill == "ones")}),
-            )  # type: ignore[call-overload]
+            )
         batch[index] = np.roll(batch[index], moved, (0, 1))
     return batch
 

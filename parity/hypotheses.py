@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -145,7 +146,7 @@ def rearrangements(shape: Sequence[int], heads: int | None = None) -> Iterator[R
     for first, second in itertools.combinations(range(rank), 2):
         if shape[first] == shape[second] > 1:
             words = "transposed" if rank == 2 else f"axes {first} and {second} exchanged"
-            yield Rearrangement("transpose", words, "the transpose undone", lambda x, a=first, b=second: np.swapaxes(x, a, b))
+            yield Rearrangement("transpose", words, "the transpose undone", functools.partial(np.swapaxes, axis1=first, axis2=second))
     if rank == 4 and shape[0] == shape[1] > 1:
         yield Rearrangement("axis flip", "turned by 180°", "the turn undone", lambda x: x[::-1, ::-1])
         yield Rearrangement("transpose", "turned by 90°", "the turn undone", lambda x: np.rot90(x, 1))
@@ -155,16 +156,16 @@ def rearrangements(shape: Sequence[int], heads: int | None = None) -> Iterator[R
             continue
         # Three channels going in are colours; a step of two elements is a flip.
         cause = "BGR" if rank == 4 and axis == 2 and shape[axis] == 3 else "axis flip"
-        yield Rearrangement(cause, f"axis {axis} reversed", "the order restored", lambda x, a=axis: np.flip(x, a))
+        yield Rearrangement(cause, f"axis {axis} reversed", "the order restored", functools.partial(np.flip, axis=axis))
         if shape[axis] > 2:
             for step in (1, -1):
                 words = f"shifted by {step:+d} along axis {axis}"
-                yield Rearrangement("shift", words, "the shift undone", lambda x, a=axis, s=step: np.roll(x, -s, a))
+                yield Rearrangement("shift", words, "the shift undone", functools.partial(np.roll, shift=-step, axis=axis))
     for axis in range(rank):
         if shape[axis] % 3 == 0 and shape[axis] > 3:
             for order in itertools.islice(itertools.permutations(range(3)), 1, None):
                 words = f"thirds of axis {axis} in the order {''.join('qkv'[index] for index in order)}"
-                yield Rearrangement("q/k/v permutation", words, "q, k, v restored", lambda x, a=axis, o=order: _parts(x, a, o))
+                yield Rearrangement("q/k/v permutation", words, "q, k, v restored", functools.partial(_parts, axis=axis, order=order))
         for count in dict.fromkeys((heads, 2, 4)):
             if count and shape[axis] % count == 0 and count < shape[axis]:
                 for rows, columns, words in (
@@ -175,7 +176,7 @@ def rearrangements(shape: Sequence[int], heads: int | None = None) -> Iterator[R
                         "head split order",
                         f"axis {axis} has {words}, of {count} heads",
                         "the order restored",
-                        lambda x, a=axis, r=rows, c=columns: _regrouped(x, a, (r, c), (1, 0)),
+                        functools.partial(_regrouped, axis=axis, split=(rows, columns), order=(1, 0)),
                     )
                 if shape[axis] % (3 * count) == 0:
                     size = shape[axis] // (3 * count)
@@ -190,7 +191,7 @@ def rearrangements(shape: Sequence[int], heads: int | None = None) -> Iterator[R
                             "head split order",
                             f"axis {axis} packed as ({', '.join(names[length] for length in split)}), of {count} heads",
                             "the packing undone",
-                            lambda x, a=axis, s=split, o=order: _regrouped(x, a, s, o),
+                            functools.partial(_regrouped, axis=axis, split=split, order=order),
                         )
 
 
@@ -286,7 +287,7 @@ def of_variables(module: Module, trial: Trial, siblings: Mapping[str, Any], call
                 where,
                 f"{last} {change.words}",
                 change.undone,
-                lambda c=change, v=variable, x=value: tried([(v, c.undo(x))]),
+                functools.partial(tried, [(variable, change.undo(value))]),
             )
     yield from _together(variables, heads, tried)
     yield from _scaled(variables, trial)
@@ -312,7 +313,7 @@ def _together(variables: Mapping[str, Any], heads: int | None, tried: Callable[[
                 where,
                 f"{last} and its bias: {change.words.replace('axis 0', 'outputs')}",
                 change.undone,
-                lambda c=change, p=partner, w=weight, b=bias: tried([(w, p.undo(w.numpy())), (b, c.undo(b.numpy()))]),
+                functools.partial(tried, [(weight, partner.undo(weight.numpy())), (bias, change.undo(bias.numpy()))]),
             )
 
 
@@ -345,10 +346,14 @@ def _scaled(variables: Mapping[str, Any], trial: Trial) -> Iterator[Hypothesis]:
             yield Hypothesis(
                 "scale",
                 where,
-                lambda f=factors, w=last + part: f"{w} is {factor_name(f[-1])} times the official",
+                functools.partial(_factor_told, last + part, factors),
                 "the factor undone",
                 after,
             )
+
+
+def _factor_told(what: str, factors: Sequence[float]) -> str:
+    return f"{what} is {factor_name(factors[-1])} times the official"
 
 
 def fitted(run: Callable[[float], np.ndarray], expected: np.ndarray, steps: int = 6) -> tuple[float, float]:
@@ -389,7 +394,7 @@ def _stale(variables: Mapping[str, Any], siblings: Mapping[str, Any], tried: Cal
                 where,
                 f"its {' and '.join(names)} stands in {module}",
                 "that in its place",
-                lambda n=names, o=ours, t=theirs: tried([(o[last], t[last].numpy()) for last in n]),
+                functools.partial(tried, [(ours[last], theirs[last].numpy()) for last in names]),
             )
 
 
@@ -465,7 +470,7 @@ def of_outputs(where: str, actual: np.ndarray, expected: np.ndarray) -> Iterator
                 where,
                 f"what comes out is {change.words}",
                 change.undone,
-                lambda c=change: relative_error(c.undo(ours), theirs),
+                functools.partial(_off, change.undo, ours, theirs),
             )
     for axis, length in enumerate(ours.shape):
         if 1 < length <= 4096:
@@ -496,8 +501,12 @@ def of_outputs(where: str, actual: np.ndarray, expected: np.ndarray) -> Iterator
             where,
             f"what comes out is rounded to {name}",
             "the official one rounded alike",
-            lambda r=rounded: relative_error(ours, r(theirs)),
+            functools.partial(_off, rounded, theirs, ours),
         )
+
+
+def _off(change: Callable[[np.ndarray], np.ndarray], values: np.ndarray, expected: np.ndarray) -> float:
+    return relative_error(change(values), expected)
 
 
 def _permuted(where: str, actual: np.ndarray, expected: np.ndarray, axis: int) -> Iterator[Hypothesis]:

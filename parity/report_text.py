@@ -26,7 +26,7 @@ def text(check: Check, colour: bool = False) -> str:
         return f"\x1b[{_STYLES[style]}m{printable(words)}\x1b[0m" if colour else printable(words)
 
     first_case, first = check.first_failure or (None, None)
-    lines = [*map(printable, heading(check)), ""]
+    lines = [*map(printable, heading(check)), "", *map(printable, _stages(check)), ""]
     for case in check.cases:
         told_of = _case(case, first if case is first_case else None)
         lines += [paint(title(case), "bold"), *(printable(f"  {line}".rstrip()) for line in told_of), ""]
@@ -49,18 +49,29 @@ def verdict(check: Check) -> list[str]:
     lines = []
     if (first := check.first_failure) is not None:
         case, item = first
-        judged = [each.passed for checked in check.cases for each in checked.items]
-        count = f"{judged.count(False)} of {len(judged)} comparisons fail"
+        judged = [each for checked in check.cases for each in checked.items]
+        inherited = sum(each.inherited for each in judged)
+        count = (
+            f"{sum(not each.passed for each in judged)} of {len(judged)} comparisons fail{f', {inherited} inherit it' * bool(inherited)}"
+        )
         lines += [
-            f"mismatch: first in {item.group} '{item.name}' (case {case.case}, {case.dtype}); {count}",
+            f"mismatch: first in {item.group} '{item.name}' (case {case.case}, {case.dtype}); {count}: {KINDS[check.verdict_kind]}",
+            f"{check.verdict_kind}: {check.verdict_reason}",
             f"first: {item.group} '{item.name}'",
             *(f"  {line}" for line in told(item)),
+        ]
+        lines += [
+            f"diagnosis: {line}" for finding in check.findings for line in (finding.statement, *(f"or {other}" for other in finding.others))
         ]
     if not check.median_passed:
         lines.append(
             f"mismatch: the median of error / floor over the taps of all cases is {check.median_ratio:.2f}, allowed {compare.MEDIAN_FACTOR}"
         )
     return lines or ["mismatch: nothing was compared"]
+
+
+KINDS = {"match": "a match", "bug": "a bug", "noise": "noise"}
+"""What a check came to, in words."""
 
 
 def told(item: Item) -> Iterator[str]:
@@ -74,7 +85,7 @@ def told(item: Item) -> Iterator[str]:
         times = f" ({_times(item.error / item.tolerance)})" if item.tolerance else ""
         yield f"error {item.error:.2e}, tolerance {item.tolerance:.2e}{times}, floor {item.floor:.2e}"
         if not math.isnan(item.local):
-            yield f"of it {item.local:.2e} arises here, the rest is inherited"
+            yield f"of it {item.local:.2e} arises here, the rest is inherited" + ": right by itself" * item.inherited
         place = "sample" if found.compared < found.elements else "index"
         yield (
             f"largest difference {found.max_difference:.3e} at {place} {found.max_index}: "
@@ -115,6 +126,14 @@ def heading(check: Check) -> Iterator[str]:
         yield f"  {name:12} {words}"
 
 
+def _stages(check: Check) -> Iterator[str]:
+    """A line for each stage that has something to tell."""
+    yield f"{'stage':26} {'verdict':12} {'judged':>8} {'failed':>8}  first"
+    for stage in check.stages:
+        if stage.judged or stage.not_judged:
+            yield f"{stage.name:26} {stage.verdict:12} {stage.judged:8} {stage.failed:8}  {stage.first}"
+
+
 def title(case: CaseCheck) -> str:
     """What a case is, and its result."""
     sizes = ", ".join(f"{height}×{width}" for height, width in case.sizes_px)
@@ -137,17 +156,23 @@ def _case(case: CaseCheck, first: Item | None) -> Iterator[str]:
         yield f"assignments: {assignments}"
     for exemption in case.exempted:
         yield f"exempted: {exemption.group} '{exemption.name}': {exemption.reason}"
-    failures = case.failures
+    if case.local:
+        yield f"local errors: {case.local}"
+    if case.stopped:
+        yield f"not judged: what comes behind '{case.stopped}', which is broken; --all-stages judges it too"
+    failures = case.own_failures or case.failures
     for item in failures[:SHOWN]:
         yield f"failed: {item.group} '{item.name}'"
         yield from (f"  {line}" for line in told(item))
     if len(failures) > SHOWN:
         yield f"… and {len(failures) - SHOWN} more; --report writes them all"
+    if inherited := len(case.failures) - len(failures):
+        yield f"… and {inherited} that only inherit their error"
 
 
 def _trees(case: CaseCheck, first: Item | None) -> Iterator[str]:
     """Every group of the case, opened where something fails."""
-    yield f"{'error':>8} {'floor':>8} {'ratio':>7} {'allowed':>8}  of the worst below"
+    yield f"{'error':>8} {'local':>8} {'floor':>8} {'ratio':>7} {'allowed':>8}  of the worst below"
     for group in LEDGER:
         items = [item for item in case.items if item.group == group]
         if items and not (group == "variables" and all(item.passed for item in items)):
@@ -169,13 +194,13 @@ def _tree(node: Node, first: Item | None, indent: str = "") -> Iterator[str]:
             yield _row(child, first, indent + "  ", folded=True)
     if rest := len(node.children) - len(shown) if shown else 0:
         others = len(failing) - sum(child.failed > 0 for child in shown)
-        yield f"{'':36}{indent}  … {rest} more, " + (f"of which {others} fail" if others else "which pass" if rest > 1 else "which passes")
+        yield f"{'':45}{indent}  … {rest} more, " + (f"of which {others} fail" if others else "which pass" if rest > 1 else "which passes")
 
 
 def _row(node: Node, first: Item | None, indent: str, folded: bool) -> str:
     item = node.worst
-    figures = (item.error, item.floor, item.tolerance)
-    error, floor, tolerance = (f"{'–' if math.isnan(figure) else format(figure, '.1e'):>8}" for figure in figures)
+    figures = (item.error, node.local, item.floor, item.tolerance)
+    error, local, floor, tolerance = (f"{'–' if math.isnan(figure) else format(figure, '.1e'):>8}" for figure in figures)
     ratio = f"{format(item.ratio, '.2f' if item.ratio < 1000 else '.1e') if item.floor > RATIO_FROM else '–':>7}"
     words = [indent + node.label.lstrip("./")]
     if node.children:
@@ -183,8 +208,8 @@ def _row(node: Node, first: Item | None, indent: str, folded: bool) -> str:
     if node.children and folded:
         words.append(f"worst {item.name}")
     if not node.children and not item.passed:
-        words.append("← first failure" if item is first else "← fails")
-    return f"{error} {floor} {ratio} {tolerance}  {'  '.join(words)}"
+        words.append("← first failure" if item is first else "← inherits" if item.inherited else "← fails")
+    return f"{error} {local} {floor} {ratio} {tolerance}  {'  '.join(words)}"
 
 
 def _assignments(case: CaseCheck) -> str:
