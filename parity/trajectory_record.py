@@ -297,7 +297,7 @@ def _weights(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _held(model: Any) -> np.ndarray:
     """All buffers of the network that a training could move, in a row, float64."""
-    of_network = [buffer for name, buffer in model.named_buffers() if name.startswith(("backbone.", "sem_seg_head."))]
+    of_network = [buffer for name, buffer in sorted(model.named_buffers()) if name.startswith(("backbone.", "sem_seg_head."))]
     return np.concatenate([np.zeros(0), *(numpy(buffer).astype(np.float64).ravel() for buffer in of_network if buffer.is_floating_point())])
 
 

@@ -1,0 +1,276 @@
+"""The port trains as the official code does (golden/trajectory), and what would make it train otherwise is caught and named."""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from parity import cli, trajectory
+from parity.trace import TraceError
+from parity.trajectory import kept
+from tfmaskformer.criterion import SetCriterion
+from tfmaskformer.module import named_variables
+from tfmaskformer.training import optimizer as optimizer_module
+from tfmaskformer.training.optimizer import AdamW
+from tfmaskformer.training.schedule import WarmupMultiStepLR
+from tfmaskformer.training.step import TrainStep
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "trajectory"
+MODEL = "tiny_panoptic"
+
+
+@pytest.mark.parametrize(
+    ("name", "training", "dtype"),
+    [
+        ("tiny_panoptic", "plain", "float64"),
+        ("tiny_panoptic", "dropout", "float32"),
+        ("tiny_swin", "dropout", "float64"),
+        ("tiny_swin", "plain", "float32"),
+    ],
+)
+def test_twenty_steps(name, training, dtype, converted):
+    [found] = trajectory.check(converted(name), GOLDEN / name, names=[training], dtypes=[dtype])
+    print(trajectory.text([found]))
+    assert found.passed, trajectory.text([found])
+    assert found.steps == 20
+    with trajectory.open_training(GOLDEN / name, training) as case:
+        judged = [key for key in case.reference.records if key[0] in ("scalars", "steps")]
+        assert len(found.items) == len(judged)
+    quantities = {item.name.split("/")[1] for item in found.items if item.name != "decay"}
+    assert quantities >= {"lr", "losses", "gradient_norm", "clipped", "exp_avg", "exp_avg_sq", "weights", "buffers", "clipped.each"}
+    assert {item.group for item in found.items} == {"clipped", "steps"}
+
+
+def test_masks_of_numpy_and_of_the_step_are_the_same():
+    step = TrainStep.__new__(TrainStep)
+    step.seed, step.optimizer = 5, types.SimpleNamespace(iterations=types.SimpleNamespace(value=tf.constant(3)))
+    expected = kept(5, 4, "a.b#1", 77, 0.3).reshape(7, 11)
+    assert 0.5 < expected.mean() < 0.9
+    for run in (
+        lambda: step.keep()("a.b#1", [7, 11], 0.3),
+        *(tf.function(lambda: step.keep()("a.b#1", [7, 11], 0.3), jit_compile=xla) for xla in (False, True)),
+    ):
+        assert np.array_equal(run(), expected)
+
+
+def test_masks_are_random():
+    masks = np.stack([kept(0, 1, f"a#{call}", 100_000, 0.25) for call in range(8)])
+    assert np.abs(masks.mean(1) - 0.75).max() < 5 * (0.25 * 0.75 / 1e5) ** 0.5
+    assert np.abs(np.corrcoef(masks) - np.eye(8)).max() < 0.02
+    for lag in (1, 2, 7, 64):
+        assert abs(np.corrcoef(masks[0, lag:], masks[0, :-lag])[0, 1]) < 0.02
+
+
+class Stage:
+    """The first step of the port with the gradients of an honest run: what comes behind them can be broken at little cost."""
+
+    def __init__(self, checkpoint, monkeypatch_context):
+        from tfmaskformer.checkpoint import load
+
+        self.checkpoint = checkpoint
+        self.model = load(str(checkpoint), "float64")
+        self.start = {name: variable.numpy() for name, variable in named_variables(self.model).items()}
+        monkeypatch_context.setattr("tfmaskformer.checkpoint.load", lambda *_: self.reset())
+        take_gradients, match = TrainStep.gradients, SetCriterion.__call__
+
+        def gradients(step, *batch):
+            self.gradients = take_gradients(step, *batch)
+            return self.gradients
+
+        def matched(criterion, *outputs_and_targets):
+            self.matched = match(criterion, *outputs_and_targets)
+            return self.matched
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TrainStep, "gradients", gradients)
+            patch.setattr(SetCriterion, "__call__", matched)
+            assert self.judge().passed
+        monkeypatch_context.setattr(SetCriterion, "__call__", lambda *_: self.matched)
+        monkeypatch_context.setattr(TrainStep, "gradients", lambda step, *batch: self.given(step))
+
+    def given(self, step):
+        step.criterion(None, None)
+        return self.gradients
+
+    def reset(self):
+        for name, variable in named_variables(self.model).items():
+            variable.assign(self.start[name])
+        return self.model
+
+    def judge(self) -> trajectory.TrainingCheck:
+        [found] = trajectory.check(self.checkpoint, GOLDEN / MODEL, names=["plain"], dtypes=["float64"], steps=1, mode="eager")
+        return found
+
+
+@pytest.fixture(scope="module")
+def stage(converted):
+    with pytest.MonkeyPatch.context() as context:
+        yield Stage(converted(MODEL), context)
+
+
+def keras_eps(self, parameter, variable, gradient, lr, correction1, correction2_root):
+    """Keras' Adam: 1e-7, added to the root that is not yet corrected."""
+    first, second = (self.slot(slot, parameter.name).value for slot in self.slots)
+    first.assign(0.9 * first + 0.1 * gradient)
+    second.assign(0.999 * second + 0.001 * gradient**2)
+    decayed = variable * (1 - lr * parameter.weight_decay)
+    variable.assign(decayed - lr * correction2_root / correction1 * first / (tf.sqrt(second) + 1e-7))
+
+
+def decay_in_the_gradient(self, parameter, variable, gradient, **scalars):
+    """Adam with L2 regularisation, which the decay of AdamW is not."""
+    own = parameter._replace(weight_decay=0.0)
+    TRUE_UPDATE(self, own, variable, gradient + parameter.weight_decay * variable, **scalars)
+
+
+TRUE_UPDATE, TRUE_PARAMETERS, TRUE_RATE = AdamW._update, optimizer_module.parameters, WarmupMultiStepLR._learning_rate
+
+
+def changed(**options):
+    """The parameters of a recipe, some of them treated otherwise: group → fields."""
+
+    def parameters(model, recipe):
+        return [item._replace(**options.get(item.group.replace(".", "_"), {})) for item in TRUE_PARAMETERS(model, recipe)]
+
+    return parameters
+
+
+NORMS = {"sem_seg_head_norm": {"weight_decay": 0.05}}
+BACKBONE = {"backbone_weight": {"lr_factor": 1.0}}
+
+FAULTS = {
+    "Keras' epsilon": (AdamW, "_update", keras_eps, "step 1, weights", {"weights"}),
+    "no epsilon in the clipping": (optimizer_module, "_CLIP_EPSILON", 0.0, "step 1, clipped of backbone.weight", {"clipped", "exp_avg"}),
+    "decay of norms": (optimizer_module, "parameters", changed(**NORMS), "decay: ", {"decay", "weights"}),
+    "no multiplier of the backbone": (optimizer_module, "parameters", changed(**BACKBONE), "step 1, lr: ", {"lr", "weights"}),
+    "schedule a step late": (
+        WarmupMultiStepLR,
+        "_learning_rate",
+        lambda self, n: TRUE_RATE(self, n - 1),
+        "step 1, lr: ",
+        {"lr", "weights"},
+    ),
+    "moments swapped": (AdamW, "slots", ("exp_avg_sq", "exp_avg"), "step 1, exp_avg of backbone.weight", {"exp_avg", "exp_avg_sq"}),
+    "decay in the gradient": (AdamW, "_update", decay_in_the_gradient, "step 1, exp_avg of", {"exp_avg", "exp_avg_sq", "weights"}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_caught_and_named(fault, stage, monkeypatch):
+    where, name, broken, first, quantities = FAULTS[fault]
+    monkeypatch.setattr(where, name, broken)
+    found = stage.judge()
+    assert not found.passed
+    assert trajectory.describe(found.first_failure).startswith(first), trajectory.text([found])
+    failed = {item.name for item in found.items if not item.passed}
+    assert {item.partition("/")[2].partition("/")[0].removesuffix(".each") or item for item in failed} >= quantities
+    assert fault.split()[0] in ("Keras'", "moments") or not any("gradient_norm" in item for item in failed)
+    if fault == "decay of norms":
+        parts = {item.rpartition("/")[2] for item in failed if item.startswith("1/weights/")}
+        assert parts == {"sem_seg_head.norm"}
+        assert "pixel_decoder.adapter_1.norm.weight': 0.05, expected 0" in found.first_failure.note
+    if fault == "no multiplier of the backbone":
+        assert {item.rpartition("/")[2] for item in failed if item.startswith("1/weights/")} == {"backbone.weight"}
+        assert "'backbone.stem.conv1.weight': 0.0001, expected 1e-05" in found.first_failure.note
+
+
+def test_a_buffer_that_moves_is_caught(stage, monkeypatch):
+    def with_momentum(step, *batch):
+        named_variables(step.model)["backbone.stem.conv1.norm.running_mean"].assign_add(tf.fill([8], tf.constant(1e-12, tf.float64)))
+        return stage.given(step)
+
+    monkeypatch.setattr(TrainStep, "gradients", with_momentum)
+    found = stage.judge()
+    assert [item.name for item in found.items if not item.passed] == ["1/buffers/buffers"]
+    assert trajectory.describe(found.first_failure).startswith("step 1, buffers of buffers: error inf")
+
+
+def test_the_honest_step_passes(stage):
+    found = stage.judge()
+    assert found.passed
+    assert max(item.error for item in found.items if item.name.startswith("1/weights/")) < 1e-9
+
+
+def test_reports(stage, monkeypatch):
+    monkeypatch.setattr(optimizer_module, "_CLIP_EPSILON", 0.0)
+    found = stage.judge()
+    text = trajectory.text([found])
+    assert text.splitlines()[0] == "plain, float64, eager: MISMATCH over 1 steps"
+    assert text.splitlines()[-1].startswith("MISMATCH: step 1, clipped of backbone.weight: error ")
+    report = json.loads(trajectory.as_json([found], "a", "b"))
+    assert (report["format"], report["passed"], report["trainings"][0]["training"]) == ("tfmaskformer-steps", False, "plain")
+    assert report["trainings"][0]["first_failure"] in text
+    assert len(report["trainings"][0]["items"]) == len(found.items)
+
+
+def test_command(stage, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("parity.probes.examine", lambda: types.SimpleNamespace(broken=()))
+    command = ["steps", "--ckpt", str(stage.checkpoint), "--reference", str(GOLDEN / MODEL)]
+    short = [*command, "--training", "plain", "--dtype", "float64", "--steps", "1", "--mode", "eager"]
+    assert cli.main([*short, "--json", str(tmp_path / "steps.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "match: 1 trainings are inside the drift of the official code"
+    assert json.loads((tmp_path / "steps.json").read_text())["passed"]
+    assert cli.main([*short, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+    monkeypatch.setattr(optimizer_module, "_CLIP_EPSILON", 0.0)
+    assert cli.main(short) == 1
+    capsys.readouterr()
+    for arguments, message in (
+        ([*command, "--steps", "0"], "--steps 0: expected 1 or more"),
+        ([*command, "--steps", "21"], "has 20 steps of 'plain', 21 were asked for; record more"),
+        ([*command[:4], str(tmp_path)], "has no recorded training; record one with 'parity-check record-steps'"),
+        (["steps", "--ckpt", str(tmp_path), "--reference", command[4]], "expected a directory from 'convert'"),
+        ([*command[:4], str(GOLDEN / "tiny_swin")], "other weights"),
+        ([*command, "--json", str(tmp_path / "nowhere" / "a.json")], "no folder to write in"),
+    ):
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_trace_is_no_training(tmp_path):
+    for dtype in ("float64", "float32"):
+        source = GOLDEN.parent / "tiny_swin" / f"even.{dtype}.h5"
+        (tmp_path / f"plain.{dtype}.h5").write_bytes(source.read_bytes())
+    with pytest.raises(TraceError, match="is no recorded training"):
+        trajectory.open_training(tmp_path, "plain")
+
+
+def test_recorded_again_it_is_the_same(official_sources, tmp_path, monkeypatch):
+    """The first two steps of the float64 reference."""
+    from checkpoints import registry, synthesize
+    from parity import official, trajectory_record
+    from parity.inputs import parse_case
+
+    script = {}
+    exec((GOLDEN / "record.py").read_text(encoding="utf-8"), script)
+    monkeypatch.setattr(trajectory_record, "RUNS", {dtype: runs[:1] for dtype, runs in trajectory_record.RUNS.items()})
+    entry = registry.entry("tiny_swin")
+    synthesize.write_pickle(synthesize.synthesize(entry), tmp_path / "model_final.pkl")
+    trajectory_record.record_steps(
+        official.load(*official_sources),
+        entry.official_config.removeprefix("configs/"),
+        tmp_path / "model_final.pkl",
+        [parse_case(script["CASE"])],
+        tmp_path / "again",
+        steps=2,
+        trainings=["dropout"],
+        options=[*entry.official_options, *script["RECIPE"], *script["OPTIONS"]["tiny_swin"]],
+    )
+    with (
+        trajectory.open_training(tmp_path / "again", "dropout") as again,
+        trajectory.open_training(GOLDEN / "tiny_swin", "dropout") as case,
+    ):
+        assert again.reference.facts["parts"] == case.reference.facts["parts"]
+        compared = 0
+        for group, name in again.reference.records:
+            if group in ("scalars", "steps", "inputs", "taps"):
+                expected = case.reference.read(group, name)
+                scale = float(np.abs(expected).max(initial=0)) if expected.dtype.kind == "f" else 0
+                np.testing.assert_allclose(again.reference.read(group, name), expected, rtol=1e-9, atol=1e-9 * scale, err_msg=name)
+                compared += 1
+        assert compared > 700
