@@ -344,7 +344,7 @@ def _check_batch(
             judged, seen = judge_case(one, JUDGES, all_stages=settings.all_stages)
             findings = _diagnose(one, judged, settings.padding, pad_to)
             sizes = tuple((image.shape[0], image.shape[1]) for image in case.images)
-            seen += of_failures(case, results, judged.failures)
+            seen += of_failures(case, results, judged.own_failures or judged.failures)
             overlays = tuple(of_results(case, results, model.config))
             yield dataclasses.replace(judged, sizes_px=sizes, local=local, findings=findings, evidence=tuple(seen), overlays=overlays)
     finally:
@@ -432,7 +432,7 @@ def _check_port(settings: Settings, trace: Trace, name: str, port: Port, model: 
         results = port.run(model, inputs, settings.mode, tap_gradients=bool(case.reference.group("tap_gradients")))
         one = CaseRun(case, results, dtype, loss_floors, model, manifest=ports.read_manifest(Path(settings.checkpoint)))
         judged, seen = judge_case(one, judges_of(port), stages.plan_of(port.stages), settings.all_stages)
-        seen += of_failures(case, results, judged.failures)
+        seen += of_failures(case, results, judged.own_failures or judged.failures)
         return dataclasses.replace(judged, local="a port's modules are not replayed", evidence=tuple(seen))
 
 

@@ -40,7 +40,6 @@ class Evidence:
 
     Attributes:
         group, name: as the item's.
-        local: whether TensorFlow computed it of recorded inputs.
         axes: what the rows and columns of the maps are.
         place: which part of the tensor ``expected`` and ``actual`` show: that with the largest difference.
         expected, actual: float32 [rows, columns], single elements; of pixels [rows, columns, 3], 0 … 1.
@@ -54,7 +53,6 @@ class Evidence:
 
     group: str
     name: str
-    local: bool
     axes: tuple[str, str]
     place: str
     expected: np.ndarray
@@ -127,7 +125,6 @@ def evidence(
     actual: np.ndarray,
     expected: np.ndarray,
     *,
-    local: bool = False,
     sampled: bool = False,
     layout: tap_rules.Layout | None = None,
     lengths: Mapping[str, int] | None = None,
@@ -137,7 +134,6 @@ def evidence(
     Args:
         group, name: as the item's.
         actual, expected: of one shape, official layout; of a sampled tensor the samples.
-        local: see :class:`Evidence`.
         layout: of a tap or an output.
         lengths: letter of an axis → its length, for axes that the official layout has in one; None: these stay in one.
     """
@@ -156,7 +152,6 @@ def evidence(
     return Evidence(
         group,
         name,
-        local,
         **maps,
         points=values[:, chosen].T,
         edges=edges,

@@ -53,23 +53,23 @@ def _semantic(scores: Any, target: Mapping[str, np.ndarray], num_classes: int, i
     DatasetCatalog.register(data_set, lambda: [{"file_name": name, "sem_seg_file_name": name} for name in truths])
     MetadataCatalog.get(data_set).set(stuff_classes=[str(index) for index in range(num_classes)], ignore_label=ignore)
     try:
-        evaluator = SemSegEvaluator(data_set, distributed=False, sem_seg_loading_fn=lambda name, dtype: truths[name].astype(dtype))
-        evaluator._compute_boundary_iou = False  # as where OpenCV is missing
-        evaluator.reset()
-        before = 0
-        for name in truths:
-            evaluator.process([{"file_name": name}], [{"sem_seg": scores}])
-            counts = evaluator._conf_matrix - before
-            predicted, true = np.nonzero(counts)
-            yield f"semantic/{name}", np.stack([predicted, true, counts[predicted, true]], axis=1)
-            before = evaluator._conf_matrix.copy()
         with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")  # means of nothing, where the ground truth is
+            warnings.simplefilter("ignore")  # of Detectron2's own making, and means of nothing
+            evaluator = SemSegEvaluator(data_set, distributed=False, sem_seg_loading_fn=lambda name, dtype: truths[name].astype(dtype))
+            evaluator._compute_boundary_iou = False  # as where OpenCV is missing
+            evaluator.reset()
+            matrices = [evaluator._conf_matrix.copy()]
+            for name in truths:
+                evaluator.process([{"file_name": name}], [{"sem_seg": scores}])
+                matrices.append(evaluator._conf_matrix.copy())
             results = evaluator.evaluate()["sem_seg"]
-        yield "semantic/quality", np.array([results[name] / 100 for name in ("mIoU", "fwIoU", "mACC", "pACC")])
     finally:
         DatasetCatalog.remove(data_set)
         MetadataCatalog.remove(data_set)
+    for name, before, after in zip(truths, matrices, matrices[1:], strict=False):
+        predicted, true = np.nonzero(after - before)
+        yield f"semantic/{name}", np.stack([predicted, true, (after - before)[predicted, true]], axis=1)
+    yield "semantic/quality", np.array([results[name] / 100 for name in ("mIoU", "fwIoU", "mACC", "pACC")])
 
 
 def _panoptic(

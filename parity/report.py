@@ -19,7 +19,7 @@ from parity.report_text import text, verdict
 __all__ = ["FILES", "FORMAT", "SCHEMA", "VERSION", "as_dict", "as_json", "text", "write"]
 
 FORMAT = "tfmaskformer-parity-report"
-VERSION = 1
+VERSION = 2
 """Of the JSON report; another number for any change of ``report.schema.json``."""
 
 SCHEMA = Path(__file__).parent / "report.schema.json"
@@ -49,6 +49,7 @@ def as_dict(check: Check) -> dict[str, Any]:
         "verdict": verdict(check),
         "verdict_kind": check.verdict_kind,
         "verdict_reason": check.verdict_reason,
+        "findings": [dataclasses.asdict(finding) for finding in check.findings],
         "stages": [dataclasses.asdict(stage) for stage in check.stages],
         "first_failure": first and {"case": first[0].case, "dtype": first[0].dtype, "group": first[1].group, "name": first[1].name},
     }

@@ -17,8 +17,9 @@ from parity import compare, report_evidence
 from parity.check import LEDGER, CaseCheck, Check, Item
 from parity.evidence import Evidence, Overlay
 from parity.report_figures import Picture
-from parity.report_text import RATIO_FROM, facts, title, told, verdict
+from parity.report_text import KINDS, RATIO_FROM, facts, title, told, verdict
 from parity.report_tree import Node, grow, share
+from parity.stages import PASSED
 
 TOLD = 20
 """Failures of a case that are told in words; the tree has all."""
@@ -28,7 +29,7 @@ SEEN, OVERLAID, RANKED = 12, 8, 20
 
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("error", "relative L2 error against the official model in float64"),
-    ("local", "the part of the error that arises here and is not inherited"),
+    ("local", "the largest error below that arises there and is not inherited"),
     ("floor", "largest error of the official runs"),
     ("ratio", "error / floor"),
     ("tolerance", "what is allowed"),
@@ -50,6 +51,8 @@ def page(check: Check, pictures: Sequence[Picture]) -> str:
         f"<header class={state}><h1>{escape(line)}</h1>",
         *([f"<pre>{escape(chr(10).join(more))}</pre>"] if more else []),
         f"<p>parity-check of <b>{escape(check.settings.checkpoint)}</b> against <b>{escape(check.settings.reference)}</b></p></header>",
+        _section("Stages", _stages(check)),
+        _section("Diagnosis", _diagnosis(check)),
         _table(("", ""), facts(check), "facts"),
         _section("Cases", _cases(check)),
         _section("Failures", _failures(check)),
@@ -67,6 +70,28 @@ def _section(heading: str, lines: Iterable[str]) -> str:
     """Nothing where there are no lines."""
     inner = "\n".join(lines)
     return f"<section><h2>{heading}</h2>\n{inner}\n</section>" if inner else ""
+
+
+def _stages(check: Check) -> Iterator[str]:
+    """A box for each stage, in the order of computation; what it is about on hovering."""
+    yield "<ol class=stages>"
+    for stage in check.stages:
+        words = [stage.verdict] if stage.verdict != PASSED else []
+        words += [f"{stage.failed} of {stage.judged} fail" if stage.failed else f"{stage.judged}"] if stage.judged else []
+        hint = "; ".join([*([f"first {stage.first}"] if stage.first else []), *(f"not judged: {case}" for case in stage.not_judged)])
+        kind = stage.verdict.replace(" ", "-")
+        yield f'<li class="{kind}" title="{escape(hint)}"><b>{escape(stage.name)}</b><small>{escape(", ".join(words))}</small></li>'
+    yield "</ol>"
+
+
+def _diagnosis(check: Check) -> Iterator[str]:
+    """Noise or bug, and what brings the first local failure down to the floor."""
+    yield f"<p><b class={check.verdict_kind}>{escape(KINDS[check.verdict_kind])}</b>: {escape(check.verdict_reason)}.</p>"
+    for finding in check.findings:
+        cause = f"<b>{escape(finding.cause)}</b> " if finding.cause else ""
+        yield f"<p class=finding>{cause}{escape(finding.statement)}</p>"
+        if finding.others:
+            yield "<ul>" + "".join(f"<li>{escape(other)}</li>" for other in finding.others) + "</ul>"
 
 
 def _cases(check: Check) -> Iterator[str]:
@@ -94,7 +119,7 @@ def _failures(check: Check) -> Iterator[str]:
     first = check.first_failure
     seen = 0
     for case in check.cases:
-        failures = case.failures
+        failures = case.own_failures or case.failures
         if failures:
             yield f"<h3>{escape(title(case))}</h3>"
         for item in failures[:TOLD]:
@@ -108,6 +133,10 @@ def _failures(check: Check) -> Iterator[str]:
             yield "</details>"
         if len(failures) > TOLD:
             yield f"<p>… and {len(failures) - TOLD} more, in the order of computation; the tree below has all.</p>"
+        if inherited := len(case.failures) - len(failures):
+            yield f"<p>… and {inherited} that only inherit their error: computed of recorded inputs they are right.</p>"
+        if case.stopped:
+            yield f"<p>Not judged: what comes behind <b>{escape(case.stopped)}</b>, which is broken. --all-stages judges it too.</p>"
 
 
 def _evidence(case: CaseCheck, item: Item) -> list[Evidence]:
@@ -167,7 +196,10 @@ def _layers(check: Check) -> Iterator[str]:
     yield "Each row of a module has the figures of the worst below it. The worst is first.</p>"
     for case in check.cases:
         state = "open" if not case.passed else ""
-        yield f"<details class=case {state}><summary><h3>{escape(title(case))}</h3></summary><div class=tree>"
+        yield f"<details class=case {state}><summary><h3>{escape(title(case))}</h3></summary>"
+        if case.local:
+            yield f"<p>Local errors are not known: {escape(case.local)}.</p>"
+        yield "<div class=tree>"
         yield f"<div class='row head'><span>name</span>{heads}</div>"
         for group in LEDGER:
             items = [item for item in case.items if item.group == group]
@@ -178,23 +210,24 @@ def _layers(check: Check) -> Iterator[str]:
 
 def _node(node: Node, depth: int = 0) -> Iterator[str]:
     name = escape(node.label.lstrip("./") if depth else node.label)
-    state = "failed" if node.failed else "passed"
+    state = ("inherited" if all(item.passed or item.inherited for item in node.items) else "failed") if node.failed else "passed"
     if not node.children:
         hint = escape("\n".join(told(node.worst)))
-        yield f'<div class="row {state}" title="{hint}"><span style="--depth:{depth}">{name}</span>{_figures(node.worst)}</div>'
+        yield f'<div class="row {state}" title="{hint}"><span style="--depth:{depth}">{name}</span>{_figures(node)}</div>'
         return
     count = f"{node.failed} of {len(node.items)} fail" if node.failed else f"{len(node.items)} pass"
     yield f"<details class={state}{' open' * (node.failed > 0 and depth < 2)}><summary class='row {state}'>"
-    yield f"<span style='--depth:{depth}'>{name} <small>{count}</small></span>{_figures(node.worst)}</summary>"
+    yield f"<span style='--depth:{depth}'>{name} <small>{count}</small></span>{_figures(node)}</summary>"
     for child in node.children:
         yield from _node(child, depth + 1)
     yield "</details>"
 
 
-def _figures(item: Item) -> str:
+def _figures(node: Node) -> str:
     """The cells of :data:`COLUMNS`."""
+    item = node.worst
     ratio = _number(item.ratio, ".3g") if item.floor > RATIO_FROM else "–"
-    numbers = [*(_number(figure) for figure in (item.error, item.local, item.floor)), ratio, _number(item.tolerance)]
+    numbers = [*(_number(figure) for figure in (item.error, node.local, item.floor)), ratio, _number(item.tolerance)]
     cells = "".join(f"<span>{number}</span>" for number in numbers)
     filled = share(item)
     if filled < 0 or math.isnan(item.error):
@@ -249,16 +282,18 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") 
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ground: #fff; --raised: #f5f7f9; --ink: #1c2126; --faint: #5a636e; --line: #dfe3e8; --thin: #eef0f3;
-  --hover: #eef3f9; --green: #1b7f3b; --red: #c1272d; --amber: #b26a00; --blue: #2f7ed8; --bar: #a9cbee; --badbar: #f0a7a9;
-  --grey: #c3cad2; }
-@media (prefers-color-scheme: dark) { :root { --ground: #14181d; --raised: #1d232a; --ink: #dde3ea; --faint: #9aa5b1; --line: #333c46;
-  --thin: #232a32; --hover: #222b35; --green: #1f6f3a; --red: #f0696f; --amber: #e0a040; --blue: #6cb0f5; --bar: #2c5480; --badbar: #7c3438;
-  --grey: #4a5560; } header.failed { background: #8f2329 !important; } }
+:root { color-scheme: light dark;
+  --ground: #fff; --raised: #f5f7f9; --ink: #1c2126; --faint: #5a636e; --line: #dfe3e8; --thin: #eef0f3; --hover: #eef3f9;
+  --green: #1b7f3b; --good: #1b9e4b; --crimson: #c1272d; --red: #c1272d; --amber: #b26a00; --blue: #2f7ed8; --bar: #a9cbee;
+  --badbar: #f0a7a9; --amberbar: #f3d3a2; --grey: #c3cad2; }
+@media (prefers-color-scheme: dark) { :root {
+  --ground: #14181d; --raised: #1d232a; --ink: #dde3ea; --faint: #9aa5b1; --line: #333c46; --thin: #232a32; --hover: #222b35;
+  --green: #1f6f3a; --good: #4cc07a; --crimson: #8f2329; --red: #f0696f; --amber: #e0a040; --blue: #6cb0f5; --bar: #2c5480;
+  --badbar: #7c3438; --amberbar: #6b4d1c; --grey: #4a5560; } }
 body { font: 14px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 1320px; margin: 0 auto;
   padding: 0 16px 48px; }
 header { color: #fff; padding: 14px 20px; border-radius: 0 0 8px 8px; overflow-wrap: anywhere; }
-header.passed { background: var(--green); } header.failed { background: var(--red); }
+header.passed { background: var(--green); } header.failed { background: var(--crimson); }
 header h1 { font-size: 19px; margin: 0 0 6px; } header p { margin: 6px 0 0; }
 h2 { font-size: 17px; margin: 28px 0 8px; border-bottom: 2px solid var(--line); padding-bottom: 4px; }
 h3 { font-size: 14px; margin: 14px 0 6px; } summary h3 { display: inline; }
@@ -275,6 +310,13 @@ summary { cursor: pointer; }
 .map { image-rendering: pixelated; display: block; max-width: none; }
 .scale { display: flex; gap: 6px; font: 11px ui-monospace, monospace; color: var(--faint); margin: 3px 0; }
 .scale i { flex: 1; border-radius: 2px; }
+.stages { list-style: none; display: flex; flex-wrap: wrap; gap: 6px; padding: 0; margin: 8px 0; }
+.stages li { border: 1px solid var(--line); border-left: 5px solid var(--grey); border-radius: 4px; padding: 3px 10px; min-width: 120px; }
+.stages b, .stages small { display: block; font-size: 12px; } .stages .passed { border-left-color: var(--good); }
+.stages .broken { border-left-color: var(--red); background: var(--raised); } .stages .broken b { color: var(--red); }
+.stages .inherits { border-left-color: var(--amber); } .stages .not-judged, .stages .nothing-to-judge { opacity: .65; }
+.finding { background: var(--raised); border-left: 5px solid var(--blue); padding: 8px 14px; border-radius: 4px; }
+b.bug { color: var(--red); } b.noise { color: var(--amber); } b.match { color: var(--good); }
 svg { background: var(--raised); display: block; } svg text { font: 10px ui-monospace, monospace; fill: var(--faint); }
 svg circle { fill: var(--blue); fill-opacity: .6; } svg .axis { stroke: var(--faint); stroke-width: 1; } svg .old { fill: var(--grey); }
 svg .new { fill: var(--blue); } svg polyline { fill: none; stroke: var(--blue); stroke-width: 1.5; }
@@ -288,8 +330,9 @@ svg .new { fill: var(--blue); } svg polyline { fill: none; stroke: var(--blue); 
 .tree details[open] > summary > span:first-child::before { content: "▾ "; }
 .tree .row:hover { background: var(--hover); }
 .head { color: var(--faint); font-weight: 600; position: sticky; top: 0; background: var(--ground); }
-.failed > span:first-child { color: var(--red); font-weight: 600; }
+.failed > span:first-child { color: var(--red); font-weight: 600; } .inherited > span:first-child { color: var(--amber); }
 .bar { background: linear-gradient(var(--bar), var(--bar)) left / calc(var(--share) * 100%) 84% no-repeat; margin-left: 10px; }
+.inherited > .bar { background-image: linear-gradient(var(--amberbar), var(--amberbar)); }
 .failed > .bar { background-image: linear-gradient(var(--badbar), var(--badbar)); }
 button { font: inherit; padding: 2px 10px; }
 """

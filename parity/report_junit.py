@@ -1,7 +1,8 @@
 """JUnit XML of a check, for GitHub, GitLab, Jenkins and others: valid by the xUnit plugin's junit-10.xsd, which all of them read.
 
-One suite for each case and dtype, one test for each group of names of one module (:func:`parity.report_tree.block`), and one last suite for
-what is judged over all cases. The file has a failure exactly where the check fails.
+One suite for the stages, with a test for each; one suite for each case and dtype, with a test for each group of names of one module
+(:func:`parity.report_tree.block`); and one last suite for what is judged over all cases. The file has a failure exactly where the check
+fails.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from parity import compare
 from parity.check import LEDGER, CaseCheck, Check, Item
 from parity.report_text import SHOWN, heading, told, verdict
 from parity.report_tree import block
+from parity.stages import BROKEN, EMPTY, PASSED
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -21,6 +23,7 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 def as_xml(check: Check) -> bytes:
     """The whole file, in UTF-8."""
     root = ET.Element("testsuites", name="parity-check")
+    _stages(_add_suite(root, "stages"), check)
     for case in check.cases:
         root.append(_suite(case))
     for exemption in check.left_out:
@@ -59,6 +62,19 @@ def _suite(case: CaseCheck) -> ET.Element:
     return suite
 
 
+def _stages(suite: ET.Element, check: Check) -> None:
+    """A stage that has nothing to judge is no test; one that only inherits its error is skipped, like one that was not reached."""
+    for stage in check.stages:
+        if stage.verdict == EMPTY:
+            continue
+        test = _test(suite, "stages", stage.name)
+        if stage.verdict == BROKEN:
+            message = f"{stage.failed} of {stage.judged} differ; first {stage.first}"
+            ET.SubElement(test, "failure", type="mismatch", message=message)
+        elif stage.verdict != PASSED:
+            ET.SubElement(test, "skipped", message=f"{stage.verdict}: an earlier stage is broken")
+
+
 def _add_suite(root: ET.Element, name: str) -> ET.Element:
     return ET.SubElement(root, "testsuite", name=name)
 
@@ -78,7 +94,7 @@ def _fail(test: ET.Element, failed: Sequence[Item], judged: int) -> None:
 
 
 def _over_all_cases(suite: ET.Element, check: Check) -> None:
-    ET.SubElement(suite, "system-out").text = "\n".join(heading(check))
+    ET.SubElement(suite, "system-out").text = "\n".join([*heading(check), *verdict(check)])
     test = _test(suite, "all cases", "median of error / floor over all taps")
     if not (check.cases and check.median_passed):
         message = f"got {check.median_ratio:.3f}, allowed {compare.MEDIAN_FACTOR}" if check.cases else "nothing was compared"

@@ -37,10 +37,16 @@ class Node:
         """The item that is furthest beyond, or nearest to, its tolerance."""
         return max(self.items, key=severity)
 
+    @property
+    def local(self) -> float:
+        """The largest local error; nan where none is known."""
+        return max((item.local for item in self.items if not math.isnan(item.local)), default=math.nan)
 
-def severity(item: Item) -> tuple[bool, float, float]:
-    """Orders items: what fails is worse than what passes; then by error / tolerance, then (without a limit) by error / floor."""
-    return not item.passed, share(item), -1 if math.isnan(item.ratio) else item.ratio
+
+def severity(item: Item) -> tuple[bool, bool, float, float]:
+    """Orders items: what fails by itself is worse than what inherits its error, and that is worse than what passes; then by
+    error / tolerance, then (without a limit) by error / floor."""
+    return not item.passed and not item.inherited, not item.passed, share(item), -1 if math.isnan(item.ratio) else item.ratio
 
 
 def share(item: Item) -> float:
