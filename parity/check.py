@@ -20,8 +20,8 @@ from converters import ports
 from parity import compare, ends, judge, probes, stages, verdict
 from parity.evidence import Evidence, Overlay, of_failures, of_results
 from parity.judge import COVERAGE, GROUPS, CaseRun, Exemption, Found, Item, LossFloors, case_inputs
-from parity.ports import Port
-from parity.replay import Replay, replay, why_not
+from parity.ports import Port, inputs_of
+from parity.replay import Replay, replay, replay_port, why_not
 from parity.tensorflow_run import run
 from parity.trace import Case, Trace
 
@@ -57,6 +57,8 @@ class Settings:
         mode, padding, pad_to: see :func:`parity.tensorflow_run.run`.
         port: file or module of a :class:`parity.ports.Port`; None: MaskFormer.
         all_stages: whether to judge what comes behind the first broken stage.
+        gradients: False leaves them out, and the memory that they need.
+        memory_budget: bytes; see :func:`parity.tensorflow_run.run`.
     """
 
     checkpoint: str
@@ -68,6 +70,8 @@ class Settings:
     pad_to: tuple[int, int] | None = None
     port: str | None = None
     all_stages: bool = False
+    gradients: bool = True
+    memory_budget: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,17 +335,22 @@ def _check_batch(
     cases = [trace.case(name) for name in names]
     try:
         inputs = [case_inputs(case, dtype) for case in cases]
-        gradients = "all" if any(case.reference.group("tap_gradients") for case in cases) else "parameters"
+        without = _why_no_gradients(settings, trace)
+        judges = JUDGES if without is None else without_gradients(JUDGES, without)
+        has_taps = any(case.reference.group("tap_gradients") for case in cases)
+        gradients = "none" if without else "all" if has_taps else "parameters"
         pad_to = settings.pad_to
         if settings.padding == "masked" and pad_to is None:
             largest = np.max([image.shape[:2] for case in inputs for image in case.images], axis=0)
             pad_to = tuple((int(side) // CANVAS_PX + 1) * CANVAS_PX for side in largest)  # type: ignore[assignment]
-        found = run(model, inputs, mode=settings.mode, padding=settings.padding, pad_to=pad_to, gradients=gradients)
+        limits: dict[str, Any] = {"gradients": gradients, "memory_budget": settings.memory_budget}
+        found = run(model, inputs, mode=settings.mode, padding=settings.padding, pad_to=pad_to, **limits)
         for case, results in zip(cases, found, strict=True):
-            local, replayed = _replay(model, case, dtype, settings.padding, pad_to)
+            how: dict[str, Any] = {"padding": settings.padding, "pad_to": pad_to, "gradients": gradients != "none"}
+            local, replayed = _local(case, dtype, functools.partial(replay, model, case, **how))
             manifest = _manifest(Path(settings.checkpoint))
             one = CaseRun(case, results, dtype, loss_floors, model, model.config, trace, manifest, replayed)
-            judged, seen = judge_case(one, JUDGES, all_stages=settings.all_stages)
+            judged, seen = judge_case(one, judges, all_stages=settings.all_stages)
             findings = _diagnose(one, judged, settings.padding, pad_to)
             sizes = tuple((image.shape[0], image.shape[1]) for image in case.images)
             seen += of_failures(case, results, judged.own_failures or judged.failures)
@@ -352,13 +361,19 @@ def _check_batch(
             case.close()
 
 
-def _replay(model: Any, case: Case, dtype: str, padding: str, pad_to: tuple[int, int] | None) -> tuple[str, Replay | None]:
+def _why_no_gradients(settings: Settings, trace: Trace) -> str | None:
+    if not settings.gradients:
+        return "this check was asked to leave gradients out"
+    return "the trace was recorded without gradients" if trace.provenance.get("gradients") is False else None
+
+
+def _local(case: Case, dtype: str, replayed: Callable[[], Replay]) -> tuple[str, Replay | None]:
     """Why local errors are not known, or what tells them."""
     if dtype == "float32":
         return "local errors are taken in float64", None
     if reason := why_not(case):
         return reason, None
-    return "", replay(model, case, padding=padding, pad_to=pad_to, gradients=True)
+    return "", replayed()
 
 
 def _diagnose(run: CaseRun, judged: CaseCheck, padding: str, pad_to: tuple[int, int] | None) -> tuple[Finding, ...]:
@@ -402,6 +417,26 @@ JUDGES: Mapping[str, Judge] = {
 """Group → what judges it, in the order of computation."""
 
 
+def without_gradients(judges: Mapping[str, Judge], reason: str) -> dict[str, Judge]:
+    """The same without gradients: they, and what would show in them alone, are exempted by their exact names."""
+
+    def of_gradients(group: str, run: CaseRun, found: Found) -> Iterator[Exemption]:
+        for name in run.case.reference.group(group):
+            yield Exemption(group, name, reason)
+
+    def of_coverage(group: str, run: CaseRun, found: Found) -> Iterator[Any]:
+        exempt = {f"shows in variables '{one.name}'" for one in found if isinstance(one, Exemption) and one.group == "variables"}
+        for one in judges[group](run, found):
+            if isinstance(one, Item) and not one.passed and (one.note in exempt or one.note.startswith("shows in gradients")):
+                yield Exemption(group, one.name, f"it would show in a gradient, but {reason}")
+            else:
+                yield one
+
+    others = {group: functools.partial(of_gradients, group) for group in ("tap_gradients", "gradients") if group in judges}
+    others |= {group: functools.partial(of_coverage, group) for group in ("variables", "sources") if group in judges}
+    return {**judges, **others}
+
+
 def judge_case(
     run: CaseRun, judges: Mapping[str, Judge], plan: stages.Plan = stages.MASKFORMER, all_stages: bool = False
 ) -> tuple[CaseCheck, list[Evidence]]:
@@ -428,26 +463,25 @@ def judge_case(
 
 def _check_port(settings: Settings, trace: Trace, name: str, port: Port, model: Any, dtype: str, loss_floors: LossFloors) -> CaseCheck:
     with trace.case(name) as case:
-        inputs = {key: case.reference.read("inputs", key) for key in case.reference.group("inputs")}
-        results = port.run(model, inputs, settings.mode, tap_gradients=bool(case.reference.group("tap_gradients")))
-        one = CaseRun(case, results, dtype, loss_floors, model, manifest=ports.read_manifest(Path(settings.checkpoint)))
+        results = port.run(model, inputs_of(case), settings.mode, tap_gradients=bool(case.reference.group("tap_gradients")))
+        local, replayed = _local(case, dtype, lambda: replay_port(port, model, case))
+        one = CaseRun(case, results, dtype, loss_floors, model, manifest=_manifest(Path(settings.checkpoint)), replay=replayed)
         judged, seen = judge_case(one, judges_of(port), stages.plan_of(port.stages), settings.all_stages)
         seen += of_failures(case, results, judged.own_failures or judged.failures)
-        return dataclasses.replace(judged, local="a port's modules are not replayed", evidence=tuple(seen))
+        return dataclasses.replace(judged, local=local, evidence=tuple(seen))
 
 
 def judges_of(port: Port) -> Mapping[str, Judge]:
     """:data:`JUDGES` of another model."""
-    return {**COMPUTED, "variables": functools.partial(_judge_variables, port)}
+    return {**COMPUTED, "variables": functools.partial(_judge_variables, port), "sources": judge.judge_sources}
 
 
 def _judge_variables(port: Port, run: CaseRun, found: Found) -> Iterator[Item | Exemption]:
     """Every variable of a port, but for those that it exempts; and that list, and that of partners, are held to what there is."""
     used = {(one.group, one.name) for one in found if isinstance(one, Exemption)}
-    for drop in run.manifest["dropped"]:
-        used.add(("variables", drop["source"]))
-        yield Exemption("variables", drop["source"], f"not converted: {drop['reason']}")
-    for item in judge.variables_of(port.trained(run.model), found):
+    variable_of = {line["source"]: line["target"] for line in run.manifest["tensors"]}
+    for shown in judge.variables_of(port.trained(run.model), found):
+        item = dataclasses.replace(shown, name=variable_of[shown.name])
         if not item.passed and (reason := port.exempt.get((item.group, item.name))):
             used.add((item.group, item.name))
             yield Exemption(item.group, item.name, reason)

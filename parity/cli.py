@@ -150,6 +150,8 @@ def _check(argv: Sequence[str]) -> int:
         parser.error(f"{option} is for --ckpt: a trace has been recorded already")
     if arguments.reference != "official" and (arguments.src or arguments.config or arguments.image):
         parser.error("--src, --config and --image are for --reference official; a trace says what it was recorded from")
+    if arguments.memory_budget and arguments.mode != "eager":
+        parser.error("--memory-budget needs --mode eager: a compiled function hands over all taps at once")
     if arguments.reference == "official" and not arguments.src:
         parser.error("--reference official needs --src, the official checkpoint that --ckpt was converted from")
     if arguments.reference == "official" and arguments.case:
@@ -157,6 +159,8 @@ def _check(argv: Sequence[str]) -> int:
     if arguments.reference == "official" and arguments.port:
         parser.error("--port needs a trace: parity-check record --port …")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from parity.inputs import InputError
+
     try:
         for path in (arguments.report, None if arguments.json == "-" else arguments.json):
             _check_writable(path)
@@ -164,13 +168,17 @@ def _check(argv: Sequence[str]) -> int:
             if arguments.reference == "official" and (failed := _record_reference(arguments, scratch)):
                 return failed
             return _run(arguments, _settings(arguments, scratch))
-    except OSError as error:
+    except (OSError, InputError) as error:
         return _failed(str(error), BAD_INPUT)
 
 
 def _needs_run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str | None:
     """An option that was given and says how to run the model."""
-    given = (name for name in ("dtype", "mode", "padding", "pad_to", "port") if getattr(arguments, name) != parser.get_default(name))
+    given = (
+        name
+        for name in ("dtype", "mode", "padding", "pad_to", "port", "memory_budget")
+        if getattr(arguments, name) != parser.get_default(name)
+    )
     found = "reference official" if arguments.reference == "official" else next(given, None)
     return found and f"--{found.replace('_', '-')}"
 
@@ -248,6 +256,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--all-stages", action="store_true", help="judge what comes behind the first broken stage too (default: stop there)"
     )
+    parser.add_argument("--no-gradients", action="store_true", help="leave out all gradients, and the memory that they need")
+    parser.add_argument(
+        "--memory-budget",
+        metavar="BYTES",
+        help="memory to stay below, for example 6GB: with --mode eager, what taps take beyond a quarter of it goes to a temporary file",
+    )
     parser.add_argument("--report", metavar="DIR", help="write report.html, .txt and .json, junit.xml and error_along_depth.png into DIR")
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON to FILE, or to stdout only (-)")
     official = parser.add_argument_group("with --reference official (needs PyTorch)")
@@ -263,6 +277,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settings(arguments: argparse.Namespace, scratch: str) -> Settings:
     from parity.check import Settings
+    from parity.record import memory_budget
 
     return Settings(
         checkpoint=arguments.ckpt or arguments.actual,
@@ -273,6 +288,8 @@ def _settings(arguments: argparse.Namespace, scratch: str) -> Settings:
         padding=arguments.padding,
         pad_to=tuple(arguments.pad_to) if arguments.pad_to else None,
         all_stages=arguments.all_stages,
+        gradients=not arguments.no_gradients,
+        memory_budget=memory_budget(arguments),
         port=arguments.port,
     )
 

@@ -37,7 +37,7 @@ def check_recorded(
         actual: the TensorFlow trace.
         reference: the official trace.
         baseline: a TensorFlow trace of the same precision from a CPU, whose errors are the floors; None: those of the official code.
-        settings: what else is asked for: ``cases`` and ``all_stages``.
+        settings: what else is asked for: ``cases``, ``all_stages`` and ``gradients``.
         progress: is told each step.
 
     Raises:
@@ -68,7 +68,7 @@ def check_recorded(
     for name in names:
         progress(f"{name}: {recorded.precision}")
         with _opened(official, floors, name) as case, recorded.file(name) as file:
-            checked.append(_check_case(case, file, recorded, official, loss_floors, asked.all_stages))
+            checked.append(_check_case(case, file, recorded, official, loss_floors, asked))
     asked = dataclasses.replace(
         asked, checkpoint=actual, reference=reference, dtypes=(str(recorded.precision),), mode=recorded.provenance["mode"]
     )
@@ -221,10 +221,9 @@ class _Group(Mapping[str, np.ndarray]):
 
 
 def _check_case(
-    case: Case, file: TraceFile, recorded: Recording, official: Trace, loss_floors: judge.LossFloors, all_stages: bool
+    case: Case, file: TraceFile, recorded: Recording, official: Trace, loss_floors: judge.LossFloors, settings: Settings
 ) -> CaseCheck:
     config = MaskFormerConfig.from_dict(recorded.provenance["config"])
-    without = _without_gradients(recorded, official)
     groups: dict[str, Mapping[str, np.ndarray]] = {group: _Group(file, group) for group in COMPUTED}
     if not case.reference.group("tap_gradients"):
         del groups["tap_gradients"]
@@ -232,28 +231,29 @@ def _check_case(
     results = _Results(groups, tap_rules.names(config), None, exact, None)  # type: ignore[arg-type]
     dtype = "float64" if recorded.provenance["dtype"] == "float64" else "float32"
     one = CaseRun(case, results, dtype, loss_floors, config=config, trace=official, manifest=recorded.provenance["sources"])
-    judges: dict[str, check.Judge] = {group: functools.partial(_judge_computed, judge_of, without) for group, judge_of in COMPUTED.items()}
-    judges["variables"] = functools.partial(_judge_variables, recorded.provenance["variables"], without)
+    judges: dict[str, check.Judge] = {group: functools.partial(_judge_computed, judge_of) for group, judge_of in COMPUTED.items()}
+    judges["variables"] = lambda run, found: judge.variables_of(recorded.provenance["variables"], found)
     judges["sources"] = judge.judge_sources
-    judged, _ = check.judge_case(one, judges, all_stages=all_stages)
+    if without := _why_no_gradients(recorded, official, settings):
+        judges = check.without_gradients(judges, without)
+    judged, _ = check.judge_case(one, judges, all_stages=settings.all_stages)
     sizes = tuple((image.shape[0], image.shape[1]) for image in case.images)
     return dataclasses.replace(judged, dtype=recorded.precision, sizes_px=sizes, local="two recordings are compared; nothing is replayed")
 
 
-def _without_gradients(recorded: Recording, official: Trace) -> str | None:
-    """Why gradients are not compared, if they are not."""
+def _why_no_gradients(recorded: Recording, official: Trace, settings: Settings) -> str | None:
+    if not settings.gradients:
+        return "this check was asked to leave gradients out"
     for provenance, which in ((recorded.provenance, recorded.directory), (official.provenance, official.directory)):
         if provenance.get("gradients") is False:
             return f"'{which}' was recorded without gradients"
     return None
 
 
-def _judge_computed(judge_of: check.Judge, without: str | None, run: CaseRun, found: Found) -> Iterator[Any]:
+def _judge_computed(judge_of: check.Judge, run: CaseRun, found: Found) -> Iterator[Any]:
     """A group; of ids, what the CPU run of the same precision has wrong too is exempted by name."""
     for one in judge_of(run, found):
-        if without and one.group in ("gradients", "tap_gradients"):
-            yield Exemption(one.group, one.name, without)
-        elif isinstance(one, Item) and not one.passed and isinstance(run.case.baseline, _Floors) and (reason := _unstable(run, one)):
+        if isinstance(one, Item) and not one.passed and isinstance(run.case.baseline, _Floors) and (reason := _unstable(run, one)):
             yield Exemption(one.group, one.name, reason)
         else:
             yield one
@@ -266,11 +266,3 @@ def _unstable(run: CaseRun, item: Item) -> str | None:
     name = item.name.replace("/panoptic_seg", "/segments")  # of which pixels belong to which a share may differ
     own, expected = run.case.baseline.read(item.group, name), run.case.reference.read(item.group, name)
     return None if np.array_equal(own, expected) else f"{CPU_RUN} has another result than float64, too"
-
-
-def _judge_variables(trained: Mapping[str, bool], without: str | None, run: CaseRun, found: Found) -> Iterator[Item | Exemption]:
-    for item in judge.variables_of(trained, found):
-        if without and trained[item.name]:
-            yield Exemption(item.group, item.name, f"it would show in its gradient, but {without}")
-        else:
-            yield item
