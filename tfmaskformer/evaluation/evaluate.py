@@ -39,6 +39,7 @@ from tfmaskformer.evaluation.devices import worker
 from tfmaskformer.evaluation.instances import instance_truth
 from tfmaskformer.evaluation.results import JSON_NAME, PNG_FOLDER, _mask_api, encode_png, semantic_annotations
 from tfmaskformer.evaluation.sources import EvaluationError, Source
+from tfmaskformer.model import MaskFormer
 from tfmaskformer.static_inference import static_panoptic_inference, static_semantic_inference
 
 FORMAT = 1
@@ -387,16 +388,6 @@ class Evaluation:
 
             return step
 
-        def infer(images, sizes, output_sizes, output_canvas):
-            outputs = model(images, sizes, padding="masked")
-            panoptic = labels = None
-            if "panoptic" in metrics:
-                panoptic = static_panoptic_inference(outputs, config, sizes, output_sizes, output_canvas)
-            if "semantic" in metrics:
-                scores = static_semantic_inference(outputs, config, sizes, output_sizes, output_canvas)
-                labels = tf.argmax(scores, 1, tf.int32)
-            return panoptic, labels
-
         def scores(images, sizes, output_sizes, output_canvas):
             return static_semantic_inference(model(images, sizes, padding="masked"), config, sizes, output_sizes, output_canvas)
 
@@ -407,7 +398,7 @@ class Evaluation:
             return None, tf.argmax(total / views, 1, tf.int32)  # upstream, too, divides first; that can make a tie
 
         return _Steps(
-            on_replicas(infer, compiled=True),
+            on_replicas(infer_step(model, metrics), compiled=True),
             on_replicas(scores, compiled=True),
             on_replicas(add, compiled=False),
             on_replicas(labels, compiled=False),
@@ -442,6 +433,32 @@ class Evaluation:
         self.counts.done.append(image_id)
         self.counts.skipped += 1
         self.counts.problems += problems
+
+
+def infer_step(model: MaskFormer, metrics: Sequence[str]) -> Callable[..., tuple[Any, Any]]:
+    """What one device computes of a batch, whole: the function that evaluation compiles.
+
+    Args:
+        model: with its weights.
+        metrics: of :func:`metrics_of`.
+
+    Returns:
+        images uint8 [batch, height, width, 3], their sizes and those of their results, both int32 [batch, 2], and (height, width) of the
+        results' canvas, which is static → ``PanopticSegments`` or None, and the class of each pixel, int32 [batch, height,
+        width], or None.
+    """
+
+    def infer(images, sizes, output_sizes, output_canvas):
+        outputs = model(images, sizes, padding="masked")
+        panoptic = labels = None
+        if "panoptic" in metrics:
+            panoptic = static_panoptic_inference(outputs, model.config, sizes, output_sizes, output_canvas)
+        if "semantic" in metrics:
+            scores = static_semantic_inference(outputs, model.config, sizes, output_sizes, output_canvas)
+            labels = tf.argmax(scores, 1, tf.int32)
+        return panoptic, labels
+
+    return infer
 
 
 def _ahead(pool: concurrent.futures.Executor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
