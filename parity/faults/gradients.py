@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from parity.faults.fault import DECODER, DEEPLAB, OTHER, PANOPTIC, PREDICTOR, SEMANTIC, SWIN, Fault, replaced
-from tfmaskformer import criterion, heads, layers, resnet, swin, transformer, transformer_predictor
+from tfmaskformer import criterion, layers, resnet, swin, transformer, transformer_predictor
 
 
 def no_mask_gradient(right):
@@ -99,24 +99,6 @@ def detached_scores(right):
     return call
 
 
-def no_gradient_of_auxiliary(right):
-    def call(self, features, sizes):
-        outputs = right(self, features, sizes)
-        return outputs | {"aux_outputs": tf.nest.map_structure(tf.stop_gradient, outputs["aux_outputs"])}
-
-    return call
-
-
-def squashed(right):
-    """Exact forwards, the gradient of the tanh form backwards."""
-
-    def call(self, inputs):
-        approximate = tf.nn.gelu(inputs, approximate=True)
-        return approximate + tf.stop_gradient(right(self, inputs) - approximate)
-
-    return call
-
-
 # fmt: off
 FAULTS = (
     Fault("masks cut off from the gradient", "gradients", PANOPTIC, "even", "gradients", f"{PREDICTOR}.mask_embed.layers.2", OTHER,
@@ -135,9 +117,5 @@ FAULTS = (
           frozen("backbone.res2")),
     Fault("inputs of the scores without a gradient", "gradients", SEMANTIC, "odd", "gradients", f"{DECODER}.layers.2.multihead_attn", OTHER,
           replaced(layers.MultiheadAttention, "call", detached_scores)),
-    Fault("auxiliary outputs without a gradient", "gradients", PANOPTIC, "odd", "gradients", f"{PREDICTOR}.mask_embed.layers.2", OTHER,
-          replaced(heads.MaskFormerHead, "call", no_gradient_of_auxiliary)),
-    Fault("gradient of the other GELU", "gradients", SWIN, "odd", "gradients", "backbone.layers.3.blocks.1.mlp.fc1", "gelu",
-          replaced(swin.Gelu, "call", squashed)),
 )
 # fmt: on

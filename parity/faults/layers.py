@@ -23,7 +23,7 @@ from parity.faults.fault import (
     replaced,
     together,
 )
-from tfmaskformer import heads, layers, pixel_decoder, resize, resnet, transformer
+from tfmaskformer import layers, pixel_decoder, resize, resnet, transformer
 from tfmaskformer.module import record_taps
 
 
@@ -59,20 +59,6 @@ def stride_in_1x1(stage):
     return together(attribute(f"{block}.conv1", "stride", 2), attribute(f"{block}.conv2", "stride", 1))
 
 
-def relu_before_the_sum(right):
-    def call(self, inputs, sizes=None):
-        outputs = tf.nn.relu(self.conv1(inputs))
-        outputs = tf.nn.relu(self.conv2(outputs, sizes))
-        outputs = tf.nn.relu(self.conv3(outputs))
-        return outputs + (inputs if self.shortcut is None else self.shortcut(inputs))
-
-    return call
-
-
-def average_pool(right):
-    return lambda inputs, sizes: tf.nn.avg_pool2d(tf.pad(inputs, [[0, 0], [1, 1], [1, 1], [0, 0]]), 3, 2, "VALID")
-
-
 # --- pixel decoder
 
 
@@ -102,20 +88,6 @@ def memory_after_output_conv(right):
             return mask_features, self.layer_4(top)
 
     return forward_features
-
-
-def unbiased_group_norm(right):
-    """The variance divided by one less than the number of elements, as ``torch.var`` does it by default."""
-
-    def call(self, inputs, sizes=None):
-        batch, height, width, channels = inputs.shape
-        grouped = tf.reshape(inputs, [batch, height * width, self.groups, channels // self.groups])
-        centred = grouped - tf.reduce_mean(grouped, [1, 3], keepdims=True)
-        count = height * width * channels // self.groups
-        variance = tf.reduce_sum(tf.square(centred), [1, 3], keepdims=True) / (count - 1)
-        return tf.reshape(centred * tf.math.rsqrt(variance + self.eps), inputs.shape) * self.weight + self.bias
-
-    return call
 
 
 # --- transformer
@@ -156,10 +128,6 @@ def sines_before_cosines(right):
         return tf.concat([pairs[..., 0::2], pairs[..., 1::2]], axis=-1)
 
     return embed
-
-
-def half_a_circle(right):
-    return SimpleNamespace(pi=math.pi / 2)
 
 
 def position_on_the_value(right):
@@ -214,10 +182,6 @@ def only_the_last_is_normed(right):
     return call
 
 
-def starts_at_the_queries(right):
-    return lambda self, tgt, memory, pos, query_pos, valid_keys=None: right(self, query_pos, memory, pos, query_pos, valid_keys)
-
-
 def norm_behind_the_encoder(right):
     def call(self, src, pos, valid_keys=None):
         outputs = right(self, src, pos, valid_keys)
@@ -235,14 +199,6 @@ def unbiased_layer_norm(right):
         centred = inputs - tf.reduce_mean(inputs, -1, keepdims=True)
         variance = tf.reduce_sum(tf.square(centred), -1, keepdims=True) / (channels - 1)
         return centred * tf.math.rsqrt(variance + self.eps) * self.weight + self.bias
-
-    return call
-
-
-def auxiliary_backwards(right):
-    def call(self, features, sizes):
-        outputs = right(self, features, sizes)
-        return {**outputs, "aux_outputs": outputs["aux_outputs"][::-1]}
 
     return call
 
@@ -287,59 +243,35 @@ FAULTS = (
           attribute("backbone.res5.0.conv2", "dilation", 2), first=True),
     Fault("stride dropped where there is dilation", "layers", DEEPLAB, "odd", "taps", "backbone.res5.0.conv2", OTHER,
           together(attribute("backbone.res5.0.conv2", "stride", 1), attribute("backbone.res5.0.shortcut", "stride", 1)), first=True),
-    Fault("GroupNorm eps 1e-3, Keras' own", "layers", SEMANTIC, "odd", "taps", f"{PIXEL}.layer_4.norm", "eps",
-          each(layers.GroupNorm, "eps", eps(1e-3))),
-    Fault("FrozenBatchNorm eps 1e-3, Keras' own, in one block", "layers", DEEPLAB, "odd", "taps", "backbone.res3.0.conv1.norm", "eps",
-          attribute("backbone.res3.0.conv1.norm", "eps", 1e-3)),
     Fault("LayerNorm eps 1e-3 in the decoder's last norm", "layers", PANOPTIC, "odd", "taps", f"{DECODER}.norm", "eps",
           attribute(f"{DECODER}.norm", "eps", 1e-3)),
-    Fault("unbiased variance in GroupNorm", "layers", PANOPTIC, "odd", "taps", f"{PIXEL}.layer_4.norm", "normaliser",
-          replaced(layers.GroupNorm, "call", unbiased_group_norm)),
     Fault("unbiased variance in LayerNorm", "layers", SEMANTIC, "odd", "taps", f"{DECODER}.layers.0.norm1", "normaliser",
           replaced(layers.LayerNorm, "call", unbiased_layer_norm)),
     Fault("stride in the 1×1 convolution", "layers", PANOPTIC, "odd", "taps", "backbone.res3.0.conv1", OTHER,
           stride_in_1x1("res3")),
-    Fault("ReLU before the shortcut is added", "layers", SEMANTIC, "odd", "taps", "backbone.res2.0", OTHER,
-          replaced(resnet.BottleneckBlock, "call", relu_before_the_sum)),
-    Fault("average instead of maximum in the stem", "layers", SEMANTIC, "odd", "taps", "backbone.stem", OTHER,
-          replaced(resnet, "_max_pool", average_pool)),
-    Fault("no multi-grid: dilation 2 in the last block", "layers", DEEPLAB, "odd", "taps", "backbone.res5.2.conv2", OTHER,
-          attribute("backbone.res5.2.conv2", "dilation", 2)),
     Fault("always twice as large, cut at the top and left", "layers", PANOPTIC, "odd", "taps", f"{PIXEL}.layer_3", "shift",
           replaced(pixel_decoder, "resize_nearest", always_twice)),
     Fault("bilinear in the feature pyramid", "layers", PANOPTIC, "even", "taps", f"{PIXEL}.layer_3", OTHER,
           replaced(pixel_decoder, "resize_nearest", bilinear)),
-    Fault("no ReLU in the pixel decoder", "layers", PANOPTIC, "odd", "taps", f"{PIXEL}.layer_4", OTHER,
-          together(*(attribute(f"{PIXEL}.layer_{level}", "activation", None) for level in (1, 2, 3, 4)))),
     Fault("scores scaled by all channels", "layers", PANOPTIC, "odd", "taps", f"{ENCODER}.layers.0.self_attn", "scale",
           replaced(layers, "math", scaled_by_all_channels)),
     Fault("positions from 0", "layers", PANOPTIC, "odd", "taps", f"{PIXEL}.pe_layer", "shift",
           replaced(POSITIONS, "_embed", positions_from_zero)),
     Fault("all sines before all cosines", "layers", SEMANTIC, "odd", "taps", f"{PREDICTOR}.pe_layer", "axis order",
           replaced(POSITIONS, "_embed", sines_before_cosines)),
-    Fault("positions over half a circle", "layers", SEMANTIC, "odd", "taps", f"{PREDICTOR}.pe_layer", "scale",
-          replaced(transformer, "math", half_a_circle)),
     Fault("positions on the value too", "layers", PANOPTIC, "odd", "taps", f"{ENCODER}.layers.0.self_attn", OTHER,
           replaced(transformer.TransformerEncoderLayer, "call", position_on_the_value)),
     Fault("no query positions in the cross-attention", "layers", PANOPTIC, "odd", "taps", f"{DECODER}.layers.0.multihead_attn", OTHER,
           decoder_layer(cross_positions=False)),
-    Fault("no query positions in the self-attention", "layers", SEMANTIC, "odd", "taps", f"{DECODER}.layers.0.self_attn", OTHER,
-          decoder_layer(self_positions=False)),
-    Fault("no positions on the memory", "layers", SEMANTIC, "odd", "taps", f"{DECODER}.layers.0.multihead_attn", OTHER,
-          decoder_layer(memory_positions=False)),
     Fault("GELU in the decoder", "layers", SEMANTIC, "odd", "taps", f"{DECODER}.layers.0.dropout", "gelu",
           decoder_layer(activation=tf.nn.gelu)),
     Fault("norms first", "layers", SEMANTIC, "odd", "taps", f"{DECODER}.layers.0.self_attn", "layer order",
           replaced(transformer.TransformerDecoderLayer, "call", norm_first)),
     Fault("only the last state normed", "layers", PANOPTIC, "odd", "taps", f"{DECODER}.norm", OTHER,
           replaced(transformer.TransformerDecoder, "call", only_the_last_is_normed)),
-    Fault("decoder starts at the queries", "layers", SEMANTIC, "odd", "taps", f"{DECODER}.layers.0.self_attn", OTHER,
-          replaced(transformer.TransformerDecoder, "call", starts_at_the_queries)),
     Fault("a norm behind the encoder", "layers", PANOPTIC, "odd", "taps", ENCODER, OTHER,
           replaced(transformer.TransformerEncoder, "call", norm_behind_the_encoder)),
     Fault("mask of the attention negated", "layers", PANOPTIC, "odd", "taps", f"{ENCODER}.layers.0.self_attn", "mask polarity",
           replaced(pixel_decoder, "sequence_mask", lambda right: lambda features, sizes: ~right(features, sizes)), padding="masked"),
-    Fault("deep supervision backwards", "layers", SEMANTIC, "odd", "taps", "sem_seg_head", "layer order",
-          replaced(heads.MaskFormerHead, "call", auxiliary_backwards)),
 )
 # fmt: on

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from parity.faults.fault import OTHER, PANOPTIC, SEMANTIC, SWIN, Fault, replaced
+from parity.faults.fault import OTHER, PANOPTIC, SEMANTIC, Fault, replaced
 from tfmaskformer import criterion
 from tfmaskformer.criterion import SetCriterion
-from tfmaskformer.resize import resize_bilinear, resize_nearest
+from tfmaskformer.resize import resize_bilinear
 
 
 def align_corners(right):
@@ -20,10 +20,6 @@ def align_corners(right):
         return tf.gather(values, low, axis=axis) * (1 - share) + tf.gather(values, low + 1, axis=axis) * share
 
     return lambda images, size, *sizes: along(along(images, size[0], 2), size[1], 3)
-
-
-def by_nearest(right):
-    return lambda maps, size: tf.transpose(resize_nearest(tf.transpose(maps, [0, 2, 3, 1]), size), [0, 3, 1, 2])
 
 
 def own_attribute(name, value):
@@ -42,10 +38,6 @@ def own_attribute(name, value):
 def exchanged_weights(weights):
     other = {"loss_mask": "loss_dice", "loss_dice": "loss_mask"}
     return {key: weights[key.replace(key[:9], other.get(key[:9], key[:9]))] for key in weights}
-
-
-def only_final(weights):
-    return {key: weight if key in ("loss_ce", "loss_mask", "loss_dice") else 0.0 for key, weight in weights.items()}
 
 
 def mask_losses(*, gamma=2.0, smoothing=1.0):
@@ -113,14 +105,9 @@ FAULTS = (
           replaced(criterion, "_losses_masks", unmatched_too)),
     Fault("dice loss without its 1", "losses", PANOPTIC, "odd", "losses", "loss_dice", "eps", mask_losses(smoothing=1e-6)),
     Fault("focal loss with gamma 1", "losses", SEMANTIC, "odd", "losses", "loss_mask", OTHER, mask_losses(gamma=1.0)),
-    Fault("focal loss with alpha ½", "losses", SWIN, "odd", "losses", "loss_mask", "scale",
-          replaced(criterion, "FOCAL_ALPHA", lambda right: 0.5)),
-    Fault("nearest in the losses", "losses", SWIN, "odd", "losses", "loss_mask", OTHER,
-          replaced(criterion, "resize_bilinear", by_nearest)),
     Fault("auxiliary losses backwards", "losses", PANOPTIC, "odd", "losses", "loss_ce_0", "layer order",
           replaced(criterion, "decoder_layers", layers_backwards)),
     Fault("weights of focal and dice exchanged", "losses", PANOPTIC, "odd", "losses", "total", "scale",
           own_attribute("weights", exchanged_weights)),
-    Fault("auxiliary losses left out", "losses", SEMANTIC, "odd", "losses", "total", OTHER, own_attribute("weights", only_final)),
 )
 # fmt: on

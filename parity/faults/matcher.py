@@ -38,10 +38,6 @@ def logits_for_probabilities(right):
     return lambda logits, labels: -tf.gather(logits, labels, axis=2, batch_dims=1)
 
 
-def sigmoid_for_softmax(right):
-    return lambda logits, labels: -tf.gather(tf.sigmoid(logits), labels, axis=2, batch_dims=1)
-
-
 def classes_from_one(right):
     return lambda logits, labels: right(logits, labels + 1)
 
@@ -74,16 +70,6 @@ def without_smoothing(right):
     return costs
 
 
-def sum_over_pixels(right):
-    """Divided by the pixels of the image, not of the prediction."""
-
-    def targets_at(pred_masks, masks, sizes, dtype):
-        small, valid, area = right(pred_masks, masks, sizes, dtype)
-        return small, valid, area * 0 + tf.cast(tf.reduce_prod(tf.shape(masks)[2:]), dtype)
-
-    return targets_at
-
-
 def pairs_torn(right):
     """SciPy's (row, column) taken for (column, row): the queries come in ascending order, whose object is whose is lost."""
 
@@ -111,22 +97,6 @@ def greedy(right):
     return assignment
 
 
-def first_come(right):
-    """One object after the other takes the query that is left and cheapest for it."""
-
-    def assignment(cost, num_objects):
-        costs, counts = cost.numpy(), np.broadcast_to(num_objects, cost.shape[:-2])
-        queries = np.full((*cost.shape[:-2], cost.shape[-1]), -1, np.int32)
-        for place in np.ndindex(*counts.shape):
-            left = costs[place].copy()
-            for target in range(min(counts[place], left.shape[0])):
-                queries[(*place, target)] = query = left[:, target].argmin()
-                left[query] = np.inf
-        return Assignment(tf.constant(queries), tf.ones(counts.shape, tf.bool))
-
-    return assignment
-
-
 def finite(right):
     """As in other ports: what is not a number costs 100."""
     return lambda cost, num_objects: right(tf.where(tf.math.is_finite(cost), cost, tf.constant(100.0, cost.dtype)), num_objects)
@@ -137,12 +107,8 @@ FAULTS = (
     Fault("dice cost off by a thousandth", "matcher", PANOPTIC, "even", "matcher", "final/0/cost_dice", "scale",
           replaced(matcher, "_costs_masks", smaller_dice), first=True),
     Fault("costs of masks weigh 1, not 20", "matcher", PANOPTIC, "odd", "matcher", "final/0/total", "scale", weighted(mask_weight=1.0)),
-    Fault("costs weighed as in DETR", "matcher", SEMANTIC, "odd", "matcher", "final/0/total", "scale",
-          weighted(class_weight=1.0, mask_weight=5.0, dice_weight=2.0)),
     Fault("costs of logits, not probabilities", "matcher", PANOPTIC, "odd", "matcher", "final/0/cost_class", OTHER,
           replaced(matcher, "_cost_class", logits_for_probabilities)),
-    Fault("costs of sigmoids, as in Deformable DETR", "matcher", SEMANTIC, "odd", "matcher", "final/0/cost_class", OTHER,
-          replaced(matcher, "_cost_class", sigmoid_for_softmax)),
     Fault("classes from 1 in the costs", "matcher", PANOPTIC, "odd", "matcher", "final/0/cost_class", "class order",
           replaced(matcher, "_cost_class", classes_from_one)),
     Fault("bilinear targets", "matcher", PANOPTIC, "odd", "matcher", "final/0/cost_mask", OTHER,
@@ -153,14 +119,10 @@ FAULTS = (
           replaced(matcher, "_costs_masks", without_smoothing)),
     Fault("focal cost with alpha for objects and background exchanged", "matcher", SEMANTIC, "odd", "matcher", "final/0/cost_mask", "scale",
           replaced(matcher, "FOCAL_ALPHA", lambda right: 1 - right)),
-    Fault("focal cost divided by the pixels of the image", "matcher", PANOPTIC, "odd", "matcher", "final/0/cost_mask", "normaliser",
-          replaced(matcher, "_targets_at", sum_over_pixels)),
     Fault("target and prediction exchanged", "matcher", PANOPTIC, "odd", "matcher", "final/0/assignment", "axis order",
           replaced(matcher, "linear_assignment", pairs_torn)),
     Fault("greedy assignment", "matcher", PANOPTIC, "odd", "matcher", "final/0/assignment", OTHER,
           replaced(matcher, "linear_assignment", greedy)),
-    Fault("one object after the other", "matcher", PANOPTIC, "odd", "matcher", "final/0/assignment", OTHER,
-          replaced(matcher, "linear_assignment", first_come)),
     Fault("costs that are not numbers replaced by a constant", "matcher", PANOPTIC, "odd", "matcher", "probe/not a number", OTHER,
           replaced(matcher, "linear_assignment", finite)),
 )

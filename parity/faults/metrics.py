@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from parity.faults.fault import OTHER, PANOPTIC, Fault, replaced
+from parity.faults.fault import PANOPTIC, Fault, replaced
 from tfmaskformer.evaluation import panoptic
 from tfmaskformer.evaluation.panoptic import VOID, PanopticQuality, _Segments
 from tfmaskformer.evaluation.semantic import SemanticQuality
@@ -67,13 +67,6 @@ def mean_of_all_classes(right):
     return mean
 
 
-def f1_alone(right):
-    """Recognition quality without the halves."""
-    return lambda iou, true_positives, false_positives, false_negatives: right(
-        iou, true_positives, 2 * false_positives, 2 * false_negatives
-    )
-
-
 def ignored_counts(right):
     def update(self, truth, prediction):
         last = len(self.confusion) - 1
@@ -105,11 +98,8 @@ FAULTS = (
     Fault("void in the union", "metrics", PANOPTIC, "odd", "metrics", "panoptic", "mask missing", counted(void=False)),
     Fault("crowds are missed", "metrics", PANOPTIC, "odd", "metrics", "panoptic", "mask missing", counted(crowd=False)),
     Fault("an IoU of ½ matches", "metrics", PANOPTIC, "odd", "metrics", "panoptic", "threshold", counted(beyond_half=False)),
-    Fault("segments of other classes match", "metrics", PANOPTIC, "odd", "metrics", "panoptic", OTHER, counted(category=False)),
     Fault("absent classes are 0 in the panoptic quality", "metrics", PANOPTIC, "odd", "metrics", "panoptic", "normaliser",
           replaced(panoptic, "_mean", mean_of_all_classes)),
-    Fault("surplus segments count whole", "metrics", PANOPTIC, "odd", "metrics", "panoptic", "scale",
-          replaced(panoptic, "_quality", f1_alone)),
     Fault("ignored pixels count", "metrics", PANOPTIC, "odd", "metrics", "semantic", "mask missing",
           replaced(SemanticQuality, "update", ignored_counts)),
     Fault("truth and prediction exchanged", "metrics", PANOPTIC, "odd", "metrics", "semantic", "transpose",

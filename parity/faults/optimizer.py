@@ -91,20 +91,13 @@ def an_iteration_late(right):
     return lambda self, step: right(self, tf.maximum(tf.cast(step, tf.float64) - 1, 0))
 
 
-def without_warmup(right):
-    return lambda recipe: right(dataclasses.replace(recipe, warmup_iters=0))
-
-
 # fmt: off
 FAULTS = (
     Fault("each gradient clipped by its own norm", "optimizer", PANOPTIC, "steps", "clipped", "", "clip", clipped_by(by_its_own_norm)),
     Fault("each gradient clipped by value", "optimizer", PANOPTIC, "steps", "clipped", "", "clip", clipped_by(by_value)),
     Fault("clipped without the 1e-6", "optimizer", PANOPTIC, "steps", "clipped", "", "clip",
           replaced(optimizer, "_CLIP_EPSILON", lambda right: 0.0)),
-    Fault("not clipped", "optimizer", PANOPTIC, "steps", "clipped", "", "clip",
-          replaced(optimizer, "clip_coefficient", lambda right: lambda norm, clip_norm: tf.ones_like(norm))),
     Fault("norms decay", "optimizer", PANOPTIC, "steps", "steps", "", "weight decay", decays_like_a_weight("norm")),
-    Fault("embeddings decay", "optimizer", PANOPTIC, "steps", "steps", "", "weight decay", decays_like_a_weight("embed")),
     Fault("position tables decay", "optimizer", SWIN, "steps", "steps", "", "weight decay", decays_like_a_weight("position")),
     Fault("decay in the gradient", "optimizer", PANOPTIC, "steps", "steps", "", "weight decay",
           replaced(AdamW, "_update", decay_in_the_gradient)),
@@ -112,10 +105,7 @@ FAULTS = (
           recipe(backbone_multiplier=1.0)),
     Fault("learning rate an iteration late", "optimizer", PANOPTIC, "steps", "steps", "", "learning rate",
           replaced(schedule._Schedule, "__call__", an_iteration_late)),
-    Fault("no warm-up", "optimizer", PANOPTIC, "steps", "steps", "", "learning rate",
-          replaced(optimizer, "build_lr_scheduler", without_warmup)),
     Fault("Adam's epsilon as in Keras", "optimizer", PANOPTIC, "steps", "steps", "", "eps", replaced(AdamW, "_update", epsilon_hat)),
-    Fault("Adam's epsilon 1e-7", "optimizer", PANOPTIC, "steps", "steps", "", "eps", started_with(eps=1e-7)),
     Fault("moments not corrected", "optimizer", PANOPTIC, "steps", "steps", "", OTHER, replaced(AdamW, "_scalars", uncorrected)),
     Fault("momentum inverted", "optimizer", PANOPTIC, "steps", "steps", "", "momentum", started_with(betas=(0.1, 0.999))),
 )

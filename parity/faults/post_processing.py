@@ -8,7 +8,6 @@ import tensorflow as tf
 from parity.faults.fault import OTHER, PANOPTIC, SEMANTIC, SILENT, Fault, configured, replaced
 from parity.faults.losses import align_corners
 from tfmaskformer import inference
-from tfmaskformer.resize import bilinear_weights
 
 
 def kept_queries_of_all_images(right):
@@ -43,33 +42,6 @@ def ids_from_zero(right):
     return lambda *arguments: (np.maximum(right(*arguments)[0] - 1, 0), right(*arguments)[1])
 
 
-def categories_from_one(right):
-    def segments(*arguments):
-        ids, info = right(*arguments)
-        return ids, [segment | {"category_id": segment["category_id"] + 1} for segment in info]
-
-    return segments
-
-
-def overlap_with_the_image(right):
-    """The share of a query's pixels in the image, not in its mask."""
-
-    def segments(winners, mask_areas, *rest):
-        return right(winners, [winners.size] * len(mask_areas), *rest)
-
-    return segments
-
-
-def later_query_wins(right):
-    """Kept queries in ascending order of their scores, so ids are others."""
-
-    def segments(winners, mask_areas, labels, *rest):
-        last = len(labels) - 1
-        return right(last - winners, mask_areas[::-1], labels[::-1], *rest) if len(labels) else right(winners, mask_areas, labels, *rest)
-
-    return segments
-
-
 def other_images_first(right):
     return lambda *arguments, **options: right(*arguments, **options)[::-1]
 
@@ -99,19 +71,6 @@ def not_cropped(right):
     return lambda maps, canvas, image, output: right(maps, canvas, canvas, output)
 
 
-def straight_to_the_output(right):
-    """One resize instead of two with a crop between them; the image's share of the canvas is cut from the small maps."""
-
-    def weights(maps, canvas, image, output):
-        rows, columns = (
-            bilinear_weights(-(-size // 4), out, length, out, maps.dtype)
-            for size, out, length in zip(image, output, maps.shape[1:], strict=True)
-        )
-        return rows, tf.transpose(columns)
-
-    return weights
-
-
 class _NoObjectLeftOut:
     """``tf`` for the module, whose softmax is over the classes without "no object"."""
 
@@ -134,16 +93,10 @@ FAULTS = (
           configured(test={"object_mask_threshold": 0.5})),
     Fault("overlap threshold of 0.5", "post-processing", PANOPTIC, "odd", "inference", "0/panoptic_seg", "threshold",
           configured(test={"overlap_threshold": 0.5})),
-    Fault("overlap threshold for a share of the image", "post-processing", PANOPTIC, "odd", "inference", "0/panoptic_seg", "normaliser",
-          replaced(inference, "_segments", overlap_with_the_image)),
     Fault("stuff not merged", "post-processing", PANOPTIC, "odd", "inference", "0/panoptic_seg", "id",
           replaced(inference, "_segments", every_segment_apart)),
     Fault("things looked up by the data set's ids", "post-processing", PANOPTIC, "odd", "inference", "0/segments", "id",
           replaced(inference, "_segments", original_ids)),
-    Fault("categories of the data set", "post-processing", PANOPTIC, "odd", "inference", "0/segments", "id",
-          replaced(inference, "_segments", categories_from_one)),
-    Fault("last query first", "post-processing", PANOPTIC, "odd", "inference", "0/panoptic_seg", "id",
-          replaced(inference, "_segments", later_query_wins)),
     Fault("images without a kept query left out", "post-processing", SILENT, "batch", "inference", "0/panoptic_seg", "id",
           replaced(inference, "panoptic_inference", kept_queries_of_all_images)),
     Fault("results of the other image", "post-processing", PANOPTIC, "batch", "inference", "0/sem_seg", "axis order",
@@ -157,8 +110,6 @@ FAULTS = (
           replaced(inference, "tf", lambda right: _NoObjectLeftOut())),
     Fault("padding not cut off", "post-processing", SEMANTIC, "odd", "inference", "0/sem_seg", "padding",
           replaced(inference, "_axis_weights", not_cropped)),
-    Fault("masks resized in one step", "post-processing", SEMANTIC, "odd", "inference", "0/sem_seg", OTHER,
-          replaced(inference, "_axis_weights", straight_to_the_output)),
     Fault("masks resized without half pixels", "post-processing", PANOPTIC, "odd", "inference", "0/sem_seg", "half-pixel",
           replaced(inference, "resize_bilinear", half_pixel)),
     Fault("masks resized with align_corners", "post-processing", PANOPTIC, "odd", "inference", "0/sem_seg", "align_corners",

@@ -33,16 +33,6 @@ def zeros_first(right):
     return call
 
 
-def cut_off(right):
-    """An odd grid loses its last row and column."""
-
-    def call(self, inputs, sizes=None):
-        _, height, width, _ = inputs.shape
-        return right(self, inputs[:, : height // 2 * 2, : width // 2 * 2])
-
-    return call
-
-
 def block_with(**functions):
     """A block that calls other functions: name → what makes it from the block and the right one."""
 
@@ -71,10 +61,6 @@ def only_back(block, right):
     return lambda grid, shift, *rest: grid if shift > 0 else right(grid, shift, *rest)
 
 
-def never_back(block, right):
-    return lambda grid, shift, *rest: grid if shift < 0 else right(grid, shift, *rest)
-
-
 def rows_of_windows(right):
     """Runs of patches in reading order, not squares of them."""
 
@@ -90,14 +76,6 @@ def polarity(right):
         return tf.constant(swin.MASKED_SCORE, dtype) - right(size, window_size, shift, dtype, sizes)
 
     return shift_mask
-
-
-def no_second_norm(right):
-    def call(self, inputs, attn_mask=None, sizes=None):
-        with mock.patch.dict(vars(self), norm2=lambda values: values):
-            return right(self, inputs, attn_mask, sizes)
-
-    return call
 
 
 def layer(stage, block, module):
@@ -150,10 +128,6 @@ FAULTS = (
           replaced(swin, "zero_outside", lambda right: lambda inputs, sizes: inputs), padding="masked", first=True),
     Fault("Swin's norms with eps 1e-6, as in timm", "layers", SWIN, "odd", "taps", "backbone.patch_embed.norm", "eps",
           each(layers.LayerNorm, "eps", lambda module: 1e-6)),
-    Fault("odd grids cut off", "layers", SWIN, "odd", "taps", MERGED, "padding",
-          replaced(swin.PatchMerging, "call", cut_off)),
-    Fault("windows not shifted back", "layers", SWIN, "odd", "taps", layer(0, 1, "norm2"), "shift",
-          block_with(cyclic_shift=never_back)),
     Fault("windows that are runs of patches", "layers", SWIN, "odd", "taps", QKV, "axis order",
           replaced(swin, "window_partition", rows_of_windows)),
     Fault("mask of the windows negated", "layers", SWIN, "odd", "taps", SHIFTED_SOFTMAX, "mask polarity",
@@ -162,9 +136,5 @@ FAULTS = (
           replaced(swin, "MASKED_SCORE", lambda right: -10.0)),
     Fault("no bias of relative positions", "layers", SWIN, "odd", "taps", SOFTMAX, "bias",
           replaced(swin.WindowAttention, "relative_position_bias", lambda right: lambda self: tf.zeros_like(right(self)))),
-    Fault("keys scaled, not queries: scaled twice", "layers", SWIN, "odd", "taps", SOFTMAX, "scale",
-          each(swin.WindowAttention, "scale", lambda module: module.scale**2)),
-    Fault("no norm in front of the MLP", "layers", SWIN, "odd", "taps", layer(0, 0, "norm2"), OTHER,
-          replaced(swin.SwinTransformerBlock, "call", no_second_norm)),
 )
 # fmt: on

@@ -8,7 +8,6 @@ import numpy as np
 
 from parity.faults.fault import (
     DECODER,
-    DEEPLAB,
     ENCODER,
     PANOPTIC,
     PER_PIXEL,
@@ -47,14 +46,6 @@ def qkv_by_head(heads: int) -> Callable[[np.ndarray], np.ndarray]:
 
 def last_head_first(heads: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda values: values.reshape(heads, -1, values.shape[-1])[::-1].reshape(values.shape)
-
-
-def scaled_queries(head_channels: int) -> Callable[[np.ndarray], np.ndarray]:
-    def change(values: np.ndarray) -> np.ndarray:
-        query, key, value = np.split(values, 3, axis=-1)
-        return np.concatenate([query * head_channels**-0.5, key, value], axis=-1)
-
-    return change
 
 
 def rolled(axis: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -126,12 +117,6 @@ FAULTS = (
           weight(f"{PIXEL}.layer_2.weight", lambda values: values[::-1, ::-1])),
     Fault("rows and columns of a kernel exchanged", "weights", SEMANTIC, "odd", "taps", f"{PIXEL}.mask_features", "axis order",
           weight(f"{PIXEL}.mask_features.weight", lambda values: values.swapaxes(0, 1))),
-    Fault("stem's kernel for BGR", "weights", DEEPLAB, "odd", "taps", "backbone.stem.conv1", "BGR",
-          weight("backbone.stem.conv1.weight", lambda values: values[:, :, ::-1])),
-    Fault("k, v, q", "weights", SEMANTIC, "odd", "taps", f"{DECODER}.layers.0.multihead_attn", "q/k/v permutation",
-          of_both(f"{DECODER}.layers.0.multihead_attn.in_proj_", qkv((1, 2, 0)))),
-    Fault("Swin's q and k exchanged", "weights", SWIN, "odd", "taps", f"{FRONT}.qkv", "q/k/v permutation",
-          of_both(f"{FRONT}.qkv.", qkv((1, 0, 2)))),
     Fault("Swin's q, k and v read head by head", "weights", SWIN, "odd", "taps", f"{FRONT}.qkv", "head split order",
           of_both(f"{FRONT}.qkv.", qkv_by_head(3))),
     Fault("heads of the output projection in another order", "weights", PANOPTIC, "odd", "taps", f"{ENCODER}.layers.1.self_attn",
@@ -140,36 +125,21 @@ FAULTS = (
           weight(f"{PREDICTOR}.class_embed.weight", initial_linear)),
     Fault("queries not loaded", "weights", PANOPTIC, "odd", "taps", QUERIES_SEEN, "stale weight",
           weight(QUERIES, initial_embedding)),
-    Fault("gain of a norm not loaded", "weights", SEMANTIC, "odd", "taps", f"{DECODER}.layers.1.norm3", "stale weight",
-          weight(f"{DECODER}.layers.1.norm3.weight", constant(1.0))),
     Fault("statistics of a batch norm not loaded", "weights", PANOPTIC, "odd", "taps", "backbone.res4.0.conv1", "stale weight",
           unloaded_statistics("backbone.res4.0.conv1.norm")),
-    Fault("running mean alone not loaded", "weights", DEEPLAB, "odd", "taps", "backbone.stem.conv3", "stale weight",
-          weight("backbone.stem.conv3.norm.running_mean", constant(0.0))),
     Fault("standard deviation taken for the variance", "weights", PANOPTIC, "odd", "taps", "backbone.res5.0.shortcut", "scale",
           weight("backbone.res5.0.shortcut.norm.running_var", np.sqrt)),
-    Fault("bias of the mask head not loaded", "weights", PANOPTIC, "odd", "taps", f"{PREDICTOR}.mask_embed.layers.2", "bias",
-          weight(f"{PREDICTOR}.mask_embed.layers.2.bias", constant(0.0))),
     Fault("attention without input biases", "weights", PANOPTIC, "odd", "taps", f"{DECODER}.layers.0.multihead_attn", "bias",
           weight(f"{DECODER}.layers.0.multihead_attn.in_proj_bias", constant(0.0))),
-    Fault("Swin's attention without output bias", "weights", SWIN, "odd", "taps", f"{FRONT}.proj", "bias",
-          attribute(f"{FRONT}.proj", "use_bias", False)),
     Fault("channels shifted by one", "weights", PANOPTIC, "odd", "taps", f"{PIXEL}.adapter_2", "shift",
           weight(f"{PIXEL}.adapter_2.weight", rolled(-1))),
-    Fault("bias shifted by one channel", "weights", SWIN, "odd", "taps", f"{BLOCK}.mlp.fc1", "shift",
-          weight(f"{BLOCK}.mlp.fc1.bias", rolled(0))),
     Fault("table of relative positions backwards", "weights", SWIN, "odd", "taps", f"{BLOCK}.attn.softmax", "axis flip",
           weight(f"{BLOCK}.attn.relative_position_bias_table", lambda values: values[::-1])),
     Fault("two decoder layers have one another's weights", "weights", SEMANTIC, "odd", "taps", f"{DECODER}.layers.1.linear1", "layer order",
           exchanged(f"{DECODER}.layers.1.linear1.weight", f"{DECODER}.layers.2.linear1.weight")),
-    Fault("two blocks have one another's norm", "weights", DEEPLAB, "odd", "taps", "backbone.res5.1.conv3", "layer order",
-          together(*(exchanged(f"backbone.res5.1.conv3.norm.{what}", f"backbone.res5.2.conv3.norm.{what}")
-                     for what in ("weight", "bias", "running_mean", "running_var")))),
     Fault("kernel kept in half precision", "weights", PANOPTIC, "odd", "taps", "backbone.res4.2.conv2", "dtype rounding",
           weight("backbone.res4.2.conv2.weight", lambda values: values.astype(np.float16))),
     Fault("patches' kernel for BGR", "weights", SWIN, "odd", "taps", "backbone.patch_embed.proj", "BGR",
           weight("backbone.patch_embed.proj.weight", lambda values: values[:, :, ::-1])),
-    Fault("queries' projection scaled, for an attention that does not", "weights", SEMANTIC, "odd", "taps",
-          f"{DECODER}.layers.2.multihead_attn", "scale", of_both(f"{DECODER}.layers.2.multihead_attn.in_proj_", scaled_queries(8))),
 )
 # fmt: on
