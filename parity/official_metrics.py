@@ -33,7 +33,7 @@ def figures(result: Mapping[str, Any], target: Mapping[str, np.ndarray], model: 
         model: the official model.
     """
     with contextlib.suppress(ImportError):
-        yield from _semantic(result["sem_seg"], target, model.sem_seg_head.num_classes, model.sem_seg_head.ignore_value)
+        yield from _semantic(result["sem_seg"], target, len(result["sem_seg"]), model.sem_seg_head.ignore_value)
     if "panoptic_seg" in result:
         things = model.metadata.get("thing_dataset_id_to_contiguous_id", {}).values()
         with contextlib.suppress(ImportError):
