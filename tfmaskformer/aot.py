@@ -8,7 +8,7 @@ All that is unstable is in this file. Pieces without a promise, which is why the
 ``client.compile`` and ``Sharding._internal_device_list`` (JAX).
 
 What it cannot see: operations that TensorFlow registers for XLA on CPUs but not on TPUs (complex128), more than one replica, and
-rematerialisation, which makes a program fit at the price of time.
+that a TPU updates variables in place: here their new values are outputs, which take memory of their own.
 """
 
 from __future__ import annotations
@@ -40,6 +40,18 @@ class AotError(RuntimeError):
     """The function does not compile for a TPU, or nothing here can compile it; the message says why and what to do."""
 
 
+class UnavailableError(AotError):
+    """The compiler is not installed."""
+
+
+class TargetError(AotError):
+    """There is no such TPU."""
+
+
+class TooLargeError(AotError):
+    """The program does not fit into the memory of the device."""
+
+
 @dataclasses.dataclass(frozen=True)
 class CompiledStats:
     """What the TPU compiler says of one program on one core."""
@@ -49,7 +61,9 @@ class CompiledStats:
     argument_bytes: int  # the inputs and the variables that the function reads
     output_bytes: int
     temp_bytes: int
+    code_bytes: int
     flops: float
+    rematerialized: int  # instructions that are computed again, because keeping their results would take more memory than there is
 
 
 def compile_for_tpu(fn: Callable[..., Any], *specs: tf.TensorSpec, topology: str = "v5e:2x2") -> CompiledStats:
@@ -67,18 +81,10 @@ def compile_for_tpu(fn: Callable[..., Any], *specs: tf.TensorSpec, topology: str
     for spec in specs:
         if not spec.shape.is_fully_defined():
             raise AotError(f"{spec} has no static shape\n  a TPU program is compiled for one shape; give every dimension a number")
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
-    try:
-        import jax
-        from jax.experimental import topologies
-        from jax.extend import backend, mlir
-        from jax.extend.mlir import ir
-    except ImportError as error:
-        raise AotError(f"cannot import JAX: {error}\n  install the extra: pip install 'tfmaskformer[aot]'") from error
-    try:
-        device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    except jax.errors.JaxRuntimeError as error:
-        raise AotError(f"no topology {topology!r}: {error}\n  expected one like 'v5e:2x2', 'v4:2x2x1' or 'v6e:2x2'") from error
+    device = _device(topology)
+    import jax
+    from jax.extend import backend, mlir
+    from jax.extend.mlir import ir
 
     hlo = _hlo(fn, specs)
     options = backend.get_compile_options(num_replicas=1, num_partitions=1, device_assignment=np.array([[device.id]]))
@@ -89,8 +95,10 @@ def compile_for_tpu(fn: Callable[..., Any], *specs: tf.TensorSpec, topology: str
         try:
             executable = device.client.compile(module, jax.sharding.SingleDeviceSharding(device)._internal_device_list, options)
         except jax.errors.JaxRuntimeError as error:
-            raise AotError(f"the compiler for {topology} refuses the program: {str(error).splitlines()[0]}") from error
-    entry = executable.hlo_modules()[0].to_string().split("\n", 1)[0]
+            kind = TooLargeError if "Ran out of memory" in str(error) else AotError
+            raise kind(f"the compiler for {topology} refuses the program: {str(error).splitlines()[0]}") from error
+    program = executable.hlo_modules()[0].to_string()
+    entry = program.split("\n", 1)[0]
     if "[<=" in entry:
         layout = re.search(r"entry_computation_layout=\{(.*?)\}, \w", entry)
         raise AotError(
@@ -104,8 +112,30 @@ def compile_for_tpu(fn: Callable[..., Any], *specs: tf.TensorSpec, topology: str
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
         flops=cost.get("flops", 0.0),
+        rematerialized=len(re.findall(r"^\s*(?:ROOT )?%\S*\.remat\S* =", program, flags=re.MULTILINE)),
     )
+
+
+def check_target(topology: str) -> None:
+    """Raises UnavailableError or TargetError where nothing can be compiled for ``topology``."""
+    _device(topology)
+
+
+def _device(topology: str) -> Any:
+    """A device of a topology that is not there."""
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    try:
+        import jax
+        from jax.experimental import topologies
+
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    except ImportError as error:
+        raise UnavailableError(f"cannot import JAX: {error}\n  install the extra: pip install 'tfmaskformer[aot]'") from error
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error).splitlines()[0]
+        raise TargetError(f"no topology {topology!r}: {message}\n  expected one like 'v5e:2x2', 'v4:2x2x1' or 'v6e:2x2'") from error
 
 
 def _hlo(fn: Callable[..., Any], specs: tuple[tf.TensorSpec, ...]) -> bytes:
