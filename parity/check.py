@@ -473,7 +473,8 @@ def _check_port(settings: Settings, trace: Trace, name: str, port: Port, model: 
 
 def judges_of(port: Port) -> Mapping[str, Judge]:
     """:data:`JUDGES` of another model."""
-    return {**COMPUTED, "variables": functools.partial(_judge_variables, port), "sources": judge.judge_sources}
+    computed = {group: judge_of for group, judge_of in COMPUTED.items() if group not in ("matcher", "inference")}
+    return {**computed, "variables": functools.partial(_judge_variables, port), "sources": judge.judge_sources}
 
 
 def _judge_variables(port: Port, run: CaseRun, found: Found) -> Iterator[Item | Exemption]:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -20,6 +20,10 @@ from converters import ports
 from converters.rules import Drop, Rule
 from parity.tap_rules import Layout, Names, TapRuleError
 from parity.tensorflow_run import CaseResults
+
+if TYPE_CHECKING:
+    from parity.trace import Case
+    from tfmaskformer.module import Substitute
 
 Tensors = Mapping[str, Any]
 """Name → array, or tensor of either framework."""
@@ -132,7 +136,15 @@ class Port:
                 raise TapRuleError(f"layers {told} are both called '{name}'; say in the modules of port '{self.name}' which one it is")
         return names
 
-    def run(self, model: Any, inputs: Mapping[str, np.ndarray], mode: str = "graph", *, tap_gradients: bool = True) -> CaseResults:
+    def run(
+        self,
+        model: Any,
+        inputs: Mapping[str, np.ndarray],
+        mode: str = "graph",
+        *,
+        tap_gradients: bool = True,
+        substitute: Substitute | None = None,
+    ) -> CaseResults:
         """Taps, outputs, losses and gradients of the TensorFlow model.
 
         Args:
@@ -140,6 +152,7 @@ class Port:
             inputs: of a case, in PyTorch's layout.
             mode: "graph", "eager" or "xla".
             tap_gradients: whether gradients are taken of the taps too.
+            substitute: see :func:`tfmaskformer.module.record_taps`, for mode "eager"; the results then have no taps.
         """
         import tensorflow as tf
 
@@ -151,12 +164,13 @@ class Port:
 
         def step(tensors: dict[str, Any]) -> Any:
             with tf.GradientTape() as tape:
-                with self.tapped(model), record_taps() as taps:
+                with self.tapped(model), record_taps(substitute) as taps:
                     outputs = dict(self.call(model, tensors))
                 losses = dict(self.tensorflow_losses(outputs, tensors)) if self.tensorflow_losses else {}
                 if losses:
                     losses["total"] = tf.add_n(list(losses.values()))
             shown = {name: tensor for name, tensor in taps.items() if not name.startswith("#")}  # the model's own are the outputs
+            shown = {} if substitute else shown
             sought = (variables, shown if tap_gradients else {})
             gradients = tape.gradient(losses["total"], sought) if losses else ({}, {})
             dense = [{name: tf.convert_to_tensor(of) for name, of in found.items() if of is not None} for found in gradients]
@@ -202,10 +216,10 @@ class Port:
         has_losses = self.tensorflow_losses is not None
         return {move.source: has_losses and bool(named[name].trainable) for name, move in ports.moves(self, list(named)).items()}
 
-    def stage_of(self, module: str) -> str:
-        """The stage of an official module: of the longest beginning that fits; "model" where none does."""
-        fitting = [(len(start), stage) for stage, starts in self.stages.items() for start in starts if f"{module}.".startswith(f"{start}.")]
-        return max(fitting)[1] if fitting else "model"
+
+def inputs_of(case: Case) -> dict[str, np.ndarray]:
+    """The inputs of a port's case as they were recorded, in PyTorch's layout."""
+    return {name: case.reference.read("inputs", name) for name in case.reference.group("inputs")}
 
 
 @contextlib.contextmanager

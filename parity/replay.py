@@ -20,13 +20,14 @@ from unittest import mock
 
 import numpy as np
 
+from parity import tap_rules
 from parity.judge import case_inputs
-from parity.tap_rules import TapRuleError, View, layout_of, official_layout, partners, tensorflow_layout
+from parity.ports import Port, inputs_of
+from parity.tap_rules import Names, TapRuleError, View, official_layout, tensorflow_layout
 from parity.tensorflow_run import CaseResults, run
 from parity.trace import POSITION_EMBEDDING, Case, relative_error
 
 if TYPE_CHECKING:
-    from tfmaskformer.config import MaskFormerConfig
     from tfmaskformer.model import MaskFormer
     from tfmaskformer.module import Module, Substitute
 
@@ -128,24 +129,28 @@ class _Recorded:
     Args:
         case: of a whole trace.
         view: of masked padding, where in the batch its image is.
-        config: of the model.
+        names: of the model.
     """
 
-    def __init__(self, case: Case, view: View | None, config: MaskFormerConfig):
+    def __init__(self, case: Case, view: View | None, names: Names):
         self._case = case
         self._view = view
-        # TensorFlow's one call stands for two official ones, of which only the second goes on.
-        self._gradient_of = {partner: name for name, (partner, _) in partners(config).items()}
+        self._layout_of = functools.partial(names.layout_of, "taps")
+        # Where TensorFlow's one call stands for two official ones, only the second goes on.
+        self._official = {partner: name for name, (partner, _) in names.partners.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """A tap, official layout."""
-        return self._case.reference.read("taps", name)
+        """What was recorded of a tap of TensorFlow, official layout."""
+        return self._case.reference.read("taps", self._recorded_name(name))
+
+    def _recorded_name(self, name: str) -> str:
+        return name if ("taps", name) in self._case.reference.records else self._official.get(name, name)
 
     def error(self, group: str, name: str, actual: np.ndarray, expected: np.ndarray) -> float:
         """Relative L2 error; where ``expected`` is zero everywhere, on the scale of the official float32's rounding, as in a check."""
         if actual.shape != expected.shape or not np.isfinite(actual).all():
             return math.inf
-        rounding = self._case.baseline[group, name].statistics.l2
+        rounding = self._case.baseline[group, self._recorded_name(name) if group == "taps" else name].statistics.l2
         if rounding and not expected.any():
             return float(np.linalg.norm(actual)) / rounding
         return relative_error(actual, expected)
@@ -163,9 +168,9 @@ class _Recorded:
         kept = []  # or its id could be another tensor's
 
         def substitute(name: str, tensor: tf.Tensor) -> tf.Tensor:
-            if ("taps", name) not in self._case.reference.records:
+            if ("taps", self._recorded_name(name)) not in self._case.reference.records:
                 return tensor
-            own, expected, layout = tensor.numpy(), self.read(name), layout_of("taps", name)
+            own, expected, layout = tensor.numpy(), self.read(name), self._layout_of(name)
             try:
                 forced = tensorflow_layout(expected, layout, own, self._view)
             except TapRuleError:  # another shape: there is no place for what was recorded
@@ -188,10 +193,10 @@ class _Recorded:
         """The recorded gradient of a tensor that is known by several names."""
         forced = actual
         for name in reversed(names):
-            official = self._gradient_of.get(name, name)
+            official = self._official.get(name, name)
             if ("tap_gradients", official) not in self._case.reference.records:
                 continue
-            expected, layout = self._case.reference.read("tap_gradients", official), layout_of("taps", name)
+            expected, layout = self._case.reference.read("tap_gradients", official), self._layout_of(name)
             errors[name] = self.error("tap_gradients", official, official_layout(actual, layout, self._view), expected)
             forced = tensorflow_layout(expected, layout, actual, self._view)
         return forced
@@ -245,7 +250,7 @@ def replay(
         return -(-size[0] // divisor) * divisor, -(-size[1] // divisor) * divisor
 
     view = View(0, rounded(pad_to or (height, width)), rounded((height, width))) if padding == "masked" else None
-    recorded = _Recorded(case, view, model.config)
+    recorded = _Recorded(case, view, tap_rules.names(model.config))
     of_taps: dict[str, float] | None = {} if gradients and case.reference.group("tap_gradients") else None
     errors: dict[str, float] = {}
     captured = _Captured(set(capture), errors)
@@ -264,11 +269,30 @@ def replay(
             gradients="none" if of_taps is None else "parameters",
             substitute=recorded.forced(see, of_taps),
         )
-    found = of_taps or {}
-    for name, gradient in results.groups.get("gradients", {}).items():
-        if ("gradients", name) in case.reference.records:
-            found[name] = recorded.error("gradients", name, gradient, case.reference.read("gradients", name))
-    return Replay(errors, found, results, captured.calls(recorded))
+    return Replay(errors, _with_parameters(of_taps, results, recorded, case), results, captured.calls(recorded))
+
+
+def replay_port(port: Port, model: Any, case: Case) -> Replay:
+    """The same of another model, whose calls are not captured; see :func:`replay`."""
+    if reason := why_not(case):
+        raise ReplayError(f"case {case.name} cannot be replayed: {reason}")
+    recorded = _Recorded(case, None, port.names)
+    of_taps: dict[str, float] | None = {} if case.reference.group("tap_gradients") else None
+    errors: dict[str, float] = {}
+
+    def see(name: str, actual: np.ndarray, expected: np.ndarray) -> None:
+        errors[name] = recorded.error("taps", name, actual, expected)
+
+    results = port.run(model, inputs_of(case), "eager", tap_gradients=False, substitute=recorded.forced(see, of_taps))
+    return Replay(errors, _with_parameters(of_taps, results, recorded, case), results, {})
+
+
+def _with_parameters(of_taps: dict[str, float] | None, results: CaseResults, recorded: _Recorded, case: Case) -> dict[str, float]:
+    """The errors of the taps' gradients and, where those were forced, of the parameters'."""
+    if of_taps is None:
+        return {}
+    gradients = {name: of for name, of in results.groups.get("gradients", {}).items() if ("gradients", name) in case.reference.records}
+    return of_taps | {name: recorded.error("gradients", name, of, case.reference.read("gradients", name)) for name, of in gradients.items()}
 
 
 @dataclasses.dataclass

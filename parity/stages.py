@@ -117,10 +117,9 @@ def plan_of(modules: Mapping[str, Sequence[str]]) -> Plan:
         modules: stage → beginnings of the official names of its modules, in the order of computation; what fits none is in the last one.
     """
     names = tuple(modules) or ("model",)
-    of_modules = "taps|calls|variables"
-    lines = [(of_modules, rf"({'|'.join(map(re.escape, starts))})([.#\[].*)?", stage) for stage, starts in modules.items() if starts]
+    lines = [(MODULES, rf"({'|'.join(map(re.escape, starts))})([.#\[].*)?", stage) for stage, starts in modules.items() if starts]
     last = [
-        (of_modules, ".*", names[-1]),
+        (MODULES, ".*", names[-1]),
         ("outputs", ".*", "outputs"),
         ("losses", ".*", "losses"),
         ("(tap_)?gradients", ".*", "gradients"),
