@@ -38,8 +38,12 @@ POSITION_FLOOR = 1e-6
 LEAST_FALL = 30
 """A hypothesis must leave less than the residual divided by this; else noise that is near the floor could pass for a fault."""
 
+FLOAT32_CONSTANT, FLOAT32_SHARE = 1e-7, 1e-4
+"""What is left may be as much where it is less than this share of the residual: the wrong code may have rounded a constant of its own to
+float32 (``tf.nn.gelu`` does, in its approximation)."""
+
 SECONDS = 60.0
-"""For one site; then the search ends with what was found."""
+"""Of processor time for one site; then the search ends with what was found."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +98,14 @@ def diagnose(site: Site, seconds: float = SECONDS) -> Finding | None:
     """
     if (found := site.not_finite()) is not None:
         return found
-    before, end = site.residual(), time.monotonic() + seconds
+    before, end = site.residual(), time.process_time() + seconds
     if not before > site.floor:
         return None
-    enough = min(site.floor, before / LEAST_FALL)
+    enough = min(before / LEAST_FALL, max(site.floor, min(FLOAT32_CONSTANT, before * FLOAT32_SHARE)))
     for group in site.hypotheses():
         holding: list[Finding] = []
         for hypothesis in group:
-            if time.monotonic() > end:
+            if time.process_time() > end:
                 break
             after = _after(hypothesis)
             if after <= enough:
@@ -109,7 +113,7 @@ def diagnose(site: Site, seconds: float = SECONDS) -> Finding | None:
         if holding:
             first, *others = holding
             return dataclasses.replace(first, others=tuple(dict.fromkeys(other.statement for other in others)))
-        if time.monotonic() > end:
+        if time.process_time() > end:
             break
     return site.without_cause()
 
@@ -196,7 +200,7 @@ class Level:
         for where, kind, choice, value in self._choices():
             said = f"{choice.words} {told(value)} instead of {told(choice.values[0])}"
             yield Hypothesis(
-                choice.cause,
+                choice.cause_of(value),
                 where,
                 said,
                 f"that in the formula of {kind}",
@@ -209,7 +213,7 @@ class Level:
         wanted = [tap for tap in self.failing if self.off_actual(tap, ours.get(tap)) <= floor_of(tap)]
         for where, kind, choice, value in self._choices(every=True) if wanted else ():
             yield Hypothesis(
-                choice.cause,
+                choice.cause_of(value),
                 where,
                 f"PyTorch computed with {choice.words} {told(value)}",
                 f"that in the formula of {kind}",
@@ -339,11 +343,12 @@ class TapSite:
                 from tfmaskformer.module import named_variables
 
                 siblings = named_variables(self._root)
+            heads = next((heads for level in self.levels if (heads := getattr(level.call.module, "num_heads", None))), None)
             for level in self.levels:
                 yield self._of_attributes(level)
                 for module in level.modules:
                     if len(level.failing) <= MOST_TAPS:
-                        yield hypotheses.of_variables(module, level.trial(), siblings, level.called)
+                        yield hypotheses.of_variables(module, level.trial(), siblings, level.called, heads)
                 yield level.of_settings()
         yield hypotheses.of_outputs(self.where, own, forced)
 

@@ -78,7 +78,7 @@ class ResultSite:
         for choice in self._choices:
             for value in choice.values[start:]:
                 yield Hypothesis(
-                    choice.cause,
+                    choice.cause_of(value),
                     self.where,
                     words(choice, value),
                     "that in the formula",

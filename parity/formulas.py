@@ -42,6 +42,7 @@ class Choice:
         cause: of :data:`parity.hypotheses.CAUSES`.
         words: what is chosen, for the report: "eps", followed by the value.
         within: the child to which this belongs, where the child is never called itself.
+        causes: value → its cause, where that is another one.
     """
 
     keyword: str
@@ -49,6 +50,11 @@ class Choice:
     cause: str
     words: str
     within: str = ""
+    causes: Mapping[Any, str] = dataclasses.field(default_factory=dict)
+
+    def cause_of(self, value: Any) -> str:
+        """The cause that a value stands for."""
+        return self.causes.get(value, self.cause)
 
 
 class Reference:
@@ -400,7 +406,9 @@ def scale_of(name: str, channels: int, heads: int) -> float:
         "inputs",
     ),
     Choice("biases", ("all", "none", "no input bias", "no output bias", "no q bias", "no k bias", "no v bias"), "bias", "biases"),
-    Choice("mask", ("True: a key that exists", "True: a key that does not", "none"), "mask polarity", "mask"),
+    Choice(
+        "mask", ("True: a key that exists", "True: a key that does not", "none"), "mask polarity", "mask", causes={"none": "mask missing"}
+    ),
     Choice("axis", ("keys", "queries"), "axis order", "softmax over"),
     Choice("heads", (0, 1, 2, 4, 8, 16), "head split order", "heads"),
     Choice("projected", (True, False), "missing term", "output projection"),

@@ -178,7 +178,13 @@ def _mlp(reference: Reference, module: Any, inputs: np.ndarray) -> np.ndarray:
 @formula(
     "WindowAttention",
     Choice("scale", SCALES[:5], "scale", "scores times"),
-    Choice("mask", ("added", "left out", "of the other patches", "−1", "−1e9"), "mask missing", "shift mask"),
+    Choice(
+        "mask",
+        ("added", "left out", "of the other patches", "−1", "−1e9"),
+        "mask missing",
+        "shift mask",
+        causes={"of the other patches": "mask polarity", "−1": "scale", "−1e9": "scale"},
+    ),
     Choice("order", ("qkv", "qvk", "kqv", "kvq", "vqk", "vkq"), "q/k/v permutation", "projections taken as"),
     Choice(
         "packed", ("(3, heads, d)", "(heads, 3, d)", "(heads, d, 3)", "(3, d, heads)", "(d, heads, 3)"), "head split order", "qkv read as"
@@ -188,6 +194,7 @@ def _mlp(reference: Reference, module: Any, inputs: np.ndarray) -> np.ndarray:
         ("added", "left out", "added twice", "subtracted", "key before query", "columns before rows", "scaled"),
         "bias",
         "relative position bias",
+        causes={"key before query": "transpose", "columns before rows": "axis order", "scaled": "scale"},
     ),
     Choice("merge", (*HEAD_ORDERS, "not moved back"), "head split order", "heads merged as"),
 )
@@ -360,6 +367,7 @@ def _patch_merging(
         ("of the padded grid", "none", "of a shift of one less", "of a shift of one more", "of the other patches"),
         "mask missing",
         "shift mask",
+        causes={"of the other patches": "mask polarity", "of a shift of one less": "shift", "of a shift of one more": "shift"},
     ),
     Choice("output", ("before merging", "behind merging"), "layer order", "output"),
 )

@@ -28,6 +28,7 @@ def softplus(values: np.ndarray) -> np.ndarray:
 
 CANVAS_CHOICES = (
     Choice("order", ("RGB", "BGR", "GBR", "BRG", "RBG", "GRB"), "BGR", "channels"),
+    Choice("scale", (1.0, 1 / 255, 255.0), "scale", "pixels times"),
     Choice("side", ("right and bottom", "left and top", "both sides", "right and top", "left and bottom"), "padding side", "padded at"),
     Choice("fill", ("zeros behind normalising", "zeros before normalising", "the border repeated", "ones"), "padding", "padded with"),
     Choice(
@@ -49,7 +50,6 @@ CANVAS_CHOICES = (
     Choice("constants", ("as they are", "reversed"), "BGR", "mean and deviation"),
     Choice("middle", ("of the config", "of ImageNet, (123.675, 116.28, 103.53)", "(127.5, 127.5, 127.5)"), "normaliser", "mean"),
     Choice("rounded", ("float32", "float64", "whole numbers"), "dtype rounding", "mean and deviation as"),
-    Choice("scale", (1.0, 1 / 255, 255.0), "scale", "pixels times"),
     Choice("moved", ((0, 0), (1, 0), (0, 1), (-1, 0), (0, -1), (1, 1)), "shift", "image moved by (rows, columns)"),
     Choice("flipped", ("no", "left and right", "up and down", "transposed"), "axis flip", "image flipped"),
 )
@@ -131,7 +131,7 @@ _RESIZED = (
 )
 
 CLASS_COST_CHOICES = (
-    Choice("probability", ("softmax", "sigmoid", "log softmax", "logits", "softmax without no object"), "missing term", "probability"),
+    Choice("probability", ("softmax", "sigmoid", "log softmax", "logits", "softmax without no object"), "normaliser", "probability"),
     Choice("first", ("first class", "no object first", "last class first"), "class order", "classes counted from"),
     Choice("sign", (-1.0, 1.0), "scale", "sign"),
     Choice("offset", (0.0, 1.0), "bias", "added"),

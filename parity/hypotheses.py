@@ -167,32 +167,32 @@ def rearrangements(shape: Sequence[int], heads: int | None = None) -> Iterator[R
                 words = f"thirds of axis {axis} in the order {''.join('qkv'[index] for index in order)}"
                 yield Rearrangement("q/k/v permutation", words, "q, k, v restored", functools.partial(_parts, axis=axis, order=order))
         for count in dict.fromkeys((heads, 2, 4)):
-            if count and shape[axis] % count == 0 and count < shape[axis]:
-                for rows, columns, words in (
-                    (count, shape[axis] // count, "heads within channels"),
-                    (shape[axis] // count, count, "channels within heads"),
-                ):
-                    yield Rearrangement(
-                        "head split order",
-                        f"axis {axis} has {words}, of {count} heads",
-                        "the order restored",
-                        functools.partial(_regrouped, axis=axis, split=(rows, columns), order=(1, 0)),
-                    )
-                if shape[axis] % (3 * count) == 0:
-                    size = shape[axis] // (3 * count)
-                    for split, order in (
-                        ((count, 3, size), (1, 0, 2)),
-                        ((count, size, 3), (2, 0, 1)),
-                        ((3, size, count), (0, 2, 1)),
-                        ((size, count, 3), (2, 1, 0)),
-                    ):
-                        names = {3: "q/k/v", count: "heads", size: "channels"}
-                        yield Rearrangement(
-                            "head split order",
-                            f"axis {axis} packed as ({', '.join(names[length] for length in split)}), of {count} heads",
-                            "the packing undone",
-                            functools.partial(_regrouped, axis=axis, split=split, order=order),
-                        )
+            if count and count > 1:
+                yield from _of_heads(shape[axis], axis, count)
+
+
+def _of_heads(length: int, axis: int, heads: int) -> Iterator[Rearrangement]:
+    """Channels of an axis packed in another order of heads, channels of a head, and q, k, v."""
+    for split, order in (
+        ((heads, length // heads), (1, 0)),
+        ((length // heads, heads), (1, 0)),
+        ((heads, 3, length // (3 * heads)), (1, 0, 2)),
+        ((heads, length // (3 * heads), 3), (2, 0, 1)),
+        ((3, length // (3 * heads), heads), (0, 2, 1)),
+        ((length // (3 * heads), heads, 3), (2, 1, 0)),
+    ):
+        if math.prod(split) != length or 1 in split or (len(split) == 2 and split[0] == split[1] and split[0] != heads):
+            continue
+        names = [
+            "q/k/v" if part == 3 and len(split) == 3 and place == order[0] else "heads" if part == heads else "channels"
+            for place, part in enumerate(split)
+        ]
+        yield Rearrangement(
+            "head split order",
+            f"axis {axis} packed as ({', '.join(names)}), of {heads} heads",
+            "the packing undone",
+            functools.partial(_regrouped, axis=axis, split=split, order=order),
+        )
 
 
 def _parts(values: np.ndarray, axis: int, order: Sequence[int]) -> np.ndarray:
@@ -262,7 +262,9 @@ def own_variables(module: Module, called: Collection[str]) -> dict[str, Any]:
     return found
 
 
-def of_variables(module: Module, trial: Trial, siblings: Mapping[str, Any], called: Collection[str]) -> Iterator[Hypothesis]:
+def of_variables(
+    module: Module, trial: Trial, siblings: Mapping[str, Any], called: Collection[str], heads: int | None
+) -> Iterator[Hypothesis]:
     """What may be wrong with the variables of a module.
 
     Args:
@@ -270,9 +272,9 @@ def of_variables(module: Module, trial: Trial, siblings: Mapping[str, Any], call
         trial: what it gives.
         siblings: official name → other variables, of which one may have been taken by mistake.
         called: see :func:`own_variables`.
+        heads: number of attention heads there, if it is part of an attention.
     """
     variables = own_variables(module, called)
-    heads = getattr(module, "num_heads", None)
 
     def tried(values: Values) -> float:
         with assigned(values):

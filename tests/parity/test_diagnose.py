@@ -1,0 +1,383 @@
+"""Hypotheses that hold are told, with the module and the cause; those that do not are not."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from unittest import mock
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from parity import diagnose, diagnose_results, formulas_model, hypotheses, selftest
+from parity import formulas_results as results
+from parity.formulas import CHOICES, FORMULAS, Reference
+from parity.hypotheses import CAUSES
+from parity.replay import replay
+from parity.trace import Trace
+from tfmaskformer import criterion, inference, layers, matcher, pixel_decoder, swin, transformer
+from tfmaskformer.model import MaskFormer
+from tfmaskformer.module import Module, named_variables, record_taps
+
+SWIN, PANOPTIC = ("tiny_swin_4", "one"), ("tiny_panoptic_1", "one")
+BLOCK = "backbone.layers.0.blocks.1"
+DECODER = "sem_seg_head.predictor.transformer.decoder.layers.1"
+PIXEL = "sem_seg_head.pixel_decoder"
+CLASSES = "sem_seg_head.predictor.class_embed"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return selftest.Bench(tmp_path_factory.mktemp("bench"))
+
+
+def weight(name, change):
+    @contextlib.contextmanager
+    def broken(model):
+        variable = named_variables(model)[name]
+        before = variable.numpy()
+        variable.assign(change(before))
+        yield
+        variable.assign(before)
+
+    return broken
+
+
+def exchanged(first, second):
+    @contextlib.contextmanager
+    def broken(model):
+        variables = named_variables(model)
+        before = {name: variables[name].numpy() for name in (first, second)}
+        variables[first].assign(before[second])
+        variables[second].assign(before[first])
+        yield
+        for name, value in before.items():
+            variables[name].assign(value)
+
+    return broken
+
+
+def replaced(owner, name, make):
+    return lambda model: mock.patch.object(owner, name, make(getattr(owner, name)))
+
+
+def attribute(path, name, value):
+    return lambda model: hypotheses.attribute(_at(model, path), name, value)
+
+
+def _at(model, path):
+    for name in path.split("."):
+        model = getattr(model, name)
+    return model
+
+
+def both(*breaks):
+    @contextlib.contextmanager
+    def broken(model):
+        with contextlib.ExitStack() as stack:
+            for one in breaks:
+                stack.enter_context(one(model))
+            yield
+
+    return broken
+
+
+def half_pixel(right):
+    def resize(maps, size, *sizes):
+        return tf.constant(formulas_model.resized(maps.numpy(), tuple(size), "half-pixel nearest"))
+
+    return resize
+
+
+def without_positions(right):
+    return lambda self, tgt, memory, pos, query_pos, valid=None: right(self, tgt, memory, tf.zeros_like(pos), query_pos, valid)
+
+
+def same(right):
+    def conv2d(inputs, kernel, stride, padding):
+        return right(inputs, kernel, stride, "SAME" if stride == 2 and kernel.shape[0] == 3 else padding)
+
+    return conv2d
+
+
+def of_classes(change):
+    return both(*(weight(f"{CLASSES}.{name}", change) for name in ("weight", "bias")))
+
+
+TAPS = {
+    # name: (trace and case, break, where, cause)
+    "GELU": (SWIN, replaced(swin.Gelu, "call", lambda right: lambda self, x: tf.nn.gelu(x, approximate=True)), "mlp.act", "gelu"),
+    "shift": (
+        SWIN,
+        replaced(swin, "cyclic_shift", lambda right: lambda grid, shift, window, sizes=None: right(grid, -shift, window, sizes)),
+        BLOCK,
+        "shift",
+    ),
+    "no mask": (SWIN, replaced(swin, "shift_mask", lambda right: lambda *a: tf.zeros_like(right(*a))), "backbone.layers.0", "mask missing"),
+    "the other mask": (
+        SWIN,
+        replaced(swin, "shift_mask", lambda right: lambda *a: -100 - right(*a)),
+        "backbone.layers.0",
+        "mask polarity",
+    ),
+    "attribute": (SWIN, attribute(f"{BLOCK}.attn", "scale", 1.0), f"{BLOCK}.attn", "scale"),
+    "factor": (SWIN, weight(f"{BLOCK}.mlp.fc2.weight", lambda x: x * 1.037), f"{BLOCK}.mlp.fc2", "scale"),
+    "zero bias": (SWIN, weight(f"{BLOCK}.mlp.fc1.bias", np.zeros_like), f"{BLOCK}.mlp.fc1", "bias"),
+    "NaN": (SWIN, weight(f"{BLOCK}.mlp.fc1.bias", lambda x: np.where(np.arange(x.size) == 1, np.nan, x)), f"{BLOCK}.mlp.fc1", "not finite"),
+    "stale": (
+        SWIN,
+        exchanged(f"{BLOCK}.mlp.fc1.weight", "backbone.layers.0.blocks.0.mlp.fc1.weight"),
+        "backbone.layers.0.blocks.0.mlp.fc1",
+        "stale weight",
+    ),
+    "kernel transposed": (
+        PANOPTIC,
+        weight("backbone.res3.0.conv2.weight", lambda x: x.swapaxes(0, 1)),
+        "backbone.res3.0.conv2",
+        "transpose",
+    ),
+    "output projection transposed": (
+        PANOPTIC,
+        weight(f"{DECODER}.self_attn.out_proj.weight", np.transpose),
+        f"{DECODER}.self_attn.out_proj",
+        "transpose",
+    ),
+    "frozen norm's eps": (
+        PANOPTIC,
+        attribute("backbone.stem.conv1.norm", "eps", 1e-6),
+        "backbone.stem.conv1.norm",
+        "eps",
+    ),
+    "same": (PANOPTIC, replaced(tf.nn, "conv2d", same), "backbone.res3.0.conv2", "padding"),
+    "half-pixel": (PANOPTIC, replaced(pixel_decoder, "resize_nearest", half_pixel), PIXEL, "half-pixel"),
+    "no positions": (
+        PANOPTIC,
+        replaced(transformer.TransformerDecoderLayer, "call", without_positions),
+        "decoder.layers.0",
+        "missing term",
+    ),
+    "no object first": (PANOPTIC, of_classes(lambda x: np.roll(x, 1, -1)), CLASSES, "class order"),
+    "BGR": (
+        PANOPTIC,
+        replaced(MaskFormer, "preprocess", lambda right: lambda self, images, sizes=None: right(self, images[..., ::-1], sizes)),
+        "images",
+        "BGR",
+    ),
+}
+
+
+def found(bench, place, broken, gradients=False):
+    """The diagnosis of a broken model, of which afterwards every variable is as it was."""
+    trace, name = place
+    model = bench.model(trace, "float64")
+    with Trace(bench.completed(trace, name)).case(name) as case, broken(model):
+        before = {name: variable.numpy() for name, variable in named_variables(model).items()}
+        replayed = replay(model, case, gradients=gradients)
+        failing = [("taps", tap) for tap, error in replayed.errors.items() if not error <= diagnose.floor_of(tap)]
+        for group in ("matcher", "losses", "gradients", "inference"):
+            names = [each for each in case.reference.group(group) if each in replayed.results.groups.get(group, ())]
+            for each in reversed(names) if group == "gradients" else names:
+                error = diagnose.relative(np.asarray(replayed.results.official(group, each)), case.reference.read(group, each))
+                failing += [(group, each)] if not error <= 1e-9 else []
+        finding = diagnose_results.examine(model, case, failing, replayed=replayed)
+        for name, variable in named_variables(model).items():
+            assert np.array_equal(variable.numpy(), before[name], equal_nan=True), name
+    return finding
+
+
+@pytest.mark.parametrize("name", TAPS)
+def test_a_module_and_its_cause_are_named(name, bench):
+    place, broken, where, cause = TAPS[name]
+    finding = found(bench, place, broken)
+    assert finding is not None
+    assert finding.cause == cause, finding.statement
+    assert finding.where.endswith(where), finding.statement
+    assert cause == "not finite" or finding.after <= min(1e-7, finding.before / diagnose.LEAST_FALL)
+    assert finding.where in finding.statement
+
+
+def smaller(right):
+    return lambda *arguments: (right(*arguments)[0], right(*arguments)[1] * 0.999)
+
+
+def without_smoothing(right):
+    def losses(logits, masks, sizes):
+        focal, _ = right(logits, masks, sizes)
+        logits = tf.reshape(criterion.resize_bilinear(logits, tf.shape(masks)[2:]), [*masks.shape[:2], -1])
+        inside, wanted = tf.sigmoid(logits), tf.reshape(tf.cast(masks, logits.dtype), logits.shape)
+        dice = 1 - 2 * tf.reduce_sum(inside * wanted, 2) / (tf.reduce_sum(inside, 2) + tf.reduce_sum(wanted, 2))
+        return focal, dice
+
+    return losses
+
+
+def no_mask_gradient(right):
+    def cut(layer):
+        return {**layer, "pred_masks": tf.stop_gradient(layer["pred_masks"])}
+
+    return lambda outputs, *rest: right({**cut(outputs), "aux_outputs": [cut(layer) for layer in outputs["aux_outputs"]]}, *rest)
+
+
+RESULTS = {
+    "class cost": (
+        replaced(matcher, "_cost_class", lambda right: lambda logits, labels: -tf.gather(tf.sigmoid(logits), labels, axis=2, batch_dims=1)),
+        "matcher/cost_class",
+        "normaliser",
+    ),
+    "dice cost": (replaced(matcher, "_costs_masks", smaller), "matcher/cost_dice", "scale"),
+    "cost weights": (
+        replaced(matcher.HungarianMatcher, "__call__", lambda right: lambda self, *a: _doubled(right(self, *a))),
+        "matcher/total",
+        "scale",
+    ),
+    "normaliser": (replaced(criterion, "_num_masks", lambda right: lambda n: right(n) + 1), "loss_mask", "normaliser"),
+    "smoothing": (replaced(criterion, "_mask_losses", without_smoothing), "loss_dice", "eps"),
+    "no object": (
+        lambda model: mock.patch.object(
+            criterion.SetCriterion,
+            "__init__",
+            lambda self, config, *rest, right=criterion.SetCriterion.__init__: (
+                right(self, config, *rest),
+                setattr(self, "no_object_weight", 1.0),
+            )[0],
+        ),
+        "loss_ce",
+        "normaliser",
+    ),
+    "ids": (
+        replaced(inference, "_segments", lambda right: lambda *a: (np.maximum(right(*a)[0] - 1, 0), right(*a)[1])),
+        "inference/panoptic_seg",
+        "id",
+    ),
+}
+
+
+def _doubled(matching):
+    return matching._replace(total=matching.total + 2 * matching.cost_class)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_costs_losses_and_results(name, bench):
+    broken, where, cause = RESULTS[name]
+    finding = found(bench, PANOPTIC, broken)
+    assert finding is not None
+    assert (finding.where, finding.cause) == (where, cause), finding.statement
+
+
+def test_a_cut_gradient_is_told_with_its_line(bench):
+    finding = found(bench, PANOPTIC, replaced(criterion, "_losses_masks", no_mask_gradient), gradients=True)
+    assert finding is not None
+    assert finding.cause == "missing term"
+    assert "test_diagnose.py:" in finding.hypothesis
+
+
+UNRELATED = {
+    "noise on a weight": weight(f"{BLOCK}.mlp.fc1.weight", lambda x: x + 1e-3 * np.random.default_rng(0).standard_normal(x.shape)),
+    "a rounded kernel": weight("backbone.patch_embed.proj.weight", lambda x: np.round(x * 64) / 64),
+    "one element": weight(f"{BLOCK}.attn.qkv.weight", lambda x: x + 0.1 * (np.arange(x.size).reshape(x.shape) == 5)),
+    "clipped": replaced(swin.Gelu, "call", lambda right: lambda self, x: tf.minimum(right(self, x), 0.5)),
+    "noise on what comes out": replaced(
+        layers.Linear,
+        "call",
+        lambda right: lambda self, x: right(self, x) + 1e-4 * tf.random.stateless_normal(x.shape[:-1], (1, 2), x.dtype)[..., None],
+    ),
+    "noise on scores": replaced(swin.Softmax, "call", lambda right: lambda self, x: right(self, 0.83 * x + 0.1 * tf.sin(7 * x))),
+}
+
+
+@pytest.mark.parametrize("name", UNRELATED)
+def test_what_no_hypothesis_explains_gets_no_cause(name, bench):
+    finding = found(bench, SWIN, UNRELATED[name])
+    assert finding is not None
+    assert (finding.hypothesis, finding.cause) == ("", ""), finding.statement
+    assert math.isnan(finding.after)
+
+
+def test_the_clean_model_has_nothing_to_diagnose(bench):
+    for place in (SWIN, PANOPTIC):
+        assert found(bench, place, lambda model: contextlib.nullcontext()) is None
+
+
+@pytest.mark.parametrize(("trace", "size"), [("tiny_swin_4", (43, 50)), ("tiny_deeplab_3", (45, 70)), ("tiny_panoptic_1", (40, 33))])
+def test_formulas_give_what_the_port_gives(trace, size, bench):
+    """Every module and all that is below it, from what the port's own modules gave: two implementations that know nothing of each other."""
+    model, calls, called = bench.model(trace, "float64"), [], Module.__call__
+
+    def call(module, *args, **kwargs):
+        calls.append((module, taps.calls[module.official_name], args, kwargs))
+        return called(module, *args, **kwargs)
+
+    images = np.random.default_rng(0).integers(0, 256, (2, *size, 3)).astype(np.uint8)
+    with record_taps() as taps, mock.patch.object(Module, "__call__", call):
+        model(tf.constant(images))
+    recorded = {name: tensor.numpy() for name, tensor in taps.items()}
+    kinds = set()
+    for module, index, args, kwargs in calls:
+        prefix = f"{module.official_name}#{index}"
+        wanted = [name for name in recorded if name == prefix or name.startswith((f"{prefix}[", f"{module.official_name}."))]
+        later = {name: value for name, value in recorded.items() if name in wanted}
+        reference = Reference(later, wanted, "", {})
+        reference.tap(module.official_name, reference.run(module, *diagnose._numpy(args), **diagnose._numpy(kwargs)))
+        assert set(reference.computed) == set(wanted)
+        kinds.add(type(module).__name__)
+        for name, value in reference.computed.items():
+            assert diagnose.relative(value, recorded[name]) <= (1e-6 if "pe_layer" in name else 1e-13), (prefix, name)
+    assert kinds <= FORMULAS.keys()
+
+
+def test_every_choice_has_a_cause_and_is_an_argument():
+    tables = [choices for choices in vars(results).values() if isinstance(choices, tuple) and choices and hasattr(choices[0], "keyword")]
+    for choice in [choice for choices in (*CHOICES.values(), *tables) for choice in choices]:
+        assert {choice.cause, *choice.causes.values()} <= set(CAUSES), choice
+        assert set(choice.causes) <= set(choice.values), choice
+
+
+@pytest.mark.parametrize(("shape", "heads"), [((4, 4), None), ((3, 3, 3, 8), None), ((12, 24), 2), ((18,), 3)])
+def test_rearrangements_can_be_undone(shape, heads):
+    """Each is a permutation of the elements that changes something; so what it undoes can be told from everything else."""
+    values = np.arange(math.prod(shape)).reshape(shape)
+    changes = list(hypotheses.rearrangements(shape, heads))
+    assert {"transpose", "shift", "axis flip"} & {change.cause for change in changes}
+    for change in changes:
+        undone = change.undo(values)
+        assert undone.shape == values.shape
+        assert sorted(undone.ravel()) == sorted(values.ravel())
+        assert not np.array_equal(undone, values), change.words
+
+
+def test_thirds_are_named_as_they_stand():
+    q, k, v = np.split(np.arange(6), 3)
+    change = next(change for change in hypotheses.rearrangements((6,)) if "order vqk" in change.words)
+    assert change.undo(np.concatenate([v, q, k])).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda x: x[:, ::-1], "axis flip"),
+        (lambda x: np.roll(x, 1, 2), "shift"),
+        (lambda x: 3 * x, "scale"),
+        (lambda x: x + np.arange(5), "bias"),
+        (lambda x: x[..., [0, 3, 2, 1, 4]], "axis order"),
+        (lambda x: x.swapaxes(1, 2), "transpose"),
+        (lambda x: x.astype(np.float32).astype(float), "dtype rounding"),
+        (lambda x: x + 0.01 * np.sin(1e3 * x), None),
+    ],
+)
+def test_outputs_tell_what_was_done_to_them(change, cause):
+    expected = np.random.default_rng(0).standard_normal((2, 4, 4, 5))
+    finding = diagnose.diagnose(diagnose_results.ResultSite("x", change(expected), expected))
+    assert (finding and finding.cause) == cause
+
+
+def test_a_formula_that_is_not_the_official_one_explains_nothing():
+    """Both sides must fit: a wrong choice that gives TensorFlow's result proves nothing if the right one does not give PyTorch's."""
+    expected, actual = np.array([1.0, 2.0, 4.0]), np.array([1.0, 3.0, 9.0])
+    choice = results.Choice("power", (1, 2), "scale", "power")
+    site = diagnose_results.ResultSite("x", actual, expected, lambda power=1: np.array([1.0, 3.0, 9.0]) ** (power / 2), (choice,))
+    assert diagnose.diagnose(site) is None
+    site = diagnose_results.ResultSite("x", actual, expected, lambda power=1: expected if power == 1 else actual, (choice,))
+    finding = diagnose.diagnose(site)
+    assert finding is not None
+    assert finding.hypothesis == "power 2 instead of 1"
