@@ -17,7 +17,7 @@ from parity.report_tree import share
 SMALLEST = 1e-17
 """Below it an error is drawn at the edge: 0 has no place on a logarithmic axis."""
 
-_BLUE, _ORANGE, _RED, _GREY = "#2f7ed8", "#e08214", "#d7303c", "#8a8f98"
+_BLUE, _ORANGE, _RED, _VIOLET, _GREY = "#2f7ed8", "#e08214", "#d7303c", "#9b6bd3", "#8a8f98"
 _GROUPS = (_GREY, _BLUE, "#5aa9e6", "#7a5195", "#2a9d8f", "#b5838d", "#f4a261", "#c9a227", "#74a57f", "#bc5090", "#4d908e", "#9a8c98")
 """Of the groups, in the order of the ledger, over and over."""
 
@@ -80,7 +80,7 @@ def error_along_depth(check: Check) -> Picture:
 
     caption = "Noise grows slowly and stays within the band of the official runs; a fault is a step."
     if any(not math.isnan(item.local) for case in check.cases for item in case.items if item.group == "taps"):
-        caption += " Orange: the part of an error that arises in that place itself, with recorded inputs."
+        caption += " Violet: the part of an error that arises in that place itself, with recorded inputs."
     return _drawn(caption, len(check.cases), 1, 3.4, draw)
 
 
@@ -100,21 +100,29 @@ def _draw_depth(axis: Any, case: CaseCheck) -> None:
     axis.plot(places, errors, ".", color=_BLUE, markersize=4, label="TensorFlow")
     local = clipped(item.local for item in taps)
     if not all(map(math.isnan, local)):
-        axis.plot(places, local, ".", color=_ORANGE, markersize=3, label="of it local")
+        axis.plot(places, local, ".", color=_VIOLET, markersize=3, label="of it local")
     failed = [place for place in places if not taps[place].passed]
+    top = max((value for value in errors if math.isfinite(value)), default=1.0)
+    heights = {place: errors[place] if math.isfinite(errors[place]) else top for place in failed}
+    inherited = [place for place in failed if taps[place].inherited]
+    own = [place for place in failed if place not in inherited]
+    for shown, colour, words in ((inherited, _ORANGE, "inherits"), (own, _RED, "fails")):
+        if shown:
+            at = [heights[place] for place in shown]
+            axis.plot(shown, at, "x", color=colour, markersize=7, markeredgewidth=1.8, label=f"{words} ({len(shown)})")
     if failed:
-        top = max((value for value in errors if math.isfinite(value)), default=1.0)
-        heights = [errors[place] if math.isfinite(errors[place]) else top for place in failed]
-        axis.plot(failed, heights, "x", color=_RED, markersize=7, markeredgewidth=1.8, label=f"fails ({len(failed)})")
-        axis.annotate(
-            taps[failed[0]].name,
-            (failed[0], heights[0]),
-            xytext=(6, 8),
+        first = (own or inherited)[0]
+        right = first > len(taps) / 2
+        name = axis.annotate(
+            taps[first].name,
+            (first, heights[first]),
+            xytext=(-6 if right else 6, 8),
             textcoords="offset points",
             color=_RED,
             fontsize=9,
-            clip_on=False,
+            ha="right" if right else "left",
         )
+        name.set_in_layout(False)
     drawn = [
         value
         for item in taps
@@ -134,7 +142,7 @@ def _draw_depth(axis: Any, case: CaseCheck) -> None:
     axis.tick_params(axis="x", length=0)
     axis.set_ylabel("relative L2 error")
     axis.set_title(title(case), loc="left", fontsize=10, **_colour(case))
-    axis.legend(loc="lower right", fontsize=8, ncols=5, framealpha=0.9)
+    axis.legend(loc="lower right", fontsize=8, ncols=6, framealpha=0.9)
 
 
 def _colour(case: CaseCheck) -> dict[str, str]:

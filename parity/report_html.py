@@ -45,11 +45,12 @@ def page(check: Check, pictures: Sequence[Picture]) -> str:
         check: what to tell.
         pictures: shown in their order, above the tables.
     """
-    line, *more = verdict(check)
+    line = verdict(check)[0]
+    told_in_short = [finding.statement for finding in check.findings[:1]]
     state = "passed" if check.passed else "failed"
     body = [
         f"<header class={state}><h1>{escape(line)}</h1>",
-        *([f"<pre>{escape(chr(10).join(more))}</pre>"] if more else []),
+        *(f"<p>{escape(statement)}</p>" for statement in told_in_short),
         f"<p>parity-check of <b>{escape(check.settings.checkpoint)}</b> against <b>{escape(check.settings.reference)}</b></p></header>",
         _section("Stages", _stages(check)),
         _section("Diagnosis", _diagnosis(check)),

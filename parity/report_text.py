@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from parity import compare
 from parity.check import LEDGER, CaseCheck, Check, Item
 from parity.compare import AssignmentComparison, Comparison
+from parity.judge import COVERAGE
 from parity.report_tree import Node, grow
 
 SHOWN = 5
@@ -43,7 +44,7 @@ def printable(words: str) -> str:
 def verdict(check: Check) -> list[str]:
     """The result in one line, which says what was asserted in :attr:`parity.check.Check.passed`, and lines that tell more of a mismatch."""
     if check.passed:
-        compared = sum(item.comparison is not None for case in check.cases for item in case.items if item.group != "variables")
+        compared = sum(item.comparison is not None for case in check.cases for item in case.items if item.group not in COVERAGE)
         cases = len({case.case for case in check.cases})
         return [f"match: all {compared} comparisons of {cases} case{'s' * (cases != 1)} in {' and '.join(check.settings.dtypes)} hold"]
     lines = []
@@ -175,7 +176,7 @@ def _trees(case: CaseCheck, first: Item | None) -> Iterator[str]:
     yield f"{'error':>8} {'local':>8} {'floor':>8} {'ratio':>7} {'allowed':>8}  of the worst below"
     for group in LEDGER:
         items = [item for item in case.items if item.group == group]
-        if items and not (group == "variables" and all(item.passed for item in items)):
+        if items and not (group in COVERAGE and all(item.passed for item in items)):
             yield from _tree(grow(group, items), first)
 
 

@@ -11,14 +11,16 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 
-from parity import cli, compare, regression, report, report_html, report_junit, report_text
-from parity.check import Item
+from parity import cli, compare, evidence, regression, report, report_html, report_junit, report_text
+from parity.check import LEDGER, Item
 from parity.report_tree import block, grow, share
+from parity.tap_rules import Layout
 
 from .breaks import run_broken, weight
-from .made_checks import FAULTS, NASTY, failing, item, passing, with_items
+from .made_checks import FAULTS, FINDING, NASTY, failing, item, passing, results, with_items
 
 SCHEMA = json.loads(report.SCHEMA.read_text(encoding="utf-8"))
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -31,7 +33,7 @@ def rows(check):
     """Of the tree in words: indentation, name and what is said of it."""
     found = []
     for line in report.text(check).splitlines():
-        if match := re.fullmatch(r"  ((?: *(?:[\d.e+-]+|inf|–)){4}| {34})  ( *)(\S+|… .*?)(?:  (.+))?", line):
+        if match := re.fullmatch(r"  ((?: *(?:[\d.e+-]+|inf|–)){5}| {43})  ( *)(\S+|… .*?)(?:  (.+))?", line):
             found.append((len(match[2]) // 2, match[3], match[4] or ""))
     return found
 
@@ -62,17 +64,40 @@ def test_the_worst_is_first_in_every_level_and_the_way_to_the_first_failure_is_o
         (0, "taps", "(3 of 9 fail)"),
         (1, "backbone", "(3 of 7 fail)"),
         (2, "res2", "(3 of 6 fail)"),
-        (3, "1", "(1 of 3 fail)"),
-        (4, "conv2#0", "← fails"),
-        (4, "… 2 more, which pass", ""),
-        (3, "0", "(2 of 3 fail)"),
+        (3, "0", "(2 of 3 fail)"),  # what fails by itself is worse than what inherits its error, however large
         (4, "conv2#0", "← first failure"),
-        (4, "conv3#0", "← fails"),
+        (4, "conv3#0", "← inherits"),
         (4, "… 1 more, which passes", ""),
+        (3, "1", "(1 of 3 fail)  worst backbone.res2.1.conv2#0"),
         (2, "… 1 more, which passes", ""),
+        (1, "… 2 more, which pass", ""),
+        (0, "outputs", "(1 of 2 fail)"),
     ]
     last = report.text(failing()).splitlines()[-1]
-    assert last == f"mismatch: first in taps '{FIRST}' (case odd, float64); 8 of 38 comparisons fail"
+    assert last == f"mismatch: first in taps '{FIRST}' (case odd, float64); 8 of 38 comparisons fail, 2 inherit it: a bug"
+
+
+def test_both_errors_are_beside_each_other_and_what_is_inherited_is_only_counted():
+    lines = report.text(failing()).splitlines()
+    [inherits] = [line for line in lines if line.endswith("← inherits")]
+    assert inherits.split()[:2] == ["2.0e-03", "1.0e-07"]
+    assert "    of it 3.00e-03 arises here, the rest is inherited" in lines
+    assert "  … and 2 that only inherit their error" in lines
+    assert not [line for line in lines if line.startswith("  failed: taps 'backbone.res2.1")]
+
+
+def test_stages_verdict_and_diagnosis_are_told_in_words():
+    check = failing()
+    lines = report.text(check).splitlines()
+    rows = {line[:26].strip(): line[26:].split(maxsplit=3) for line in lines if re.match(r"[a-z -]{25,26} (passed|broken)", line)}
+    assert rows["normalise and pad"] == ["passed", "2", "0"]
+    assert rows["backbone"] == ["broken", "16", "3", f"taps '{FIRST}'"]
+    assert rows["assignment"][:3] == ["broken", "2", "1"]
+    assert "clipped gradients" not in rows  # nothing to judge
+    assert f"bug: {check.verdict_reason}" in lines
+    at = lines.index("diagnosis: conv2: kernel transposed; 1.3 → 2e-7")
+    assert lines[at + 1].startswith("diagnosis: or <script>")
+    assert not [line for line in report.text(passing()).splitlines() if line.startswith(("diagnosis", "bug"))]
 
 
 def test_many_failures_are_few_lines_and_the_first_is_among_them():
@@ -153,6 +178,7 @@ def test_the_schema_is_a_schema_and_strict():
     strict(SCHEMA)
     assert SCHEMA["properties"]["version"] == {"const": report.VERSION}
     assert SCHEMA["properties"]["format"] == {"const": report.FORMAT}
+    assert SCHEMA["$defs"]["group"]["enum"] == list(LEDGER)
 
 
 @MAKE
@@ -229,8 +255,8 @@ def test_junit_is_valid_and_fails_where_the_check_does(make):
 
 def test_junit_has_a_suite_for_each_case_and_a_test_for_each_block():
     root = ET.fromstring(report_junit.as_xml(failing()))
-    assert [suite.get("name") for suite in root] == ["odd.float32", "odd.float64", "batch", "all cases"]
-    tests = {(test.get("classname"), test.get("name")): test for test in root[1].findall("testcase")}
+    assert [suite.get("name") for suite in root] == ["stages", "odd.float32", "odd.float64", "batch", "all cases"]
+    tests = {(test.get("classname"), test.get("name")): test for test in root[2].findall("testcase")}
     taps = [name for owner, name in tests if owner == "odd.float64.taps"]
     assert taps[:-1] == ["images", "backbone.stem", "backbone.res2.0", "backbone.res2.1", "sem_seg_head"]
     assert tests["odd.float64.taps", taps[-1]].find("skipped").get("message").startswith("exempted: nobody needs it <script>")
@@ -240,7 +266,19 @@ def test_junit_has_a_suite_for_each_case_and_a_test_for_each_block():
     assert "taps 'backbone.res2.0.conv3#0'" in failure.text
     failed = {key for key, test in tests.items() if test.find("failure") is not None}
     assert {name for _, name in failed} == {"backbone.res2.0", "backbone.res2.1", "outputs", "final/0", "losses", "0"}
-    assert root[2].find("testcase/skipped").get("message") == "it has two images"
+    assert root[3].find("testcase/skipped").get("message") == "it has two images"
+
+
+def test_junit_has_a_test_for_each_stage():
+    check = failing()
+    check = dataclasses.replace(check, cases=tuple(dataclasses.replace(case, stopped="losses") for case in check.cases))
+    stages = {test.get("name"): [child.tag for child in test] for test in ET.fromstring(report_junit.as_xml(check))[0]}
+    assert list(stages)[:4] == ["environment self-test", "normalise and pad", "backbone", "heads"]
+    assert stages["backbone"] == stages["losses"] == ["failure"]
+    assert stages["normalise and pad"] == stages["cost terms"] == []
+    assert stages["optimizer step"] == ["skipped"]
+    inherited = with_items(passing(), FAULTS[1:2])
+    assert [child.tag for child in ET.fromstring(report_junit.as_xml(inherited))[0].find("*[@name='backbone']")] == ["skipped"]
 
 
 def test_junit_tells_a_median_that_is_too_large():
@@ -272,7 +310,7 @@ def test_blocks(group, name, expected):
 class Page(html.parser.HTMLParser):
     """Checks that tags are balanced, and collects text, tags and addresses."""
 
-    VOID = ("meta", "img", "br", "link", "input")
+    VOID = ("meta", "img", "br", "link", "input", "source")
 
     def __init__(self, page):
         super().__init__()
@@ -312,8 +350,9 @@ def test_all_files_are_written(written):
 
 def test_the_page_needs_nothing_else(written):
     _, folder, page = written
-    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert len(page.addresses) >= 2
+    assert all(re.match("data:image/(png|jpeg);base64,", address) for address in page.addresses)
+    assert len(page.addresses) >= 4
+    assert {attributes.get("media") for tag, attributes in page.tags if tag == "source"} == {"(prefers-color-scheme: dark)"}
     assert not re.search(r"https?:|@import|url\(", (folder / "report.html").read_text(encoding="utf-8"))
     assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "base"}
 
@@ -336,7 +375,8 @@ def test_the_page_tells_everything(written):
     leaves = [attributes for tag, attributes in page.tags if tag == "div" and attributes.get("class", "").startswith("row ")]
     assert len(leaves) - len(check.cases) == sum(len(case.items) for case in check.cases)
     if not check.passed:
-        assert sum("failed" in attributes["class"] for attributes in leaves) == len(FAULTS)
+        assert sum("failed" in attributes["class"] for attributes in leaves) == len(FAULTS) - 2
+        assert sum("inherited" in attributes["class"] for attributes in leaves) == 2
         assert "actual 3.009, expected 3" in words
 
 
@@ -347,6 +387,55 @@ def test_each_row_of_the_tree_has_every_column(written):
     )
     assert len(rows) > 40
     assert {len(re.findall(r"<span", row)) for row in rows} == {1 + len(report_html.COLUMNS)}
+
+
+def test_the_page_has_stages_and_what_was_found(written):
+    check, _, page = written
+    boxes = [attributes["class"] for tag, attributes in page.tags if tag == "li" and "class" in attributes]
+    assert boxes == [stage.verdict.replace(" ", "-") for stage in check.stages]
+    words = "".join(page.words)
+    assert f"{report_text.KINDS[check.verdict_kind]}: {check.verdict_reason}." in words
+    assert (FINDING.statement in words) is not check.passed
+    assert ("Where errors arise" in words) is not check.passed
+
+
+def test_what_there_is_to_see_is_shown(written):
+    check, _, page = written
+    images = [attributes.get("alt", "") for tag, attributes in page.tags if tag == "img"]
+    drawings = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
+    overlays = [caption for caption in images if caption.startswith("0/panoptic_seg: ")]
+    assert overlays[:2] == ["0/panoptic_seg: PyTorch", "0/panoptic_seg: TensorFlow"]
+    if check.passed:
+        assert overlays[2:] == ["0/panoptic_seg: no pixel differs"]
+        assert drawings == []
+    else:
+        assert overlays[2:] == ["0/panoptic_seg: 0.333% of the pixels differ"]
+        place = " at channel "
+        assert [caption.split(place)[0] for caption in images if place in caption] == ["expected (PyTorch)", "actual (TensorFlow)"]
+        assert "largest |actual − expected|, row × column" in images
+        assert drawings == [
+            *("actual against expected", "values", "|actual − expected|", "difference by channel"),
+            *("actual against expected", "values", "|actual − expected|"),  # of a sampled tensor
+        ]
+
+
+def test_the_page_stays_small(tmp_path):
+    check = failing()
+    case = check.cases[-1]
+    names = [f"backbone.res2.{block}.conv1#0" for block in range(2 * report_html.SEEN)]
+    large = np.random.default_rng(0).random((2, 1, 3, 300, 400))
+    [one] = [evidence.evidence("taps", "x", *large, layout=Layout("BHWC", "BCHW"))]
+    case = dataclasses.replace(
+        case,
+        items=tuple(item("taps", name, 1.0) for name in names),
+        evidence=tuple(dataclasses.replace(one, name=name) for name in names),
+        overlays=tuple(dataclasses.replace(results((1, 1)), name=f"{index}/sem_seg") for index in range(2 * report_html.OVERLAID)),
+    )
+    page = report_html.page(dataclasses.replace(check, cases=(case,)), [])
+    assert page.count("with heat maps") == report_html.SEEN
+    assert page.count(": TensorFlow</figcaption>") == report_html.OVERLAID
+    assert f"… and {report_html.OVERLAID} more results" in page
+    assert 1e5 < len(page) < 5e6
 
 
 # --- CI and documentation
