@@ -10,6 +10,7 @@ once its check has passed, completes each trace: what is stored stays as the off
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,9 +18,9 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -174,6 +175,7 @@ class Bench:
         self.checkpoint = functools.cache(self._checkpoint)
         self.model = functools.cache(self._model)
         self.completed = functools.cache(self._completed)
+        self.first_step = functools.cache(self._first_step)
 
     def _checkpoint(self, trace: str) -> Path:
         from converters.convert import convert
@@ -229,6 +231,8 @@ class Bench:
 
     def trial(self, fault: Fault) -> Trial:
         """Makes a fault and checks; afterwards the model is as it was."""
+        if fault.group == "steps":
+            return self._trial_of_a_step(fault)
         trace = TRACES[fault.model]
         model = self.model(trace, "float64")
         reference = self.completed(trace, fault.case, fault.kind == "gradients")  # by the unbroken model
@@ -242,6 +246,84 @@ class Bench:
         cause, statement = next(((finding.cause, finding.statement) for finding in case.findings), ("", ""))
         return Trial(fault, True, (item.group, item.name), is_at(model, fault, item.group, item.name), cause, statement, seconds)
 
+    def _trial_of_a_step(self, fault: Fault) -> Trial:
+        """The first step of a training, with the losses and gradients of the unbroken model: what comes behind them is broken."""
+        from parity import trajectory
+        from tfmaskformer.criterion import SetCriterion
+        from tfmaskformer.module import named_variables
+        from tfmaskformer.training.step import TrainStep
+
+        trace = TRACES[fault.model]
+        model, honest = self.model(trace, "float64"), self.first_step(fault.model)
+
+        def gradients(step: TrainStep, *batch: Any) -> Any:
+            step.criterion({}, {})  # whose assignment is judged too
+            return honest.gradients
+
+        start = time.perf_counter()
+        with (
+            fault.apply(model),
+            _kept(named_variables(model)),
+            mock.patch("tfmaskformer.checkpoint.load", return_value=model),
+            mock.patch.object(SetCriterion, "__call__", return_value=honest.matched),
+            mock.patch.object(TrainStep, "gradients", gradients),
+        ):
+            reference = GOLDEN / "trajectory" / fault.model
+            [found] = trajectory.check(self.checkpoint(trace), reference, names=[fault.case], dtypes=["float64"], steps=1, mode="eager")
+        item = found.first_failure
+        if item is None:
+            return Trial(fault, False, seconds=time.perf_counter() - start)
+        return Trial(fault, True, (item.group, item.name), is_at(model, fault, item.group, item.name), seconds=time.perf_counter() - start)
+
+    def _first_step(self, model_name: str) -> _Step:
+        """Of the unbroken model, which must be right."""
+        from parity import trajectory
+        from tfmaskformer.criterion import SetCriterion
+        from tfmaskformer.module import named_variables
+        from tfmaskformer.training.step import TrainStep
+
+        trace, seen = TRACES[model_name], {}
+        model, reference = self.model(trace, "float64"), GOLDEN / "trajectory" / model_name
+        take_gradients, match = TrainStep.gradients, SetCriterion.__call__
+
+        def gradients(step: TrainStep, *batch: Any) -> Any:
+            seen["gradients"] = take_gradients(step, *batch)
+            return seen["gradients"]
+
+        def matched(criterion: SetCriterion, *arguments: Any) -> Any:
+            seen["matched"] = match(criterion, *arguments)
+            return seen["matched"]
+
+        with (
+            _kept(named_variables(model)),
+            mock.patch("tfmaskformer.checkpoint.load", return_value=model),
+            mock.patch.object(TrainStep, "gradients", gradients),
+            mock.patch.object(SetCriterion, "__call__", matched),
+        ):
+            [found] = trajectory.check(self.checkpoint(trace), reference, names=["plain"], dtypes=["float64"], steps=1, mode="eager")
+        if not found.passed:
+            raise SelftestError(f"the first step of '{reference}' fails without a fault: {found.first_failure}")
+        return _Step(**seen)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What the losses of a training step come to: results of ``TrainStep.gradients`` and of the criterion."""
+
+    gradients: Any
+    matched: Any
+
+
+@contextlib.contextmanager
+def _kept(variables: Mapping[str, Any]) -> Iterator[None]:
+    """Variables are afterwards what they were."""
+    before = {name: variable.numpy() for name, variable in variables.items()}
+    try:
+        yield
+    finally:
+        for name, variable in variables.items():
+            variable.assign(before[name])
+
 
 def is_at(model: MaskFormer, fault: Fault, group: str, name: str) -> bool:
     """Whether what a check named is what a fault is in.
@@ -251,12 +333,12 @@ def is_at(model: MaskFormer, fault: Fault, group: str, name: str) -> bool:
     """
     if fault.where == "images":
         return name.endswith("/canvas") or name == "images#0"
+    if fault.group == "steps":
+        return fault.where in name.replace(".each", "").split("/")
     if group != fault.group and group != f"tap_{fault.group}":
         return False
     if group in ("preprocessing", "metrics"):
         return f"/{fault.where}/" in f"/{name}/"
-    if group in ("clipped", "steps"):
-        return fault.where in name
     if group == "gradients":
         name = name.rpartition(".")[0]
     if group in ("taps", "gradients", "tap_gradients"):
@@ -294,7 +376,9 @@ def prove(only: str = "", progress: Callable[[str], None] = lambda text: None) -
         ValueError: there is no such kind.
         SelftestError: the traces are not here.
     """
-    if missing := [trace for trace in (*TRACES.values(), *OTHER_SEEDS) if not (GOLDEN / trace / "manifest.json").is_file()]:
+    needed = [f"{trace}/manifest.json" for trace in (*TRACES.values(), *OTHER_SEEDS)]
+    needed += [f"trajectory/{name}/plain.float64.h5" for name in ("tiny_panoptic", "tiny_swin")]
+    if missing := [file for file in needed if not (GOLDEN / file).is_file()]:
         raise SelftestError(
             f"the traces that the proof needs are not in '{GOLDEN}': {', '.join(missing)}\n"
             "  they belong to the repository, not to the package: clone it, and run parity-check there"

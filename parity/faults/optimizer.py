@@ -87,26 +87,27 @@ def decay_in_the_gradient(right):
     return update
 
 
-def an_iteration_late(right):
-    return lambda self, step: right(self, tf.maximum(tf.cast(step, tf.float64) - 1, 0))
+def an_iteration_early(right):
+    return lambda self, step: right(self, step + 1)
 
 
 # fmt: off
 FAULTS = (
-    Fault("each gradient clipped by its own norm", "optimizer", PANOPTIC, "steps", "clipped", "", "clip", clipped_by(by_its_own_norm)),
-    Fault("each gradient clipped by value", "optimizer", PANOPTIC, "steps", "clipped", "", "clip", clipped_by(by_value)),
-    Fault("clipped without the 1e-6", "optimizer", PANOPTIC, "steps", "clipped", "", "clip",
+    Fault("each gradient clipped by its own norm", "optimizer", PANOPTIC, "plain", "steps", "clipped", "clip",
+          clipped_by(by_its_own_norm)),
+    Fault("each gradient clipped by value", "optimizer", PANOPTIC, "plain", "steps", "clipped", "clip", clipped_by(by_value)),
+    Fault("clipped without the 1e-6", "optimizer", PANOPTIC, "plain", "steps", "clipped", "clip",
           replaced(optimizer, "_CLIP_EPSILON", lambda right: 0.0)),
-    Fault("norms decay", "optimizer", PANOPTIC, "steps", "steps", "", "weight decay", decays_like_a_weight("norm")),
-    Fault("position tables decay", "optimizer", SWIN, "steps", "steps", "", "weight decay", decays_like_a_weight("position")),
-    Fault("decay in the gradient", "optimizer", PANOPTIC, "steps", "steps", "", "weight decay",
+    Fault("norms decay", "optimizer", PANOPTIC, "plain", "steps", "decay", "weight decay", decays_like_a_weight("norm")),
+    Fault("position tables decay", "optimizer", SWIN, "plain", "steps", "decay", "weight decay", decays_like_a_weight("position")),
+    Fault("decay in the gradient", "optimizer", PANOPTIC, "plain", "steps", "exp_avg", "weight decay",
           replaced(AdamW, "_update", decay_in_the_gradient)),
-    Fault("backbone learns as fast as the head", "optimizer", PANOPTIC, "steps", "steps", "", "learning rate",
+    Fault("backbone learns as fast as the head", "optimizer", PANOPTIC, "plain", "steps", "lr", "learning rate",
           recipe(backbone_multiplier=1.0)),
-    Fault("learning rate an iteration late", "optimizer", PANOPTIC, "steps", "steps", "", "learning rate",
-          replaced(schedule._Schedule, "__call__", an_iteration_late)),
-    Fault("Adam's epsilon as in Keras", "optimizer", PANOPTIC, "steps", "steps", "", "eps", replaced(AdamW, "_update", epsilon_hat)),
-    Fault("moments not corrected", "optimizer", PANOPTIC, "steps", "steps", "", OTHER, replaced(AdamW, "_scalars", uncorrected)),
-    Fault("momentum inverted", "optimizer", PANOPTIC, "steps", "steps", "", "momentum", started_with(betas=(0.1, 0.999))),
+    Fault("learning rate an iteration early", "optimizer", PANOPTIC, "plain", "steps", "lr", "learning rate",
+          replaced(schedule._Schedule, "__call__", an_iteration_early)),
+    Fault("Adam's epsilon as in Keras", "optimizer", PANOPTIC, "plain", "steps", "weights", "eps", replaced(AdamW, "_update", epsilon_hat)),
+    Fault("moments not corrected", "optimizer", PANOPTIC, "plain", "steps", "weights", OTHER, replaced(AdamW, "_scalars", uncorrected)),
+    Fault("momentum inverted", "optimizer", PANOPTIC, "plain", "steps", "exp_avg", "momentum", started_with(betas=(0.1, 0.999))),
 )
 # fmt: on
