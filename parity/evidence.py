@@ -137,7 +137,7 @@ def evidence(
         layout: of a tap or an output.
         lengths: letter of an axis → its length, for axes that the official layout has in one; None: these stay in one.
     """
-    actual, expected = (np.nan_to_num(np.asarray(values, np.float64)) for values in (actual, expected))
+    actual, expected = _finite(np.asarray(actual, np.float64), np.asarray(expected, np.float64))
     difference = np.abs(actual - expected)
     maps = _NO_MAPS
     if not sampled and difference.size:
@@ -160,6 +160,14 @@ def evidence(
         difference_counts=difference_counts,
         equal=float(np.mean(difference == 0)) if difference.size else 1.0,
     )
+
+
+def _finite(*sides: np.ndarray) -> Iterator[np.ndarray]:
+    """The same, with twice the largest magnitude of all where there is no number, so that it is seen."""
+    largest = max((float(np.abs(values[np.isfinite(values)]).max(initial=0)) for values in sides), default=0.0)
+    limit = 2 * min(largest, 1e37) or 1.0
+    for values in sides:
+        yield np.clip(np.nan_to_num(values, nan=limit, posinf=limit, neginf=-limit), -limit, limit)
 
 
 _NO_MAPS: dict[str, Any] = {
@@ -221,7 +229,7 @@ def _maps(names: Sequence[str], expected: np.ndarray, actual: np.ndarray, differ
     profile = np.zeros(0)
     if longest is not None and difference.shape[longest] > 1:
         profile = np.sqrt(np.square(difference).mean(tuple(axis for axis in range(difference.ndim) if axis != longest)))
-    is_rgb = len(plane) == 2 and names[-1] == "channel" and difference.shape[-1] == 3
+    is_rgb = [names[axis] for axis in plane] == ["row", "column"] and names[-1] == "channel" and difference.shape[-1] == 3
     if is_rgb:
         low, high = min(expected.min(), actual.min()), max(expected.max(), actual.max())
         expected, actual = ((values - low) / ((high - low) or 1) for values in (expected, actual))

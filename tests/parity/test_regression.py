@@ -189,7 +189,7 @@ def test_json_has_everything(files, capsys):
         ("[" * 100_000, "cannot read"),
         ("[]", "is no report"),
         ('{"format": "tfmaskformer-trace"}', "is no report"),
-        (json.dumps({"format": report.FORMAT, "version": 99}), "has report version 99, expected 1"),
+        (json.dumps({"format": report.FORMAT, "version": 99}), "has report version 99, expected 1 or 2"),
         (json.dumps({"format": report.FORMAT, "version": 1}), "is damaged: KeyError('passed')"),
         (json.dumps({"format": report.FORMAT, "version": 1, "passed": True, "cases": 3}), "is damaged: TypeError"),
         (json.dumps({"format": report.FORMAT, "version": 1, "passed": True, "cases": [{"dtype": "int"}]}), "is damaged: ValueError"),
@@ -213,6 +213,27 @@ def test_wrong_usage_exits_2(files, capsys, arguments):
     with pytest.raises(SystemExit) as exit_info:
         run(capsys, *files, *arguments)
     assert exit_info.value.code == cli.BAD_INPUT
+
+
+def test_reports_of_version_1_are_read(files, capsys, tmp_path):
+    """They know fewer groups and nothing of stages; what only the new one has appears."""
+    new = json.loads(files[0].read_text(encoding="utf-8"))
+    old = {name: value for name, value in new.items() if name not in ("stages", "findings", "verdict_kind", "verdict_reason")} | {
+        "version": 1
+    }
+    for case in old["cases"]:
+        for name in ("findings", "local", "stopped"):
+            del case[name]
+        case["items"] = [
+            {name: value for name, value in item.items() if name != "local_passed"} for item in case["items"] if item["group"] != "losses"
+        ]
+    (tmp_path / "old.json").write_text(json.dumps(old), encoding="utf-8")
+    code, out, _ = run(capsys, tmp_path / "old.json", files[0])
+    assert code == cli.MATCH
+    assert "appeared: 4" in out
+    code, out, _ = run(capsys, tmp_path / "old.json", files[1])
+    assert code == cli.MISMATCH
+    assert run(capsys, files[0], tmp_path / "old.json")[1].splitlines()[-1] == "regression: 4 vanished"
 
 
 def test_reports_written_by_a_check_can_be_read(files):
