@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +55,7 @@ class _Place(NamedTuple):
 
 
 class Spool:
-    """Keeps arrays by group and name; a context manager, which takes its file with it.
+    """Keeps arrays by group and name, as long as anybody has it or one of its groups; a context manager too.
 
     Args:
         kept_bytes: what may stay in memory; None: everything.
@@ -63,8 +64,8 @@ class Spool:
 
     def __init__(self, kept_bytes: int | None = None, directory: Path | None = None):
         self._left = math.inf if kept_bytes is None else kept_bytes
-        self._directory = directory
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 closed by close()
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 closed by the finalizer
+        self.close = weakref.finalize(self, self._file.close)
         self._kept: dict[tuple[str, str], np.ndarray | _Place] = {}
 
     def write(self, group: str, name: str, array: np.ndarray) -> None:
@@ -93,9 +94,6 @@ class Spool:
     def group(self, group: str) -> Mapping[str, np.ndarray]:
         """The arrays of one group by name, in the order in which they were written; each is read when it is asked for."""
         return _Group(self, group, [name for of, name in self._kept if of == group])
-
-    def close(self) -> None:
-        self._file.close()
 
     def __enter__(self) -> Spool:
         return self

@@ -40,6 +40,22 @@ def test_every_statistic_of_one_changed_element(expected):
     assert compare.compare(actual, expected, result.passing_tolerance * (1 - 1e-6)).mismatched > 0
 
 
+@pytest.mark.parametrize("size", [(1 << 16) - 1, 1 << 16, 3 * (1 << 16) + 5])
+def test_large_tensors_are_taken_stretch_by_stretch(size):
+    random = np.random.default_rng(size)
+    expected = random.standard_normal((1, size))
+    actual = expected + 1e-6 * random.standard_normal((1, size))
+    actual[0, -2] += 1
+    result = compare.compare(actual, expected, 1e-5)
+    difference = np.abs(actual - expected)
+    needed = difference / (np.abs(expected) + np.sqrt(np.mean(expected**2)))
+    assert result.error == pytest.approx(np.linalg.norm(difference) / np.linalg.norm(expected), rel=1e-12)
+    assert (result.max_index, result.actual_at_max, result.expected_at_max) == ((0, size - 2), actual[0, -2], expected[0, -2])
+    assert result.max_difference == difference.max()
+    assert result.passing_tolerance == pytest.approx(needed.max(), rel=1e-12)
+    assert result.mismatched == np.count_nonzero(difference > 1e-5 * difference / needed) / size
+
+
 def test_error_is_accumulated_in_float64():
     expected = np.full(1 << 20, 1.0)
     actual = np.float32(expected) + np.float32(1e-6)
@@ -182,7 +198,7 @@ def test_the_factor_of_results_has_the_origin_that_is_told():
     """Of four official runs one has up to 1.9 × the largest error of the other three, so 1.5 × would fail the official code."""
     from checkpoints import registry
     from parity import prove
-    from parity.check import _term
+    from parity.judge import _term
     from parity.trace import Trace
 
     worst = {"losses": 0.0, "inference": 0.0}

@@ -37,6 +37,16 @@ def test_what_does_not_fit_is_in_the_file_and_reads_the_same(tmp_path, kept_byte
             spooled.read("taps", "z")
 
 
+def test_the_file_is_there_as_long_as_a_group_is_used_and_is_closed_behind_it():
+    spooled = Spool(0)
+    spooled.write("taps", "a", np.arange(3.0))
+    group, file = spooled.group("taps"), spooled._file
+    del spooled
+    np.testing.assert_array_equal(group["a"], np.arange(3.0))
+    del group
+    assert file.closed
+
+
 def test_the_array_on_disk_is_a_copy():
     array = np.zeros(3)
     with Spool(0) as spooled:
