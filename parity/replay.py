@@ -42,7 +42,8 @@ class Replay:
 
     Attributes:
         errors: tap → local error, in the order of computation.
-        gradients: tap or parameter → local error of its gradient. Of a tap it arises in what takes that tap's output.
+        gradients: tap or parameter → local error of its gradient. Of a tap it arises in what takes that tap's output. Of a parameter that
+            the trace has samples of, it is that of the samples.
         results: costs, assignments, losses, gradients and inference results, of recorded outputs; no taps.
         calls: for the captured taps.
     """
@@ -215,8 +216,12 @@ def _backwards(tensor: Any, forced: np.ndarray, replace: Callable[[np.ndarray], 
 
 def why_not(case: Case) -> str:
     """Why a case cannot be replayed; "" where it can."""
-    sampled = any(record.samples is not None for record in case.reference.group("taps").values())
-    return "the trace has samples of the taps only; recorded without --samples it would have them whole" if sampled else ""
+    return "" if _is_whole(case, "taps") else "the trace has samples of the taps only; recorded without --samples it would have them whole"
+
+
+def _is_whole(case: Case, group: str) -> bool:
+    records = case.reference.group(group).values()
+    return bool(records) and all(record.samples is None for record in records)
 
 
 def replay(
@@ -235,7 +240,7 @@ def replay(
         case: of a whole trace.
         capture: taps whose calls are kept, to be done again.
         padding, pad_to: as of :func:`parity.tensorflow_run.run`; masked padding takes cases of one image.
-        gradients: whether to go backwards too, if the trace has gradients of the taps. All activations are in memory then.
+        gradients: whether to go backwards too, if the trace has the gradients of the taps, whole. All activations are in memory then.
 
     Raises:
         ReplayError: the trace has samples of the taps only.
@@ -251,7 +256,7 @@ def replay(
 
     view = View(0, rounded(pad_to or (height, width)), rounded((height, width))) if padding == "masked" else None
     recorded = _Recorded(case, view, tap_rules.names(model.config))
-    of_taps: dict[str, float] | None = {} if gradients and case.reference.group("tap_gradients") else None
+    of_taps: dict[str, float] | None = {} if gradients and _is_whole(case, "tap_gradients") else None
     errors: dict[str, float] = {}
     captured = _Captured(set(capture), errors)
 
@@ -277,7 +282,7 @@ def replay_port(port: Port, model: Any, case: Case) -> Replay:
     if reason := why_not(case):
         raise ReplayError(f"case {case.name} cannot be replayed: {reason}")
     recorded = _Recorded(case, None, port.names)
-    of_taps: dict[str, float] | None = {} if case.reference.group("tap_gradients") else None
+    of_taps: dict[str, float] | None = {} if _is_whole(case, "tap_gradients") else None
     errors: dict[str, float] = {}
 
     def see(name: str, actual: np.ndarray, expected: np.ndarray) -> None:
@@ -291,8 +296,12 @@ def _with_parameters(of_taps: dict[str, float] | None, results: CaseResults, rec
     """The errors of the taps' gradients and, where those were forced, of the parameters'."""
     if of_taps is None:
         return {}
-    gradients = {name: of for name, of in results.groups.get("gradients", {}).items() if ("gradients", name) in case.reference.records}
-    return of_taps | {name: recorded.error("gradients", name, of, case.reference.read("gradients", name)) for name, of in gradients.items()}
+    found = dict(of_taps)
+    for name, record in case.reference.group("gradients").items():
+        if name in (own := results.groups.get("gradients", {})):
+            actual = record.select(own[name]) if own[name].shape == record.shape else own[name]
+            found[name] = recorded.error("gradients", name, actual, case.reference.read("gradients", name))
+    return found
 
 
 @dataclasses.dataclass
