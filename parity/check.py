@@ -22,7 +22,7 @@ from parity.evidence import Evidence, Overlay, of_failures, of_results
 from parity.judge import COVERAGE, GROUPS, CaseRun, Exemption, Found, Item, LossFloors, case_inputs
 from parity.ports import Port, inputs_of
 from parity.replay import Replay, replay, replay_port, why_not
-from parity.tensorflow_run import run
+from parity.tensorflow_run import CaseInputs, CaseResults, run
 from parity.trace import Case, Trace
 
 if TYPE_CHECKING:
@@ -344,7 +344,7 @@ def _check_batch(
             largest = np.max([image.shape[:2] for case in inputs for image in case.images], axis=0)
             pad_to = tuple((int(side) // CANVAS_PX + 1) * CANVAS_PX for side in largest)  # type: ignore[assignment]
         limits: dict[str, Any] = {"gradients": gradients, "memory_budget": settings.memory_budget}
-        found = run(model, inputs, mode=settings.mode, padding=settings.padding, pad_to=pad_to, **limits)
+        found = _run(model, inputs, dtype, limits | {"mode": settings.mode, "padding": settings.padding, "pad_to": pad_to})
         for case, results in zip(cases, found, strict=True):
             how: dict[str, Any] = {"padding": settings.padding, "pad_to": pad_to, "gradients": gradients != "none"}
             local, replayed = _local(case, dtype, functools.partial(replay, model, case, **how))
@@ -359,6 +359,26 @@ def _check_batch(
     finally:
         for case in cases:
             case.close()
+
+
+ALONE = ("outputs", "matcher", "losses", "inference")
+"""What is judged as it comes out when nobody looks."""
+
+
+def _run(model: Any, inputs: Sequence[CaseInputs], dtype: str, how: Mapping[str, Any]) -> list[CaseResults]:
+    """What TensorFlow computes.
+
+    In eager mode taps change no bit of it. A compiled function fuses operations otherwise with taps than without, which moves float32's
+    last bits; so what comes out of it is taken of a run without taps.
+    """
+    found = run(model, inputs, **how)
+    if how["mode"] == "eager" or dtype == "float64":
+        return found
+    alone = run(model, inputs, **how | {"gradients": "none", "tapped": False})
+    return [
+        dataclasses.replace(one, groups={**tapped.groups, **{group: one.groups[group] for group in ALONE}})
+        for tapped, one in zip(found, alone, strict=True)
+    ]
 
 
 def _why_no_gradients(settings: Settings, trace: Trace) -> str | None:
@@ -378,12 +398,19 @@ def _local(case: Case, dtype: str, replayed: Callable[[], Replay]) -> tuple[str,
 
 def _diagnose(run: CaseRun, judged: CaseCheck, padding: str, pad_to: tuple[int, int] | None) -> tuple[Finding, ...]:
     """The diagnosis of the first failure that is not inherited, in float64."""
-    if judged.passed or run.replay is None:
+    if judged.passed or run.dtype != "float64":
         return ()
+    from parity.diagnose import Finding
     from parity.diagnose_results import examine
 
     failing = [(item.group, item.name) for item in judged.own_failures]
-    found = examine(run.model, run.case, failing, replayed=run.replay, padding=padding, pad_to=pad_to)
+    results = run.results if run.replay is None else run.replay.results
+    try:
+        found = examine(run.model, run.case, failing, results, padding=padding, pad_to=pad_to)
+    except Exception as error:  # the check stands without it
+        where = failing[0][1] if failing else run.case.name
+        words = f"the diagnosis itself failed ({type(error).__name__}: {error})"
+        found = Finding(where, "", "", f"{where}: {words}", math.nan, math.nan, math.nan)
     return () if found is None else (found,)
 
 
@@ -398,6 +425,12 @@ def _judge_preprocessing(run: CaseRun, found: Found) -> Iterator[Item | Exemptio
     return ends.judge_preprocessing(run.case, described, run.trace.directory, run.results, run.config, run.dtype)
 
 
+def _judge_matcher(run: CaseRun, found: Found) -> Iterator[Item | Exemption]:
+    yield from judge.judge_group("matcher", run, found)
+    if run.case.reference.group("matcher"):
+        yield judge.judge_not_a_number()
+
+
 def _judge_metrics(run: CaseRun, found: Found) -> Iterator[Item | Exemption]:
     assert run.config is not None
     return ends.judge_metrics(run.case, run.results, run.config, [one for one in found if isinstance(one, Item)])
@@ -408,6 +441,7 @@ COMPUTED: Mapping[str, Judge] = {group: functools.partial(judge.judge_group, gro
 JUDGES: Mapping[str, Judge] = {
     "preprocessing": _judge_preprocessing,
     **COMPUTED,
+    "matcher": _judge_matcher,
     "metrics": _judge_metrics,
     "calls": judge.judge_calls,
     "images": judge.judge_images,

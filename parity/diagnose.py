@@ -21,10 +21,11 @@ import numpy as np
 
 import parity.formulas_model  # noqa: F401  registers its formulas
 from parity import hypotheses
+from parity.diagnose_samples import SampledCall
 from parity.formulas import CHOICES, Choice, Reference, UnsupportedError
 from parity.hypotheses import Hypothesis, Trial
 from parity.tap_rules import TapRuleError, layout_of, official_layout
-from parity.trace import POSITION_EMBEDDING, Case, relative_error
+from parity.trace import POSITION_EMBEDDING, Case, TraceError, relative_error
 
 if TYPE_CHECKING:
     from parity.replay import Call
@@ -159,6 +160,8 @@ class Level:
         self.called = {name.partition("#")[0] for name in self.tensors}
         self.failing = [name for name in self.tensors if self.off_record(name, self.tensors[name][0]) > floor_of(name)]
         self.failing.sort(key=lambda name: name != tap)
+        if isinstance(call, SampledCall):
+            self.failing = [tap]  # what comes behind it is not right by itself
         self.follows = self.official = None
         with contextlib.suppress(UnsupportedError):
             value = self.formula([tap]).get(tap)
@@ -176,14 +179,29 @@ class Level:
 
     def off_record(self, tap: str, value: np.ndarray | None) -> float:
         """Relative error of ``value`` (TensorFlow's layout) against what PyTorch recorded."""
-        own, forced = self.tensors[tap]
-        if value is None or forced is not own:
-            return relative(value, forced, own)
-        expected = self.call.expected[tap]
-        try:
-            return relative(official_layout(value, layout_of("taps", tap)), expected)
-        except (TapRuleError, ValueError):
+        if value is None:
             return math.inf
+        return relative(self._shown(tap, value), self._recorded(tap), None if tap in self._unplaced else self.tensors[tap][0])
+
+    @functools.cached_property
+    def _unplaced(self) -> set[str]:
+        """The tap, where what was recorded of it is samples, or has another shape: it cannot be laid out as TensorFlow's."""
+        if isinstance(self.call, SampledCall):
+            return {self.tap}
+        own = official_layout(self.tensors[self.tap][0], layout_of("taps", self.tap))
+        return {self.tap} if own.shape != self.call.expected[self.tap].shape else set()
+
+    def _shown(self, tap: str, value: np.ndarray) -> np.ndarray:
+        """Of ``value`` what there is a record of."""
+        if tap not in self._unplaced:
+            return value
+        try:
+            return self.call.select(value) if isinstance(self.call, SampledCall) else official_layout(value, layout_of("taps", tap))
+        except (TapRuleError, TraceError, ValueError):
+            return np.empty(0)
+
+    def _recorded(self, tap: str) -> np.ndarray:
+        return self.call.expected[tap] if tap in self._unplaced else self.tensors[tap][1]
 
     def formula(self, wanted: Sequence[str], where: str = "", choices: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """What the formula makes of recorded inputs, for each wanted tap."""
@@ -244,17 +262,20 @@ class Level:
 
     def trial(self) -> Trial:
         """What this call gives, for hypotheses on its variables and attributes."""
-        expected = {tap: self.tensors[tap][1] for tap in self.failing}
+        expected = {tap: self._recorded(tap) for tap in self.failing}
+
+        def shown(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {tap: self._shown(tap, tensors[tap]) for tap in self.failing}
 
         def rerun() -> dict[str, np.ndarray]:
-            return {tap: self.call.tensors()[tap][0] for tap in self.failing}
+            return shown({tap: own for tap, (own, _) in self.call.tensors().items()})
 
         def confirm() -> float:
-            found = self.call.tensors()
-            return max(relative(found[tap][0], expected[tap]) for tap in self.failing)
+            found = rerun()
+            return max(relative(found[tap], expected[tap]) for tap in self.failing)
 
         fast = self.follows and self._worst(self.failing, self.formula(self.failing), self.off_actual) <= self.floor
-        run = functools.partial(self.formula, self.failing) if fast else rerun
+        run = (lambda: shown(self.formula(self.failing))) if fast else rerun
         return Trial(lambda: _flat(run(), self.failing), _flat(expected, self.failing), confirm, self.floor)
 
 
@@ -350,7 +371,8 @@ class TapSite:
                     if len(level.failing) <= MOST_TAPS:
                         yield hypotheses.of_variables(module, level.trial(), siblings, level.called, heads)
                 yield level.of_settings()
-        yield hypotheses.of_outputs(self.where, own, forced)
+        if not isinstance(self.levels[0].call, SampledCall):
+            yield hypotheses.of_outputs(self.where, own, forced)
 
     @staticmethod
     def _of_attributes(level: Level) -> Iterator[Hypothesis]:

@@ -18,11 +18,12 @@ import numpy as np
 
 from parity import formulas_results as formulas
 from parity import hypotheses
-from parity.diagnose import FLOOR, Finding, Site, TapSite, diagnose, floor_of, relative, told
+from parity.diagnose import FLOOR, Finding, Site, TapSite, diagnose, relative, told
+from parity.diagnose_samples import call_of
 from parity.formulas import Choice, UnsupportedError
 from parity.hypotheses import Hypothesis
 from parity.judge import case_inputs
-from parity.replay import Replay, replay, why_not
+from parity.replay import Call, replay, why_not
 from parity.tensorflow_run import padded_images, run
 from parity.trace import Case
 
@@ -105,8 +106,8 @@ class Results:
     """The sites of one case, of what is computed of the recorded outputs.
 
     Args:
-        case: of a trace with whole outputs.
-        results: see :class:`parity.replay.Replay`.
+        case: of the trace.
+        results: what TensorFlow computed: of recorded inputs (:class:`parity.replay.Replay`), or of its own, if those are right.
         config: of the model.
     """
 
@@ -138,9 +139,11 @@ class Results:
         return ["", *(f"aux_outputs.{layer}." for layer in range(count - 1))]
 
     def _output(self, layer: int, name: str) -> np.ndarray:
-        """``layer`` counts from 0, the final one, cyclically."""
+        """``layer`` counts from 0, the final one, cyclically. Where the trace has samples, TensorFlow's own, which is right then."""
         layers = self._layers()
-        return self.expected("outputs", layers[layer % len(layers)] + name)
+        name = layers[layer % len(layers)] + name
+        sampled = self._case.reference["outputs", name].samples is not None
+        return self.actual("outputs", name) if sampled else self.expected("outputs", name)
 
     def _masks(self, image: int) -> np.ndarray:
         """bool ``[objects, canvas height, canvas width]``."""
@@ -274,8 +277,13 @@ class Results:
         where = f"inference/{what}"
         if what == "sem_seg":
             after = not self._config.postprocess_before_inference
-            formula: Callable[..., np.ndarray] = functools.partial(formulas.semantic, logits, masks, sizes, after)
-            return ResultSite(where, actual, expected, formula, formulas.SEMANTIC_CHOICES)
+            record = self._case.reference["inference", name]
+
+            def scores(**choices: Any) -> np.ndarray:
+                found = formulas.semantic(logits, masks, sizes, after, **choices)
+                return record.select(np.ascontiguousarray(found)) if found.shape == record.shape else found
+
+            return ResultSite(where, record.select(actual), expected, scores, formulas.SEMANTIC_CHOICES)
         thresholds = (test.object_mask_threshold, test.overlap_threshold)
         part = 0 if what == "panoptic_seg" else 1
 
@@ -411,38 +419,36 @@ def examine(
     model: MaskFormer,
     case: Case,
     failing: Sequence[tuple[str, str]],
+    results: Any,
     *,
-    replayed: Replay | None = None,
     padding: str = "official",
     pad_to: tuple[int, int] | None = None,
 ) -> Finding | None:
-    """The diagnosis of a case: of its first local failure.
+    """The diagnosis of a case: of its first failure that is not inherited.
 
     Args:
         model: float64, as it was checked.
-        case: of the trace; where it holds samples alone, nothing is examined.
-        failing: (group, name) of what failed in the check and is not inherited, in the order of computation.
-        replayed: what a replay found, with gradients; None: it is done here.
+        case: of the trace.
+        failing: (group, name) of what failed in the check and is not known to be inherited, in the order of computation.
+        results: what TensorFlow computed: those of a replay where the trace permits one, else of its own inputs.
         padding, pad_to: as of :func:`parity.replay.replay`.
     """
-    if why_not(case):
-        return None
-    again = functools.partial(replay, model, case, padding=padding, pad_to=pad_to)
-    replayed = replayed or again(gradients=True)
-    results = Results(case, replayed.results, model.config)
+    of_case = Results(case, results, model.config)
     for group, name in failing:
         site: Site | None = None
         if (group, name) == ("taps", "images#0"):
             canvas = model.preprocess(*_padded(case)).numpy()
             site = canvas_site(case, np.moveaxis(canvas, -1, 1), model.config)
-        elif group in ("taps", "outputs"):
-            tap = name if group == "taps" else next((tap for tap, error in replayed.errors.items() if error > floor_of(tap)), "")
-            calls = again(capture=[tap]).calls
-            site = TapSite(calls[tap], model, case) if tap in calls else None
+        elif group == "taps":
+            if why_not(case):
+                call: Call | None = call_of(model, case, name, padding=padding, pad_to=pad_to)
+            else:
+                call = replay(model, case, capture=[name], padding=padding, pad_to=pad_to).calls.get(name)
+            site = None if call is None else TapSite(call, model, None if why_not(case) else case)
         elif group in ("gradients", "tap_gradients"):
             site = _gradient_site(model, case, group, name)
-        elif name in replayed.results.groups.get(group, ()):
-            site = results.site(group, name)
+        elif name in results.groups.get(group, ()):
+            site = of_case.site(group, name)
         if site is not None:
             return diagnose(site)
     return None

@@ -433,7 +433,10 @@ def of_attributes(module: Module, trial: Trial) -> Iterator[Hypothesis]:
 
                 def after(owner: Any = owner, name: str = name, other: Any = other) -> float:
                     with attribute(owner, name, other):
-                        return trial.confirm()
+                        try:
+                            return trial.confirm()
+                        except Exception:  # code that never met such a number may raise anything
+                            return math.inf
 
                 yield Hypothesis(cause, where, f"{name} is {value!r}", f"{other!r} instead", after)
 

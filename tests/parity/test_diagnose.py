@@ -171,7 +171,7 @@ def found(bench, place, broken, gradients=False):
     """The diagnosis of a broken model, of which afterwards every variable is as it was."""
     trace, name = place
     model = bench.model(trace, "float64")
-    with Trace(bench.completed(trace, name)).case(name) as case, broken(model):
+    with Trace(bench.completed(trace, name, True)).case(name) as case, broken(model):
         before = {name: variable.numpy() for name, variable in named_variables(model).items()}
         replayed = replay(model, case, gradients=gradients)
         failing = [("taps", tap) for tap, error in replayed.errors.items() if not error <= diagnose.floor_of(tap)]
@@ -180,7 +180,7 @@ def found(bench, place, broken, gradients=False):
             for each in reversed(names) if group == "gradients" else names:
                 error = diagnose.relative(np.asarray(replayed.results.official(group, each)), case.reference.read(group, each))
                 failing += [(group, each)] if not error <= 1e-9 else []
-        finding = diagnose_results.examine(model, case, failing, replayed=replayed)
+        finding = diagnose_results.examine(model, case, failing, replayed.results)
         for name, variable in named_variables(model).items():
             assert np.array_equal(variable.numpy(), before[name], equal_nan=True), name
     return finding
