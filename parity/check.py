@@ -308,6 +308,8 @@ def _select(settings: Settings, trace: Trace) -> tuple[tuple[str, ...], tuple[Ex
     wanted = settings.cases or trace.cases
     if settings.port and settings.padding != "official":
         raise CheckError("--padding masked is for MaskFormer: a port has the inputs that it was recorded with")
+    if settings.port and settings.memory_budget is not None:
+        raise CheckError("--memory-budget is for MaskFormer: the taps of a port are in memory")
     if settings.padding == "official":
         if settings.pad_to is not None:
             raise CheckError("--pad-to is for --padding masked: official padding has no canvas to choose")
@@ -374,7 +376,7 @@ def _run(model: Any, inputs: Sequence[CaseInputs], dtype: str, how: Mapping[str,
     found = run(model, inputs, **how)
     if how["mode"] == "eager" or dtype == "float64":
         return found
-    alone = run(model, inputs, **how | {"gradients": "none", "tapped": False})
+    alone = run(model, inputs, **{**how, "gradients": "none", "tapped": False})
     return [
         dataclasses.replace(one, groups={**tapped.groups, **{group: one.groups[group] for group in ALONE}})
         for tapped, one in zip(found, alone, strict=True)
@@ -497,10 +499,12 @@ def judge_case(
 
 def _check_port(settings: Settings, trace: Trace, name: str, port: Port, model: Any, dtype: str, loss_floors: LossFloors) -> CaseCheck:
     with trace.case(name) as case:
-        results = port.run(model, inputs_of(case), settings.mode, tap_gradients=bool(case.reference.group("tap_gradients")))
-        local, replayed = _local(case, dtype, lambda: replay_port(port, model, case))
+        without = _why_no_gradients(settings, trace)
+        judges = judges_of(port) if without is None else without_gradients(judges_of(port), without)
+        results = port.run(model, inputs_of(case), settings.mode, gradients="all" if without is None else "none")
+        local, replayed = _local(case, dtype, lambda: replay_port(port, model, case, gradients=without is None))
         one = CaseRun(case, results, dtype, loss_floors, model, manifest=_manifest(Path(settings.checkpoint)), replay=replayed)
-        judged, seen = judge_case(one, judges_of(port), stages.plan_of(port.stages), settings.all_stages)
+        judged, seen = judge_case(one, judges, stages.plan_of(port.stages), settings.all_stages)
         seen += of_failures(case, results, judged.own_failures or judged.failures)
         return dataclasses.replace(judged, local=local, evidence=tuple(seen))
 

@@ -142,7 +142,7 @@ class Port:
         inputs: Mapping[str, np.ndarray],
         mode: str = "graph",
         *,
-        tap_gradients: bool = True,
+        gradients: str = "all",
         substitute: Substitute | None = None,
     ) -> CaseResults:
         """Taps, outputs, losses and gradients of the TensorFlow model.
@@ -151,7 +151,7 @@ class Port:
             model: from :meth:`load`.
             inputs: of a case, in PyTorch's layout.
             mode: "graph", "eager" or "xla".
-            tap_gradients: whether gradients are taken of the taps too.
+            gradients: one of :data:`parity.tensorflow_run.GRADIENTS`; of a port without losses there are none.
             substitute: see :func:`tfmaskformer.module.record_taps`, for mode "eager"; the results then have no taps.
         """
         import tensorflow as tf
@@ -163,7 +163,7 @@ class Port:
         variables = {moves[name].source: variable.value for name, variable in named.items() if variable.trainable}
 
         def step(tensors: dict[str, Any]) -> Any:
-            with tf.GradientTape() as tape:
+            with tf.GradientTape() if gradients != "none" else contextlib.nullcontext() as tape:
                 with self.tapped(model), record_taps(substitute) as taps:
                     outputs = dict(self.call(model, tensors))
                 losses = dict(self.tensorflow_losses(outputs, tensors)) if self.tensorflow_losses else {}
@@ -171,9 +171,9 @@ class Port:
                     losses["total"] = tf.add_n(list(losses.values()))
             shown = {name: tensor for name, tensor in taps.items() if not name.startswith("#")}  # the model's own are the outputs
             shown = {} if substitute else shown
-            sought = (variables, shown if tap_gradients else {})
-            gradients = tape.gradient(losses["total"], sought) if losses else ({}, {})
-            dense = [{name: tf.convert_to_tensor(of) for name, of in found.items() if of is not None} for found in gradients]
+            sought = (variables, shown if gradients == "all" else {})
+            found = tape.gradient(losses["total"], sought) if losses and tape else ({}, {})
+            dense = [{name: tf.convert_to_tensor(of) for name, of in group.items() if of is not None} for group in found]
             return shown, outputs, losses, *dense
 
         run = step if mode == "eager" else tf.function(step, jit_compile=mode == "xla", autograph=False)

@@ -277,18 +277,19 @@ def replay(
     return Replay(errors, _with_parameters(of_taps, results, recorded, case), results, captured.calls(recorded))
 
 
-def replay_port(port: Port, model: Any, case: Case) -> Replay:
+def replay_port(port: Port, model: Any, case: Case, *, gradients: bool = False) -> Replay:
     """The same of another model, whose calls are not captured; see :func:`replay`."""
     if reason := why_not(case):
         raise ReplayError(f"case {case.name} cannot be replayed: {reason}")
     recorded = _Recorded(case, None, port.names)
-    of_taps: dict[str, float] | None = {} if _is_whole(case, "tap_gradients") else None
+    of_taps: dict[str, float] | None = {} if gradients and _is_whole(case, "tap_gradients") else None
     errors: dict[str, float] = {}
 
     def see(name: str, actual: np.ndarray, expected: np.ndarray) -> None:
         errors[name] = recorded.error("taps", name, actual, expected)
 
-    results = port.run(model, inputs_of(case), "eager", tap_gradients=False, substitute=recorded.forced(see, of_taps))
+    how = "none" if of_taps is None else "parameters"
+    results = port.run(model, inputs_of(case), "eager", gradients=how, substitute=recorded.forced(see, of_taps))
     return Replay(errors, _with_parameters(of_taps, results, recorded, case), results, {})
 
 

@@ -210,6 +210,25 @@ def without(mapping, name):
     return {key: value for key, value in mapping.items() if key != name}
 
 
+def test_what_is_asked_of_maskformer_alone_is_refused(capsys):
+    ports.convert(ports.read("fpn_port.py"), "fpn_head.pth", "tf_fpn_head")
+    command = "parity-check --port fpn_port.py --ckpt tf_fpn_head --reference fpn_trace"
+    for option in ("--padding masked", "--mode eager --memory-budget 1GB"):
+        code, text = run(f"{command} {option}", capsys)
+        assert code == 2
+        assert "is for MaskFormer" in text
+    code, text = run("parity-check --port fpn_port.py --ckpt tf_fpn_head --reference trace", capsys)
+    assert (code, "other weights" in text) == (2, True)
+
+
+def test_gradients_can_be_left_out(capsys):
+    run("convert --port unet_port.py --src unet.pth --dst tf_unet", capsys)
+    command = "parity-check --port unet_port.py --ckpt tf_unet --reference trace --case batch --dtype float64 --mode eager --no-gradients"
+    code, text = run(command, capsys)
+    assert code == 0, text
+    assert "exempted: variables 'head.kernel': it would show in a gradient, but this check was asked to leave gradients out" in text
+
+
 def test_a_true_description_passes(computed):
     failures, exempted = judged(computed)
     assert failures == {}
