@@ -379,9 +379,13 @@ def judge_metrics(case: Case, results: CaseResults, config: MaskFormerConfig, it
     """
     inference = {item.name: item for item in items if item.group == "inference"}
     for index, target in enumerate(case.targets):
-        if config.test.panoptic_on:
-            yield from _judge_panoptic(case, results, config, f"{index}", target, inference)
-        yield from _judge_semantic(case, results, config, f"{index}", target, inference)
+        for what, name, judge in (("panoptic", "panoptic_seg", _judge_panoptic), ("semantic", "sem_seg", _judge_semantic)):
+            if what == "panoptic" and not config.test.panoptic_on:
+                continue
+            if (result := inference.get(f"{index}/{name}")) is None or result.name not in results.groups["inference"]:
+                yield _failed(f"{index}/{what}/own", f"there is no result '{index}/{name}' to count")
+            else:
+                yield from judge(case, results, config, f"{index}", target, result)
 
 
 def _judge_panoptic(
@@ -390,7 +394,7 @@ def _judge_panoptic(
     config: MaskFormerConfig,
     image: str,
     target: Mapping[str, np.ndarray],
-    inference: Mapping[str, Item],
+    result: Item,
 ) -> Iterator[Item]:
     from tfmaskformer.evaluation.panoptic import PanopticQuality
 
@@ -411,12 +415,12 @@ def _judge_panoptic(
     quality = np.array([group[:3] for group in count(*pairs.values()).result().values()])
     yield _against(case, f"{image}/panoptic/quality", quality, panoptic_quality(sum(defined.values(), np.zeros(1)), is_thing))
 
-    name, result = f"{image}/panoptic/own", inference[f"{image}/panoptic_seg"]
+    name = f"{image}/panoptic/own"
     own_ids, own_classes = panoptic_result(lambda group, name: results.groups[group][name], image)
     try:
         actual, expected = (
-            _table(count(*((pairs[against][0], *result) for against in ("targets", "shifted"))))
-            for result in ((own_ids, own_classes), (ids, classes))
+            _table(count(*((pairs[against][0], *found) for against in ("targets", "shifted"))))
+            for found in ((own_ids, own_classes), (ids, classes))
         )
     except ValueError as error:  # another size, or segments that do not fit the map
         yield _failed(name, str(error))
@@ -440,7 +444,7 @@ def _judge_semantic(
     config: MaskFormerConfig,
     image: str,
     target: Mapping[str, np.ndarray],
-    inference: Mapping[str, Item],
+    result: Item,
 ) -> Iterator[Item | Exemption]:
     from parity.check import Exemption
     from tfmaskformer.evaluation.semantic import SemanticQuality
@@ -477,7 +481,7 @@ def _judge_semantic(
         return
     # A pixel may have another class where its two best scores are equal but for the error that scores may have.
     best = np.partition(scores, -2, axis=0)[-2:]
-    noise = 2 * inference[f"{image}/sem_seg"].tolerance * float(np.abs(scores).max())
+    noise = 2 * result.tolerance * float(np.abs(scores).max())
     near = int(np.count_nonzero(best[1] - best[0] <= noise))
     differing = int(np.count_nonzero(own != official))
     expected = ours["both"].confusion

@@ -322,6 +322,7 @@ def test_other_results_give_other_counts_unless_at_a_near_tie(recorded):
     tied[best[0], 7, 7] = tied[best[1], 7, 7] + 1e-12
     assert failed(metrics_of(recorded, results_of(case, **{"0/sem_seg": tied}))) == []
     assert failed(metrics_of(recorded, results_of(case, **{"0/sem_seg": scores[:, 1:]}))) == ["0/semantic/own"]
+    assert failed(metrics_of(recorded, inference=INFERENCE[:1])) == ["0/semantic/own"]
 
 
 def test_recorded_figures_of_the_official_packages_are_what_counts(recorded, tmp_path):
