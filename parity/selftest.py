@@ -193,15 +193,16 @@ class Bench:
 
         return load(self.checkpoint(trace), dtype)
 
-    def check(self, trace: str, reference: Path, case: str, dtype: str, padding: str) -> Check:
+    def check(self, trace: str, reference: Path, case: str, dtype: str, padding: str, gradients: bool = True) -> Check:
         """A check in eager mode, of the model as it is now."""
-        settings = check.Settings(str(self.checkpoint(trace)), str(reference), (dtype,), (case,), "eager", padding)
+        checkpoint = str(self.checkpoint(trace))
+        settings = check.Settings(checkpoint, str(reference), (dtype,), (case,), "eager", padding, gradients=gradients)
         model = self.model(trace, dtype)
         with mock.patch("tfmaskformer.checkpoint.load", return_value=model):
             return check.check(settings)
 
     def _completed(self, trace: str, case: str, backwards: bool) -> Path:
-        """A trace of one case, with whole tensors where the golden has samples; of gradients of taps only if ``backwards``."""
+        """A trace of one case, with whole tensors where the golden has samples; with gradients only if ``backwards``."""
         from parity.tensorflow_run import run
 
         model, golden = self.model(trace, "float64"), Trace(GOLDEN / trace)
@@ -235,10 +236,11 @@ class Bench:
             return self._trial_of_a_step(fault)
         trace = TRACES[fault.model]
         model = self.model(trace, "float64")
-        reference = self.completed(trace, fault.case, fault.kind == "gradients")  # by the unbroken model
+        backwards = fault.kind == "gradients"  # all others have to show on the way forwards
+        reference = self.completed(trace, fault.case, backwards)  # by the unbroken model
         start = time.perf_counter()
         with fault.apply(model):
-            found = self.check(trace, reference, fault.case, "float64", fault.padding)
+            found = self.check(trace, reference, fault.case, "float64", fault.padding, gradients=backwards)
         seconds = time.perf_counter() - start
         if found.first_failure is None:
             return Trial(fault, False, seconds=seconds)
