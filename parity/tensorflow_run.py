@@ -67,6 +67,8 @@ class CaseResults:
             what the losses and the inference themselves round.
         panoptic: the panoptic results by name, with the thresholds of the score and of the overlap moved by its arguments; None without
             panoptic inference.
+        losses_under: the losses of its own outputs, with assignments put in place of its own as of :attr:`CaseInputs.forced`; None where
+            nothing is assigned.
     """
 
     groups: dict[str, Mapping[str, np.ndarray]]
@@ -74,6 +76,7 @@ class CaseResults:
     view: View | None = None
     exact: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     panoptic: Callable[[float, float], dict[str, np.ndarray]] | None = None
+    losses_under: Callable[[Mapping[tuple[int, int], np.ndarray]], dict[str, np.ndarray]] | None = None
 
     def official(self, group: str, name: str) -> np.ndarray:
         """One tensor in the official layout."""
@@ -157,8 +160,24 @@ def run(
         if model.compute_dtype == "float32":
             exact_inference = dict(_semantic(_in_float64(own_outputs), model.config, case))
             exact = {"losses": _numpy(exact_losses[index]), "inference": exact_inference}
-        results.append(CaseResults({**whole, **own}, tap_rules.names(model.config), view, exact, panoptic))
+        losses_under = functools.partial(_losses_under, task, own_outputs, case, (height, width)) if own["matcher"] else None
+        results.append(CaseResults({**whole, **own}, tap_rules.names(model.config), view, exact, panoptic, losses_under))
     return results
+
+
+def _losses_under(
+    task: _MaskFormerTask,
+    outputs: Mapping[str, Any],
+    case: CaseInputs,
+    canvas: tuple[int, int],
+    forced: Mapping[tuple[int, int], np.ndarray],
+) -> dict[str, np.ndarray]:
+    import tensorflow as tf
+
+    targets = tf.nest.map_structure(tf.constant, task.targets(dataclasses.replace(case, forced=forced), *canvas))
+    _, losses_of = task.match(outputs, targets)
+    losses = losses_of(outputs)
+    return _numpy(losses | {"total": task.criterion.weighted_total(losses)})
 
 
 def _step(

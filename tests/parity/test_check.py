@@ -234,6 +234,108 @@ def test_failures_come_in_the_order_of_computation_and_gradients_backwards():
     assert both.first_failure == (result, items[1])
 
 
+def test_what_is_wrong_by_itself_comes_before_what_inherits_and_float64_before_float32():
+    def case(dtype, *items):
+        return check.CaseCheck("c", dtype, ((1, 1),), None, items, ())
+
+    inherits = check.Item("taps", "backbone.a#0", False, 1e-3, local=1e-16, local_passed=True)
+    wrong = check.Item("losses", "loss_ce", False, 1e-3, local=1e-3, local_passed=False)
+    noisy = check.Item("taps", "images#0", False, 1e-6)
+    assert inherits.inherited
+    assert not wrong.inherited
+    assert not noisy.inherited
+    exact = case("float64", inherits, wrong)
+    assert exact.failures == (inherits, wrong)
+    assert exact.own_failures == (wrong,)
+    environment = check.probes.Environment({}, "", "", {}, ())
+    both = check.Check(Settings("", ""), environment, {}, {}, (case("float32", noisy), exact), ())
+    assert both.first_failure == (exact, wrong)
+    only = check.Check(Settings("", ""), environment, {}, {}, (case("float64", inherits),), ())
+    assert only.first_failure[1] is inherits
+
+
+def verdict_of(single, double, **changes):
+    """Of one tap with an error of ``single`` times its float32 tolerance, and of ``double`` in float64; None: not run."""
+    ok = check.Item("taps", "backbone.b#0", True, 1e-6, 1e-6, 2e-6)
+    cases = []
+    for dtype, error, floor, tolerance in (("float32", single, 1e-6, 2e-6), ("float64", double, 1e-16, 1e-9)):
+        if error is not None:
+            error = error * tolerance if dtype == "float32" else error
+            item = dataclasses.replace(
+                check.Item("taps", "backbone.a#0", error <= tolerance, error, floor, tolerance, compare.incomparable("")), **changes
+            )
+            cases.append(check.CaseCheck("c", dtype, ((1, 1),), None, (item, ok, ok), ()))
+    environment = check.probes.Environment({}, "", "", {}, ())
+    return check.Check(Settings("", ""), environment, {}, {}, tuple(cases), ())
+
+
+def test_noise_drops_in_float64_and_a_bug_stays():
+    match = verdict_of(0.4, 1e-13)
+    assert match.passed
+    assert (match.verdict_kind, match.verdict_reason) == (
+        "match",
+        "over 3 taps of all cases the error is 1.00 × the official floor in the median (at most 1.1) and 1.00 × at worst",
+    )
+    noise = verdict_of(1.2, 2.4e-13)
+    assert not noise.passed  # a failure stays a failure
+    assert noise.verdict_kind == "noise"
+    assert noise.verdict_reason == "what fails in float32 holds in float64, where its error falls by a factor of at least 1e+07"
+    bug = verdict_of(1.2, 1e-8)
+    assert bug.verdict_kind == "bug"
+    assert "it stays in float64, where there is no noise: taps 'backbone.a#0' is off by 1.0e-08" in bug.verdict_reason
+    hidden = verdict_of(0.4, 1e-8)  # below float32's noise
+    assert (hidden.passed, hidden.verdict_kind) == (False, "bug")
+
+
+def test_a_float32_error_that_no_rounding_makes_is_a_bug_even_if_float64_is_right():
+    only_float32 = verdict_of(11, 1e-13)
+    assert only_float32.verdict_kind == "bug"
+    assert "in float32 off by 2.2e-05, 11 × what may be expected of float32" in only_float32.verdict_reason
+    assert verdict_of(1.2, None).verdict_kind == "bug"  # nothing shows that it is noise
+    missing = verdict_of(math.nan, 1e-13, passed=False, note="no partner in TensorFlow")
+    assert missing.verdict_kind == "bug"
+
+
+def test_the_median_alone_is_noise_if_float64_holds():
+    ok = check.Item("taps", "backbone.a#0", True, 1.2e-6, 1e-6, 2e-6)
+    exact = check.Item("taps", "backbone.a#0", True, 1e-13, 1e-16, 1e-9)
+    cases = tuple(check.CaseCheck("c", dtype, ((1, 1),), None, (one,), ()) for dtype, one in (("float32", ok), ("float64", exact)))
+    environment = check.probes.Environment({}, "", "", {}, ())
+    result = check.Check(Settings("", ""), environment, {}, {}, cases, ())
+    assert not result.passed
+    assert result.verdict_kind == "noise"
+    assert "1.20 × the official floor in the median (at most 1.1)" in result.verdict_reason
+
+
+def test_losses_are_told_under_both_assignments_where_these_differ(case, tensors):
+    asked = []
+
+    def losses_under(forced):
+        asked.append(forced)
+        return {name: np.float64(0.7 if forced and name == "loss_ce" else 0.9) for name in ("loss_ce", "loss_ce_0")}
+
+    other = {**tensors, ("matcher", "final/0/assignment"): np.array([1, 3]), ("losses", "loss_ce"): np.array(0.9)}
+    for actual, told in ((other, "0.9 under its own assignment, 0.7 under the official one, officially 0.7"), (tensors, "")):
+        results = dataclasses.replace(tensorflow(actual), losses_under=losses_under)
+        items = {item.name: item for item in judged(case, results).items}
+        assert items["loss_ce"].note == told
+        assert items["loss_ce_0"].note == ""
+    own, official = asked
+    assert own == {}
+    np.testing.assert_array_equal(official[0, 0], [3, 1])
+
+
+def test_nothing_is_judged_behind_the_first_broken_stage(case, tensors):
+    key = ("taps", "backbone.stem.conv1#0")
+    results = tensorflow({**tensors, key: tensors[key] * 2})
+    run = CaseRun(case, results, "float64", loss_floors_of([case]), config=CONFIG)
+    found, _ = judge_case(run, COMPUTED)
+    assert found.stopped == "backbone"
+    assert [item.name for item in found.items] == ["images#0", "backbone.stem.conv1#0"]
+    assert found.failures[0].name == key[1]
+    assert judge_case(run, COMPUTED, all_stages=True)[0].items[-1].group == "inference"
+
+
 def test_a_check_of_nothing_does_not_pass():
     environment = check.probes.Environment({}, "", "", {}, ())
     assert not check.Check(Settings("", ""), environment, {}, {}, (), ()).passed
