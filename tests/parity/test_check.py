@@ -12,10 +12,11 @@ import pytest
 
 from parity import check, compare, prove, tap_rules
 from parity.check import COMPUTED, CheckError, Settings, judge_case
-from parity.judge import CaseRun, loss_floors_of, variables_of
+from parity.judge import CaseRun, case_inputs, loss_floors_of, variables_of
 from parity.tap_rules import TAPS, Layout, TapRuleError, View, layout_of, official_layout
-from parity.tensorflow_run import CaseResults
+from parity.tensorflow_run import CaseResults, run
 from parity.trace import Case, Trace, TraceFileWriter, write_manifest
+from tfmaskformer.checkpoint import load
 from tfmaskformer.config import MaskFormerConfig, TransformerPredictorConfig
 
 from .conftest import TRACE
@@ -336,6 +337,37 @@ def test_nothing_is_judged_behind_the_first_broken_stage(case, tensors):
     assert judge_case(run, COMPUTED, all_stages=True)[0].items[-1].group == "inference"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_taps_change_no_bit_in_eager_mode(dtype, converted):
+    model = load(str(converted("tiny_per_pixel")), dtype)
+    with Trace(TRACE.parent / "whole" / "tiny_per_pixel").case("odd") as opened:
+        inputs = [case_inputs(opened, dtype)]
+    [tapped], [alone] = (run(model, inputs, mode="eager", tapped=tapped) for tapped in (True, False))
+    assert tapped.groups["taps"]
+    assert not alone.groups["taps"]
+    for group in (*check.ALONE, "gradients"):
+        assert tapped.groups[group].keys() == alone.groups[group].keys()
+        for name, array in alone.groups[group].items():
+            np.testing.assert_array_equal(tapped.groups[group][name], array)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "runs"), [("eager", "float32", 1), ("graph", "float64", 1), ("graph", "float32", 2), ("xla", "float32", 2)]
+)
+def test_what_a_compiled_function_gives_is_judged_as_it_is_without_taps(mode, dtype, runs, monkeypatch):
+    asked = []
+
+    def fake(model, inputs, *, tapped=True, gradients="all", **how):
+        asked.append((tapped, gradients))
+        groups = {group: {"tapped": tapped} for group in ("taps", "gradients", *check.ALONE)}
+        return [CaseResults(groups, tap_rules.names(CONFIG))]
+
+    monkeypatch.setattr(check, "run", fake)
+    [found] = check._run(None, (), dtype, {"mode": mode, "gradients": "all"})
+    assert asked == [(True, "all"), (False, "none")][:runs]
+    assert {group for group, of in found.groups.items() if of["tapped"]} == {"taps", "gradients", *(check.ALONE if runs == 1 else ())}
+
+
 def test_a_check_of_nothing_does_not_pass():
     environment = check.probes.Environment({}, "", "", {}, ())
     assert not check.Check(Settings("", ""), environment, {}, {}, (), ()).passed
@@ -413,7 +445,7 @@ def test_gradients_go_back_through_the_weights_own_rules():
 
 
 @pytest.fixture
-def converted(tmp_path):
+def as_converted(tmp_path):
     """A checkpoint directory as far as it is looked at before TensorFlow is imported."""
     sha256 = json.loads((TRACE / "manifest.json").read_text())["provenance"]["checkpoint"]["sha256"]
     (tmp_path / "manifest.json").write_text(json.dumps({"source": {"file": "x.pkl", "sha256": sha256}}))
@@ -429,18 +461,18 @@ def converted(tmp_path):
         ({"padding": "masked", "pad_to": (96, 127)}, "case even is 96×128 px, which is larger than --pad-to 96×127"),
     ],
 )
-def test_settings_that_do_not_fit_the_trace(converted, settings, told):
+def test_settings_that_do_not_fit_the_trace(as_converted, settings, told):
     with pytest.raises(CheckError, match=told):
-        check.check(Settings(str(converted), str(TRACE), **settings))
+        check.check(Settings(str(as_converted), str(TRACE), **settings))
 
 
-def test_other_weights_and_missing_manifests(converted, tmp_path):
-    (converted / "manifest.json").write_text(json.dumps({"source": {"file": "other.pkl", "sha256": "0" * 64}}))
+def test_other_weights_and_missing_manifests(as_converted, tmp_path):
+    (as_converted / "manifest.json").write_text(json.dumps({"source": {"file": "other.pkl", "sha256": "0" * 64}}))
     with pytest.raises(CheckError, match=r"other weights: .* converted from other\.pkl"):
-        check.check(Settings(str(converted), str(TRACE)))
-    (converted / "manifest.json").write_text("[]")
+        check.check(Settings(str(as_converted), str(TRACE)))
+    (as_converted / "manifest.json").write_text("[]")
     with pytest.raises(CheckError, match="cannot be read"):
-        check.check(Settings(str(converted), str(TRACE)))
+        check.check(Settings(str(as_converted), str(TRACE)))
     with pytest.raises(CheckError, match=r"no manifest\.json"):
         check.check(Settings(str(tmp_path / "nothing"), str(TRACE)))
 
