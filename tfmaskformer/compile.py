@@ -55,6 +55,7 @@ def program(
 
         metrics = ("panoptic", "semantic") if model.config.test.panoptic_on else ("semantic",)
         infer, canvas = infer_step(model, metrics), output_size or size
+        tf.config.experimental.enable_tensor_float_32_execution(False)  # as evaluation does: float32 products, not bfloat16
         return lambda images, sizes, output_sizes: infer(images, sizes, output_sizes, canvas), [images, sizes, sizes]
 
     from tfmaskformer.training.optimizer import build_optimizer
