@@ -117,6 +117,18 @@ def test_a_killed_recording_goes_on_with_the_first_file_that_is_not_complete(tmp
     assert runs == []
 
 
+def test_files_of_other_inputs_are_recorded_again(tmp_path):
+    write(tmp_path, "whole", cases=("one",))
+    runs = []
+
+    def run_of(name):
+        return lambda run, emit: runs.append(run.name) or emit_all(run, emit)
+
+    for hashed, again in (("one", 0), ("other", 6)):
+        record.write(tmp_path, {"seed": 0}, {"one": {"images": [hashed]}}, {"one": {}}, run_of, SAMPLES["whole"], [])
+        assert len(runs) == again
+
+
 def test_a_float64_file_of_other_values_is_not_gone_on_with(tmp_path):
     write(tmp_path, "sampled", cases=("one",))
     (tmp_path / "one.float32.h5").unlink()
