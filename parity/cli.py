@@ -92,8 +92,8 @@ def _record_steps(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="parity-check record-steps",
-        description="Runs steps of the official PyTorch training and records losses, learning rates, gradients, weights and moments of each, "
-        "and how far official runs on other kernels and numbers of threads drift apart.",
+        description="Runs steps of the official PyTorch training and records losses, learning rates, gradients, weights and moments of "
+        "each, and how far official runs on other kernels and numbers of threads drift apart.",
         epilog="exit codes: 0 recorded, 2 usage or bad input, 3 could not run",
     )
     trajectory_record.add_arguments(parser)
@@ -167,6 +167,8 @@ def _selftest(argv: Sequence[str]) -> int:
     try:
         for path in (arguments.readme, None if arguments.json == "-" else arguments.json):
             _check_writable(path)
+        if arguments.readme:
+            selftest.around_table(Path(arguments.readme))
         proof = selftest.prove(arguments.only, lambda step: print(step, file=sys.stderr, flush=True))
         if arguments.readme:
             selftest.write_table(Path(arguments.readme), proof)

@@ -477,14 +477,19 @@ MARKS = ("<!-- made by parity-check selftest -->", "<!-- end of parity-check sel
 """Between these a Markdown file has the table."""
 
 
-def write_table(readme: Path, proof: Proof) -> None:
-    """Puts the table in its place.
+def around_table(readme: Path) -> tuple[str, str]:
+    """What a Markdown file has before and behind the place of the table, with the marks.
 
     Raises:
-        SelftestError: the file has no place for it.
+        ValueError: it has no such place.
     """
     before, first, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
     _, last, after = rest.partition(MARKS[1])
     if not last:
-        raise SelftestError(f"'{readme}' has no lines '{MARKS[0]}' and '{MARKS[1]}', between which the table goes")
-    readme.write_text(f"{before}{first}\n{table(proof)}\n{last}{after}", encoding="utf-8")
+        raise ValueError(f"'{readme}' has no lines '{MARKS[0]}' and '{MARKS[1]}', between which the table goes")
+    return before + first, last + after
+
+
+def write_table(readme: Path, proof: Proof) -> None:
+    """Puts the table into its place."""
+    readme.write_text(f"\n{table(proof)}\n".join(around_table(readme)), encoding="utf-8")
