@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from parity import check, compare, prove, tap_rules
+from parity import check, compare, judge, prove, tap_rules
 from parity.check import COMPUTED, CheckError, Settings, judge_case
 from parity.judge import CaseRun, case_inputs, loss_floors_of, variables_of
 from parity.tap_rules import TAPS, Layout, TapRuleError, View, layout_of, official_layout
@@ -19,6 +19,7 @@ from parity.trace import Case, Trace, TraceFileWriter, write_manifest
 from tfmaskformer.checkpoint import load
 from tfmaskformer.config import MaskFormerConfig, TransformerPredictorConfig
 
+from .breaks import run_broken, weight
 from .conftest import TRACE
 
 CONFIG = MaskFormerConfig(name="mini", num_classes=3, predictor=TransformerPredictorConfig(dec_layers=2))
@@ -335,6 +336,71 @@ def test_nothing_is_judged_behind_the_first_broken_stage(case, tensors):
     assert [item.name for item in found.items] == ["images#0", "backbone.stem.conv1#0"]
     assert found.failures[0].name == key[1]
     assert judge_case(run, COMPUTED, all_stages=True)[0].items[-1].group == "inference"
+
+
+def test_a_right_port_is_right_in_every_place_and_everything_is_accounted_for(converted):
+    checkpoint, trace = converted("tiny_panoptic"), TRACE.parent / "whole" / "tiny_panoptic"
+    result = check.check(Settings(str(checkpoint), str(trace), ("float64",), mode="eager"))
+    assert (result.passed, result.verdict_kind) == (True, "match")
+    assert {stage.name: stage.verdict for stage in result.stages if stage.verdict != "passed"} == dict.fromkeys(
+        ("clipped gradients", "optimizer step"), "nothing to judge"
+    )
+    [case] = result.cases
+    assert (case.local, case.stopped) == ("", "")
+    for item in case.items:
+        if item.group in judge.GROUPS and not item.name.startswith("probe/"):
+            assert item.local_passed, item
+            assert item.local <= 1e-12 or item.tolerance > 1e-9 or item.name.endswith("/assignment"), item
+    ledger = case.ledger()
+    assert not any(row["failed"] or row["no partner"] for row in ledger.values())
+    with Trace(trace).case("odd") as opened:
+        calls = {name.partition("[")[0] for name in opened.reference.group("taps")}
+        gradients = opened.reference.group("tap_gradients")
+    assert ledger["calls"]["compared"] == len(calls)
+    assert {one.name for one in case.exempted if one.group == "calls"} >= {
+        "sem_seg_head.pixel_decoder",
+        "sem_seg_head.predictor.query_embed",
+        "sem_seg_head.predictor.transformer.decoder.layers.0.self_attn.out_proj",
+        "sem_seg_head.predictor.transformer.decoder.layers",
+    }
+    assert ledger["tap_gradients"]["compared"] == len(gradients)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert ledger["sources"]["compared"] == len(manifest["tensors"]) == ledger["variables"]["compared"]
+    assert ledger["sources"]["exempted"] == len(manifest["dropped"])
+    assert ledger["images"]["compared"] == 1
+
+
+def test_a_module_that_nobody_calls_is_exempted_by_name_or_fails(converted):
+    run = CaseRun(None, None, "float64", {}, load(str(converted("tiny_per_pixel")), "float64"))
+    found = {one.name: one for one in judge.judge_calls(run, [check.Item("taps", "backbone.stem#0", True)])}
+    assert not found["backbone.stem#0"].passed  # the tap has no partner
+    assert not found["backbone.stem.conv1"].passed
+    assert "UNCALLED" in found["backbone.stem.conv1"].note
+    assert isinstance(found["sem_seg_head.pixel_decoder"], check.Exemption)
+    assert "backbone.stem" not in found
+
+
+def test_a_tensor_of_the_official_file_that_became_nothing_fails():
+    manifest = {
+        "tensors": [{"source": name, "target": target} for name, target in (("a.weight", "a.weight"), ("b.weight", "b.gone"))],
+        "dropped": [{"source": "index", "reason": "derived"}],
+    }
+    run = CaseRun(None, None, "float64", {}, manifest=manifest)
+    a, b, index = judge.judge_sources(run, [check.Item("variables", "a.weight", True)])
+    assert (a.passed, b.passed) == (True, False)
+    assert index == check.Exemption("sources", "index", "not converted: derived")
+
+
+def test_float64_is_run_where_float32_alone_fails(converted, monkeypatch, capsys):
+    kernel = weight("backbone.res4.1.conv2.weight", lambda values: values * 1.01)
+    trace = TRACE.parent / "whole" / "tiny_per_pixel"
+    code, report = run_broken(kernel, converted("tiny_per_pixel"), trace, monkeypatch, capsys, "--dtype", "float32")
+    assert code == 1
+    assert [case["dtype"] for case in report["cases"]] == ["float32", "float64"]
+    assert report["verdict_kind"] == "bug"
+    assert report["first_failure"] == {"case": "odd", "dtype": "float64", "group": "taps", "name": "backbone.res4.1.conv2.norm#0"}
+    code, report = run_broken(lambda *_: None, converted("tiny_per_pixel"), trace, monkeypatch, capsys, "--dtype", "float32")
+    assert {case["dtype"] for case in report["cases"]} == ({"float32"} if code == 0 else {"float32", "float64"})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
