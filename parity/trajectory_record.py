@@ -50,7 +50,7 @@ class ThreadedRun(NamedTuple):
 
 REFERENCE = ThreadedRun(record.REFERENCE, 1)
 RUNS = {
-    "float64": (ThreadedRun(*record.RUNS["float64"], 1),),
+    "float64": tuple(ThreadedRun(run, 1) for run in record.RUNS["float64"]),
     "float32": tuple(ThreadedRun(run, threads) for threads in (1, 2) for run in record.RUNS["float32"] if threads == 1 or run.onednn),
 }
 """The trainings of each file of which the drift is stored; the values of the first float32 one are stored too."""
@@ -253,7 +253,7 @@ def _measure(
     """Trains as each of ``runs`` and stores how far it is from the reference; with ``baseline``, the values of the first too."""
     drift: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
     for run in runs:
-        seen = set()
+        seen: set[tuple[str, str]] = set()
 
         def compare(group: str, name: str, array: np.ndarray, run: ThreadedRun = run, seen: set[tuple[str, str]] = seen) -> None:
             if baseline and run is runs[0]:
@@ -330,7 +330,8 @@ def _assignments(given: Sequence[tuple[np.ndarray, np.ndarray]] | None) -> Itera
     """Inside, the official matcher takes the given assignments, where there are any. Collects what it takes."""
     from mask_former.modeling import matcher
 
-    own, calls = matcher.linear_sum_assignment, []
+    own = matcher.linear_sum_assignment
+    calls: list[tuple[np.ndarray, np.ndarray]] = []
 
     def assign(cost: Any) -> tuple[np.ndarray, np.ndarray]:
         calls.append(own(cost) if given is None else given[len(calls)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,3 +165,12 @@ def test_two_replicas_equal_the_official_rule():
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.splitlines()[-1] == "equal"
+
+
+def test_example_in_the_docs(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "training_parity.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("tf.function(step)", "step"), {})
+    loss, norm, rate = map(float, capsys.readouterr().out.split())
+    assert loss > 1
+    assert norm > 0
+    assert rate == 1e-4
