@@ -43,7 +43,7 @@ FLOAT32_CONSTANT, FLOAT32_SHARE = 1e-7, 1e-4
 """What is left may be as much where it is less than this share of the residual: the wrong code may have rounded a constant of its own to
 float32 (``tf.nn.gelu`` does, in its approximation)."""
 
-SECONDS = 60.0
+SECONDS = 20.0
 """Of processor time for one site; then the search ends with what was found."""
 
 
@@ -90,16 +90,15 @@ class Site(Protocol):
         """What is to be said where no hypothesis holds."""
 
 
-def diagnose(site: Site, seconds: float = SECONDS) -> Finding | None:
+def diagnose(site: Site) -> Finding | None:
     """The simplest hypothesis that explains a failure, or what is known without one; None: nothing.
 
     Args:
         site: see :class:`TapSite` and :mod:`parity.diagnose_results`.
-        seconds: after which nothing new is tried.
     """
     if (found := site.not_finite()) is not None:
         return found
-    before, end = site.residual(), time.process_time() + seconds
+    before, end = site.residual(), time.process_time() + SECONDS
     if not before > site.floor:
         return None
     enough = min(before / LEAST_FALL, max(site.floor, min(FLOAT32_CONSTANT, before * FLOAT32_SHARE)))
@@ -124,7 +123,8 @@ def _after(hypothesis: Hypothesis) -> float:
     from tensorflow.errors import InvalidArgumentError
 
     try:
-        after = hypothesis.after()
+        with np.errstate(all="ignore"):
+            after = hypothesis.after()
     except (UnsupportedError, InvalidArgumentError, ValueError, IndexError, ZeroDivisionError):  # shapes that no longer fit
         return math.inf
     return after if math.isfinite(after) else math.inf
