@@ -26,7 +26,6 @@ PRECISIONS = {
     "float32": Precision(),
     "float64": Precision("float64"),
     "bfloat16": Precision("bfloat16"),
-    "bfloat16_again": Precision("bfloat16"),
     "tf32": Precision(products="tf32"),
 }
 
@@ -115,6 +114,14 @@ sys.exit(code)
 """
 
 
+@pytest.mark.parametrize("command", ["record --framework tensorflow", "inputs"])
+def test_help_needs_no_framework(command):
+    program = [sys.executable, "-c", WITHOUT_FRAMEWORKS, *command.split(), "--help"]
+    done = subprocess.run(program, env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: parity-check")
+
+
 @pytest.mark.parametrize(("name", "passes"), [("float64", True), ("broken", False)])
 def test_comparing_needs_neither_framework(folder, tmp_path, name, passes):
     if not passes:
@@ -179,25 +186,24 @@ def test_float32_is_judged_by_the_official_floors(folder):
 def test_a_low_precision_is_judged_by_a_cpu_run_of_the_same(folder):
     with pytest.raises(check.CheckError, match=r"computed in bfloat16, in which there are no official runs; give --baseline"):
         compare(folder, "bfloat16")
-    result = compare(folder, "bfloat16_again", "bfloat16")
+    result = compare(folder, "bfloat16", "bfloat16")
     assert failures(result) == set()
     [case] = result.cases
     assert case.dtype == "bfloat16"
     taps = [item for item in case.items if item.group == "taps" and item.floor > 0]
     assert 1e-4 < np.median([item.floor for item in taps]) < 1e-1
-    assert [item.error for item in taps] == [item.floor for item in taps]  # the same run twice
+    assert [item.error for item in taps] == [item.floor for item in taps]
     assert failures(compare(folder, "float32", "float32")) == set()
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "tf32"])
-def test_a_low_precision_that_is_worse_than_a_cpu_run_fails(folder, tmp_path, name):
-    [case] = compare(folder, name, name).cases
-    floor = next(item.floor for item in case.items if (item.group, item.name) == ("taps", TAP))
+@pytest.mark.parametrize(("name", "factor", "fails"), [("bfloat16", 0.5, False), ("bfloat16", 2.0, True), ("tf32", 2.0, True)])
+def test_a_low_precision_that_is_worse_than_a_cpu_run_fails(folder, name, factor, fails):
+    with Trace(REFERENCE).case(CASE) as case, TraceFile(file_path(folder / name, CASE, PRECISIONS[name].dtype)) as file:
+        floor = recorded._Floors(case, file, {})["taps", TAP].floor[0]
     signs = np.random.default_rng(0).choice([-1, 1], 1 << 20)
-    for factor, fails in ((0.5, False), (2.0, True)):
-        copy = folder / f"{name}_{factor}"
-        changed(folder, name, copy, "taps", TAP, lambda values, by=factor: values * (1 + by * floor * signs[: values.size]))
-        assert failures(compare(folder, copy.name, name)) == ({("taps", TAP)} if fails else set())
+    copy = folder / f"{name}_{factor}"
+    changed(folder, name, copy, "taps", TAP, lambda values: values * (1 + factor * floor * signs[: values.size]))
+    assert failures(compare(folder, copy.name, name)) == ({("taps", TAP)} if fails else set())
 
 
 def test_ids_that_the_cpu_run_has_wrong_too_are_exempted_by_name(folder):
