@@ -13,6 +13,7 @@ import pytest
 from parity import check, compare, judge, prove, tap_rules
 from parity.check import COMPUTED, CheckError, Settings, judge_case
 from parity.judge import CaseRun, case_inputs, loss_floors_of, variables_of
+from parity.replay import Replay
 from parity.tap_rules import TAPS, Layout, TapRuleError, View, layout_of, official_layout
 from parity.tensorflow_run import CaseResults, run
 from parity.trace import Case, Trace, TraceFileWriter, write_manifest
@@ -325,6 +326,21 @@ def test_losses_are_told_under_both_assignments_where_these_differ(case, tensors
     own, official = asked
     assert own == {}
     np.testing.assert_array_equal(official[0, 0], [3, 1])
+
+
+def test_what_is_wrong_by_itself_fails_even_if_its_error_is_made_up_for(case, tensors):
+    conv, logits = ("taps", "backbone.stem.conv1#0"), ("outputs", "pred_logits")
+    off = tensorflow({**tensors, logits: tensors[logits] * 1.5})
+    replayed = Replay({conv[1]: 1e-3, "images#0": 1e-16}, {}, tensorflow(tensors), {})
+    run = CaseRun(case, off, "float64", loss_floors_of([case]), config=CONFIG, replay=replayed)
+    items = {(item.group, item.name): item for item in judge_case(run, COMPUTED, all_stages=True)[0].items}
+    assert (items[conv].passed, items[conv].inherited, items[conv].local) == (False, False, 1e-3)
+    assert items[conv].note == "by itself it is off by 1.0e-03, allowed 1.0e-09"
+    assert (items["taps", "images#0"].passed, items["taps", "images#0"].local_passed) == (True, True)
+    assert (items[logits].passed, items[logits].inherited, items[logits].local) == (False, True, 0.0)
+    assert items["matcher", "final/0/assignment"].local_passed
+    norm = items["taps", f"{NORM}#0"]  # which the replay did not see
+    assert (norm.passed, norm.local_passed) == (True, None)
 
 
 def test_nothing_is_judged_behind_the_first_broken_stage(case, tensors):
