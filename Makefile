@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo parity-check test check zoo bench fuzz kills
+.PHONY: help demo parity-check trajectory test check zoo bench fuzz kills
 
 help:
 	@echo "make demo    convert a checkpoint, check its parity, draw what both frameworks see; in demo/"
 	@echo "make parity-check    the parity of a synthetic checkpoint (ENTRY=…, of the model zoo); report in parity-report/report"
+	@echo "make trajectory    train small models for 20 and 100 steps beside recorded official trainings; results in parity-report"
 	@echo "make test    everything that CI runs: make check, then the tests"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make zoo     prove all 30 official models against the official code's traces, and make the README's table (an hour)"
@@ -24,6 +25,15 @@ parity-check: $(VENV)/demo.stamp
 	$(BIN)/tfmaskformer zoo synthesize $(ENTRY) --dst parity-report/model_final.pkl --force
 	$(BIN)/convert --src parity-report/model_final.pkl --dst parity-report/tf_ckpt --config $(ENTRY) --force
 	$(BIN)/parity-check --ckpt parity-report/tf_ckpt --reference parity/traces/$(ENTRY) --report parity-report/report
+
+trajectory: $(VENV)/demo.stamp
+	mkdir -p parity-report
+	for name in tiny_panoptic tiny_swin tiny_swin_100; do \
+	  model=$${name%_100} && \
+	  $(BIN)/tfmaskformer zoo synthesize $$model --dst parity-report/$$model.pkl --force && \
+	  $(BIN)/convert --src parity-report/$$model.pkl --dst parity-report/$$model --config $$model --force && \
+	  $(BIN)/parity-check steps --ckpt parity-report/$$model --reference tests/golden/trajectory/$$name --json parity-report/$$name.json || exit $$?; \
+	done
 
 test: check
 	$(BIN)/python -m pytest -n 2 --durations=25
