@@ -63,7 +63,7 @@ def main(what: str, ckpt: str, data: str, kills: str = "0", seed: str = "0") -> 
             metrics = sources.metrics_of(read_config(ckpt), source, instances=True)
             evaluation = evaluate.Evaluation(ckpt, source, strategy, metrics, canvases=[(100, 100)], resume=resume)
             sabotage()
-            evaluation.run()
+            evaluation.run(tell)
             (scratch / f"{name}.own").write_text(json.dumps(evaluation.counts.done))
             (scratch / f"{name}.new").write_text(json.dumps(evaluation.total().to_dict()))
             os.replace(scratch / f"{name}.new", scratch / name)
@@ -126,6 +126,16 @@ def main(what: str, ckpt: str, data: str, kills: str = "0", seed: str = "0") -> 
         except (OSError, ValueError):
             return -1
 
+    def tell(done: int, images: int) -> None:
+        (scratch / "progress").write_text(str(done))
+
+    def done() -> int:
+        """How many images the process has told of; -1 before it begins with them."""
+        try:
+            return int((scratch / "progress").read_text())
+        except (OSError, ValueError):
+            return -1
+
     resume = str(scratch / "resume")
     result: dict[str, object] = {}
     if what == "replicas":
@@ -153,16 +163,18 @@ def main(what: str, ckpt: str, data: str, kills: str = "0", seed: str = "0") -> 
         names = ["killed", "whole"]
         codes = [evaluated("killed", resume), evaluated("whole")]
     else:
-        start_s = time.monotonic()
         codes = [evaluated("whole")]
-        duration_s = time.monotonic() - start_s
-        # Imports are behind us; half of the time goes into the model and its graph.
         moments = random.Random(int(seed))
         names, left, before = ["whole"], [], 0
         while len(left) < int(kills):
-            (scratch / "killed").unlink(missing_ok=True)
+            for name in ("killed", "progress"):
+                (scratch / name).unlink(missing_ok=True)
             child = start("killed", resume)
-            time.sleep((0.2 + 0.8 * moments.random()) * duration_s)
+            # Most of the time goes into the model and its graph: a random number of images later, and then at a random moment.
+            later = before + moments.randrange(4)
+            while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) and done() < later:
+                time.sleep(0.002)
+            time.sleep(0.1 * moments.random())
             os.kill(child, signal.SIGKILL)
             if ended(child) == DIED and not (scratch / "killed").exists():
                 left.append({"before": before, "after": left_by_kill()})
