@@ -129,17 +129,12 @@ class Proof:
         """Clean runs in which something failed."""
         return tuple(run for run in self.clean if run.failures)
 
-    @property
-    def nameable(self) -> tuple[Trial, ...]:
-        """The trials of faults whose cause the diagnosis has a word for."""
-        return tuple(trial for trial in self.trials if trial.fault.cause)
-
     def figures(self) -> dict[str, tuple[int, int]]:
-        """Killed, right module, right cause: how many, of how many. The cause is asked of the faults that have a word for it."""
+        """Killed, right module, right cause: how many, of how many. A cause that the diagnosis has no word for cannot be right."""
         return {
             "killed": (sum(trial.killed for trial in self.trials), len(self.trials)),
             "right module": (sum(trial.localised for trial in self.trials), len(self.trials)),
-            "right cause": (sum(trial.named for trial in self.nameable), len(self.nameable)),
+            "right cause": (sum(trial.named for trial in self.trials), len(self.trials)),
         }
 
     @property

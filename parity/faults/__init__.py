@@ -10,7 +10,7 @@ selftest`` (:mod:`parity.selftest`) applies them one at a time. Importing this p
 from __future__ import annotations
 
 from parity.faults import gradients, layers, losses, matcher, metrics, optimizer, per_pixel, post_processing, preprocessing, swin, weights
-from parity.faults.fault import CAUSES, KINDS, Fault
+from parity.faults.fault import KINDS, Fault
 
 FAULTS: tuple[Fault, ...] = (
     *weights.FAULTS,
@@ -26,4 +26,4 @@ FAULTS: tuple[Fault, ...] = (
     *metrics.FAULTS,
 )
 
-__all__ = ["CAUSES", "FAULTS", "KINDS", "Fault"]
+__all__ = ["FAULTS", "KINDS", "Fault"]

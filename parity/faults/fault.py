@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 
+from parity.hypotheses import CAUSES
 from tfmaskformer.model import MaskFormer
 from tfmaskformer.module import named_modules, named_variables
 
@@ -26,40 +27,8 @@ KINDS = (
     "metrics",
 )
 
-CAUSES = (
-    "transpose",
-    "axis flip",
-    "axis order",
-    "head split order",
-    "q/k/v permutation",
-    "shift",
-    "eps",
-    "half-pixel",
-    "align_corners",
-    "gelu",
-    "bias",
-    "scale",
-    "BGR",
-    "padding side",
-    "padding",
-    "mask polarity",
-    "mask missing",
-    "normaliser",
-    "momentum",
-    "class order",
-    "layer order",
-    "dtype rounding",
-    "clip",
-    "weight decay",
-    "learning rate",
-    "threshold",
-    "id",
-    "stale weight",
-)
-"""What a fault can come from, in the words that a finding uses."""
-
 OTHER = ""
-"""The cause of a fault for which :data:`CAUSES` has no word: a layer too many, another function. No finding can be right about it."""
+"""The cause of a fault for which the diagnosis has no word: a layer too many, another function. No finding can be right about it."""
 
 Break: TypeAlias = Callable[[MaskFormer], AbstractContextManager[Any]]
 """Of a loaded model: a context in which TensorFlow's side is broken. Behind it everything is as before."""
@@ -76,7 +45,7 @@ class Fault:
         group, where: what must be named: of "taps" the faulty module (or the first module whose inputs are made in the wrong way), of
             "gradients" the module whose parameters have a wrong gradient; of "preprocessing" and "metrics" what is read, resized or
             counted; of "steps" the first quantity of a training step that is wrong; else a name of the group.
-        cause: one of :data:`CAUSES`, or :data:`OTHER`.
+        cause: one of :data:`parity.hypotheses.CAUSES`, or :data:`OTHER`.
         apply: makes it.
         padding: "official" or "masked".
         first: written long before there was a diagnosis.

@@ -101,21 +101,22 @@ def detached_scores(right):
 
 # fmt: off
 FAULTS = (
-    Fault("masks cut off from the gradient", "gradients", PANOPTIC, "even", "gradients", f"{PREDICTOR}.mask_embed.layers.2", OTHER,
+    Fault("masks cut off from the gradient", "gradients", PANOPTIC, "even", "gradients", f"{PREDICTOR}.mask_embed.layers.2", "missing term",
           replaced(criterion, "_losses_masks", no_mask_gradient), first=True),
-    Fault("dice loss without a gradient", "gradients", PANOPTIC, "odd", "gradients", f"{PREDICTOR}.mask_embed.layers.2", OTHER,
+    Fault("dice loss without a gradient", "gradients", PANOPTIC, "odd", "gradients", f"{PREDICTOR}.mask_embed.layers.2", "missing term",
           replaced(criterion, "_mask_losses", no_dice_gradient)),
-    Fault("memory without a gradient", "gradients", SEMANTIC, "odd", "gradients", f"{PREDICTOR}.input_proj", OTHER,
+    Fault("memory without a gradient", "gradients", SEMANTIC, "odd", "gradients", f"{PREDICTOR}.input_proj", "missing term",
           replaced(transformer.TransformerDecoder, "call", no_gradient_of_memory)),
     Fault("ReLU with a gradient everywhere", "gradients", PANOPTIC, "odd", "gradients", f"{PREDICTOR}.mask_embed.layers.1", OTHER,
           replaced(transformer_predictor.MLP, "call", straight_through)),
-    Fault("a norm's statistics without a gradient", "gradients", SEMANTIC, "odd", "gradients", f"{DECODER}.norm", OTHER,
+    Fault("a norm's statistics without a gradient", "gradients", SEMANTIC, "odd", "gradients", f"{DECODER}.norm", "missing term",
           replaced(layers.LayerNorm, "call", constant_statistics)),
     Fault("gradients of a table overwrite one another", "gradients", SWIN, "odd", "gradients", "backbone.layers.3.blocks.1.attn", OTHER,
           replaced(swin.WindowAttention, "relative_position_bias", last_one_counts)),
-    Fault("backbone frozen up to res2", "gradients", DEEPLAB, "odd", "gradients", "backbone.res2.2.conv3", OTHER,
+    Fault("backbone frozen up to res2", "gradients", DEEPLAB, "odd", "gradients", "backbone.res2.2.conv3", "missing term",
           frozen("backbone.res2")),
-    Fault("inputs of the scores without a gradient", "gradients", SEMANTIC, "odd", "gradients", f"{DECODER}.layers.2.multihead_attn", OTHER,
+    Fault("inputs of the scores without a gradient", "gradients", SEMANTIC, "odd", "gradients", f"{DECODER}.layers.2.multihead_attn",
+          "missing term",
           replaced(layers.MultiheadAttention, "call", detached_scores)),
 )
 # fmt: on

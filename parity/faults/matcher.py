@@ -107,7 +107,7 @@ FAULTS = (
     Fault("dice cost off by a thousandth", "matcher", PANOPTIC, "even", "matcher", "final/0/cost_dice", "scale",
           replaced(matcher, "_costs_masks", smaller_dice), first=True),
     Fault("costs of masks weigh 1, not 20", "matcher", PANOPTIC, "odd", "matcher", "final/0/total", "scale", weighted(mask_weight=1.0)),
-    Fault("costs of logits, not probabilities", "matcher", PANOPTIC, "odd", "matcher", "final/0/cost_class", OTHER,
+    Fault("costs of logits, not probabilities", "matcher", PANOPTIC, "odd", "matcher", "final/0/cost_class", "missing term",
           replaced(matcher, "_cost_class", logits_for_probabilities)),
     Fault("classes from 1 in the costs", "matcher", PANOPTIC, "odd", "matcher", "final/0/cost_class", "class order",
           replaced(matcher, "_cost_class", classes_from_one)),
@@ -123,7 +123,7 @@ FAULTS = (
           replaced(matcher, "linear_assignment", pairs_torn)),
     Fault("greedy assignment", "matcher", PANOPTIC, "odd", "matcher", "final/0/assignment", OTHER,
           replaced(matcher, "linear_assignment", greedy)),
-    Fault("costs that are not numbers replaced by a constant", "matcher", PANOPTIC, "odd", "matcher", "probe/not a number", OTHER,
+    Fault("costs that are not numbers replaced by a constant", "matcher", PANOPTIC, "odd", "matcher", "probe/not a number", "not finite",
           replaced(matcher, "linear_assignment", finite)),
 )
 # fmt: on

@@ -7,7 +7,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from parity.faults.fault import OTHER, PANOPTIC, SWIN, Fault, replaced
+from parity.faults.fault import PANOPTIC, SWIN, Fault, replaced
 from tfmaskformer.training import optimizer, schedule
 from tfmaskformer.training.optimizer import AdamW, TorchOptimizer
 
@@ -107,7 +107,8 @@ FAULTS = (
     Fault("learning rate an iteration early", "optimizer", PANOPTIC, "plain", "steps", "lr", "learning rate",
           replaced(schedule._Schedule, "__call__", an_iteration_early)),
     Fault("Adam's epsilon as in Keras", "optimizer", PANOPTIC, "plain", "steps", "weights", "eps", replaced(AdamW, "_update", epsilon_hat)),
-    Fault("moments not corrected", "optimizer", PANOPTIC, "plain", "steps", "weights", OTHER, replaced(AdamW, "_scalars", uncorrected)),
+    Fault("moments not corrected", "optimizer", PANOPTIC, "plain", "steps", "weights",
+          "missing term", replaced(AdamW, "_scalars", uncorrected)),
     Fault("momentum inverted", "optimizer", PANOPTIC, "plain", "steps", "exp_avg", "momentum", started_with(betas=(0.1, 0.999))),
 )
 # fmt: on

@@ -85,7 +85,7 @@ FAULTS = (
     Fault("upsampled across the true border", "losses", PER_PIXEL, "odd", "losses", "loss_sem_seg", "padding",
           replaced(per_pixel_criterion, "_cross_entropy", lambda right: lambda logits, labels, sizes: right(logits, labels, None)),
           padding="masked", first=True),
-    Fault("a chunk without a gradient", "gradients", PER_PIXEL, "odd", "gradients", PREDICTOR, OTHER,
+    Fault("a chunk without a gradient", "gradients", PER_PIXEL, "odd", "gradients", PREDICTOR, "missing term",
           replaced(tf, "foldl", pieces_lost), first=True),
     Fault("probabilities instead of logits", "post-processing", PER_PIXEL, "odd", "inference", "0/sem_seg", OTHER,
           replaced(inference, "_at_least_float32", lambda right: lambda values: tf.nn.softmax(right(values), 1)), first=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from parity.faults.fault import OTHER, PANOPTIC, SEMANTIC, SILENT, Fault, configured, replaced
+from parity.faults.fault import PANOPTIC, SEMANTIC, SILENT, Fault, configured, replaced
 from parity.faults.losses import align_corners
 from tfmaskformer import inference
 
@@ -101,10 +101,10 @@ FAULTS = (
           replaced(inference, "panoptic_inference", kept_queries_of_all_images)),
     Fault("results of the other image", "post-processing", PANOPTIC, "batch", "inference", "0/sem_seg", "axis order",
           replaced(inference, "semantic_inference", other_images_first)),
-    Fault("probabilities resized, not logits", "post-processing", PANOPTIC, "odd", "inference", "0/resized/sem_seg", OTHER,
+    Fault("probabilities resized, not logits", "post-processing", PANOPTIC, "odd", "inference", "0/resized/sem_seg", "layer order",
           replaced(inference, "semantic_inference",
                    lambda right: lambda *arguments: right(*arguments, postprocess_before_inference=False))),
-    Fault("logits resized, not probabilities", "post-processing", SEMANTIC, "odd", "inference", "0/resized/sem_seg", OTHER,
+    Fault("logits resized, not probabilities", "post-processing", SEMANTIC, "odd", "inference", "0/resized/sem_seg", "layer order",
           configured(test={BEFORE: True})),
     Fault("probabilities without no-object", "post-processing", SEMANTIC, "odd", "inference", "0/sem_seg", "normaliser",
           replaced(inference, "tf", lambda right: _NoObjectLeftOut())),

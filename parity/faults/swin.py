@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import tensorflow as tf
 
-from parity.faults.fault import OTHER, SWIN, Fault, attribute, each, replaced
+from parity.faults.fault import SWIN, Fault, attribute, each, replaced
 from tfmaskformer import layers, swin
 from tfmaskformer.resize import static_shape
 
@@ -114,9 +114,9 @@ FAULTS = (
           replaced(swin.PatchMerging, "call", row_by_row), first=True),
     Fault("odd grids padded at the top and left", "layers", SWIN, "odd", "taps", MERGED, "padding side",
           replaced(swin.PatchMerging, "call", zeros_first), first=True),
-    Fault("patches not normed", "layers", SWIN, "odd", "taps", "backbone.patch_embed.norm", OTHER,
+    Fault("patches not normed", "layers", SWIN, "odd", "taps", "backbone.patch_embed.norm", "missing term",
           attribute("backbone.patch_embed", "norm", lambda inputs: inputs), first=True),
-    Fault("a level not normed", "layers", SWIN, "odd", "taps", "backbone.norm2", OTHER,
+    Fault("a level not normed", "layers", SWIN, "odd", "taps", "backbone.norm2", "missing term",
           attribute("backbone", "norm2", lambda inputs: inputs), first=True),
     Fault("every image turned in the canvas", "layers", SWIN, "odd", "taps", SHIFTED_QKV, "shift",
           replaced(swin, "cyclic_shift", lambda right: lambda grid, shift, window, sizes=None: right(grid, shift, window)),
