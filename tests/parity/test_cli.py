@@ -72,7 +72,14 @@ def test_a_check_against_a_trace_needs_no_torch(checkpoint):
 
 def test_help_answers_without_frameworks():
     code = "import sys; sys.modules.update(dict.fromkeys(('torch', 'tensorflow', 'keras')));from parity.cli import main; main(sys.argv[1:])"
-    for arguments, told in ((["--help"], "--reference DIR"), (["record", "--help"], "--samples N"), (["compare", "--help"], "--factor X")):
+    for command, told in (
+        ((), "--reference DIR"),
+        (("record",), "--samples N"),
+        (("record-steps",), "--training {plain,dropout}"),
+        (("steps",), "--steps K"),
+        (("compare",), "--factor X"),
+    ):
+        arguments = (*command, "--help")
         ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert (ran.returncode, ran.stderr) == (0, "")
         assert told in ran.stdout

@@ -311,3 +311,19 @@ def test_recorded_again_it_is_the_same(official_sources, tmp_path, monkeypatch):
                 np.testing.assert_allclose(again.reference.read(group, name), expected, rtol=1e-9, atol=1e-9 * scale, err_msg=name)
                 compared += 1
         assert compared > 700
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps 0: expected 1 or more"),
+        (["--samples", "1"], "--samples 1: expected 2 or more"),
+        (["--options", "SOLVER.BASE_LR"], "--options: 1 words, expected pairs of a key and a value"),
+        (["--maskformer", "nowhere", "--detectron2", "nowhere"], "'nowhere' is no source folder of maskformer"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_recorded(arguments, message, tmp_path, capsys):
+    command = ["record-steps", "--src", "a.pkl", "--config", "b", "--out", str(tmp_path / "out"), "--case", "c.png@32x32", *arguments]
+    assert cli.main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
