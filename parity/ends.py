@@ -480,15 +480,16 @@ def _judge_semantic(
         yield Exemption("metrics", name, reason)
         return
     # A pixel may have another class where its two best scores are equal but for the error that scores may have.
-    best = np.partition(scores, -2, axis=0)[-2:]
-    noise = 2 * result.tolerance * float(np.abs(scores).max())
-    near = int(np.count_nonzero(best[1] - best[0] <= noise))
-    differing = int(np.count_nonzero(own != official))
+    differing = own != official
+    changed = int(np.count_nonzero(differing))
+    best = np.sort(scores[:, differing], axis=0)[-2:]
+    noise = 2 * result.tolerance * max(abs(float(scores.max())), abs(float(scores.min())))
+    near = int(np.count_nonzero(best[1] - best[0] <= noise)) if changed else 0
     expected = ours["both"].confusion
     item = _item("metrics", name, of_own.confusion, expected, 4 * near / max(float(np.linalg.norm(expected)), 1.0))
-    if differing:
-        note = f"{differing} pixels have another class, {near} are at a near-tie"
-        item = dataclasses.replace(item, note=note, passed=item.passed and differing <= near)
+    if changed:
+        note = f"{changed} pixels have another class, {near} of them at a near-tie"
+        item = dataclasses.replace(item, note=note, passed=item.passed and near == changed)
     yield item
 
 

@@ -237,7 +237,9 @@ def _maps(names: Sequence[str], expected: np.ndarray, actual: np.ndarray, differ
     expected, actual = (values[slices].reshape(shape)[rows][:, columns].astype(np.float32) for values in (expected, actual))
     return {
         "axes": ("", "", *(names[axis] for axis in plane))[-2:],
-        "place": ", ".join(f"{names[axis]} {worst[axis]} of {difference.shape[axis]}" for axis in others if difference.shape[axis] > 1),
+        "place": ", ".join(
+            f"{names[axis]} {worst[axis]} of 0…{difference.shape[axis] - 1}" for axis in others if difference.shape[axis] > 1
+        ),
         "expected": expected,
         "actual": actual,
         "error": error.astype(np.float32),

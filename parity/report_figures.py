@@ -90,6 +90,11 @@ def _draw_depth(axis: Any, case: CaseCheck) -> None:
     grid = matplotlib.rcParams["grid.color"]
     taps = [item for item in case.items if item.group == "taps" and item.comparison is not None]
     places = range(len(taps))
+    if not taps:
+        axis.text(0.5, 0.5, "no tap was judged", ha="center", transform=axis.transAxes)
+        axis.set_axis_off()
+        axis.set_title(title(case), loc="left", fontsize=10, **_colour(case))
+        return
 
     def clipped(values: Iterator[float]) -> list[float]:
         return [max(value, SMALLEST) if not math.isnan(value) else math.nan for value in values]

@@ -54,7 +54,7 @@ def page(check: Check, pictures: Sequence[Picture]) -> str:
         f"<p>parity-check of <b>{escape(check.settings.checkpoint)}</b> against <b>{escape(check.settings.reference)}</b></p></header>",
         _section("Stages", _stages(check)),
         _section("Diagnosis", _diagnosis(check)),
-        _table(("", ""), facts(check), "facts"),
+        _section("What was compared", [_table(("", ""), facts(check), "facts")]),
         _section("Cases", _cases(check)),
         _section("Failures", _failures(check)),
         _section("Results on the photographs", _results(check)),
@@ -300,7 +300,7 @@ h2 { font-size: 17px; margin: 28px 0 8px; border-bottom: 2px solid var(--line); 
 h3 { font-size: 14px; margin: 14px 0 6px; } summary h3 { display: inline; }
 pre { margin: 4px 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 12px/1.5 ui-monospace, monospace; }
 section pre { background: var(--raised); padding: 8px 12px; border-radius: 4px; }
-table { border-collapse: collapse; margin: 8px 0; } table.facts { margin-top: 16px; } table.facts td:first-child { font-weight: 600; }
+table { border-collapse: collapse; margin: 8px 0; } table.facts td:first-child { font-weight: 600; }
 th, td { text-align: left; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
 th { color: var(--faint); font-weight: 600; } td { font-variant-numeric: tabular-nums; }
 figure { margin: 12px 0 20px; } img { max-width: 100%; } figcaption, small { color: var(--faint); font-weight: 400; }

@@ -84,9 +84,11 @@ def told(item: Item) -> Iterator[str]:
         yield f"gap {found.gap:.1e}, cost noise {found.cost_noise:.1e}; the actual assignment costs {found.regret:.1e} more"
     if isinstance(found, Comparison) and not math.isnan(item.error):
         times = f" ({_times(item.error / item.tolerance)})" if item.tolerance else ""
-        yield f"error {item.error:.2e}, tolerance {item.tolerance:.2e}{times}, floor {item.floor:.2e}"
+        floor = "" if math.isnan(item.floor) else f", floor {item.floor:.2e}"
+        yield f"error {item.error:.2e}, tolerance {item.tolerance:.2e}{times}{floor}"
         if not math.isnan(item.local):
-            yield f"of it {item.local:.2e} arises here, the rest is inherited" + ": right by itself" * item.inherited
+            whole = item.local > 0.99 * item.error
+            yield "all of it arises here" if whole else f"of it {item.local:.2e} arises here, the rest is inherited"
         place = "sample" if found.compared < found.elements else "index"
         yield (
             f"largest difference {found.max_difference:.3e} at {place} {found.max_index}: "

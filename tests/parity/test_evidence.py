@@ -25,7 +25,7 @@ def test_one_wrong_element_of_a_large_map_is_seen():
     [[row, column]] = np.argwhere(seen.error)
     assert (row, column) == (201 * evidence.SIDE // 333, 77 * evidence.SIDE // 401)
     assert seen.error[row, column] == np.float32(0.5)
-    assert seen.place == "image 1 of 2, channel 3 of 5"
+    assert seen.place == "image 1 of 0…1, channel 3 of 0…4"
     assert (seen.profile_axis, np.flatnonzero(seen.profile).tolist()) == ("channel", [3])
     assert [expected[1, 3, 201, 77], actual[1, 3, 201, 77]] in seen.points.tolist()
     assert seen.difference_counts.sum() == 1
