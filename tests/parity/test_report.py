@@ -489,6 +489,7 @@ def test_a_broken_port_is_reported_in_every_format(converted, tmp_path, monkeypa
     assert 2 * len(list(root.iter("testcase"))) < len(found["cases"][0]["items"])
     stages = {test.get("name"): [child.tag for child in test] for test in root[0]}
     assert (stages["normalise and pad"], stages["backbone"]) == ([], ["failure"])
-    assert [finding["where"] for finding in found["findings"]] == [culprit]
+    [finding] = found["findings"]
+    assert culprit.startswith(finding["where"])
     for file in ("report.html", "report.txt"):
         assert f"{culprit}#0" in (tmp_path / file).read_text(encoding="utf-8")
