@@ -321,6 +321,8 @@ def _numpy(arguments: Any) -> Any:
 
 def told(value: Any) -> str:
     """A value of a choice, for a sentence."""
+    if value is None:
+        return "as configured"
     return f"{value:g}" if isinstance(value, float) else f"'{value}'" if isinstance(value, str) else str(value)
 
 

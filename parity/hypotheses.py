@@ -285,7 +285,7 @@ def of_variables(
         value = variable.numpy()
         for change in rearrangements(value.shape, heads):
             yield Hypothesis(
-                change.cause if "class_embed" not in where or change.cause not in ("shift", "axis flip") else "class order",
+                _cause(change.cause, where),
                 where,
                 f"{last} {change.words}",
                 change.undone,
@@ -294,6 +294,11 @@ def of_variables(
     yield from _together(variables, heads, tried)
     yield from _scaled(variables, trial)
     yield from _stale(variables, siblings, tried)
+
+
+def _cause(cause: str, where: str) -> str:
+    """Classes in another order have a name of their own."""
+    return "class order" if where.endswith("class_embed") and cause in ("shift", "axis flip", "axis order") else cause
 
 
 def _together(variables: Mapping[str, Any], heads: int | None, tried: Callable[[Values], float]) -> Iterator[Hypothesis]:
@@ -309,7 +314,7 @@ def _together(variables: Mapping[str, Any], heads: int | None, tried: Callable[[
             partner = ours.get(change.words.replace("axis 0", f"axis {axis}"))
             if partner is None:
                 continue
-            cause = change.cause if "class_embed" not in where or change.cause not in ("shift", "axis flip") else "class order"
+            cause = _cause(change.cause, where)
             yield Hypothesis(
                 cause,
                 where,
@@ -471,7 +476,7 @@ def of_outputs(where: str, actual: np.ndarray, expected: np.ndarray) -> Iterator
     for change in rearrangements(ours.shape):
         if change.cause not in ("head split order", "q/k/v permutation") and not change.words.startswith("turned"):
             yield Hypothesis(
-                change.cause,
+                _cause(change.cause, where),
                 where,
                 f"what comes out is {change.words}",
                 change.undone,
@@ -530,7 +535,11 @@ def _permuted(where: str, actual: np.ndarray, expected: np.ndarray, axis: int) -
         else f"in another order: {', '.join(map(str, order[:8]))}{' …' * (len(order) > 8)}"
     )
     yield Hypothesis(
-        "axis order", where, f"slices along axis {axis}: {words}", "the order restored", lambda: relative_error(ours[order], theirs)
+        _cause("axis order", where),
+        where,
+        f"slices along axis {axis}: {words}",
+        "the order restored",
+        lambda: relative_error(ours[order], theirs),
     )
 
 
