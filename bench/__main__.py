@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.common import progress
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("forward", "evaluate", "convert", "assignment")
+SCRIPTS = ("forward", "check", "evaluate", "convert", "assignment")
 PACKAGES = ("tensorflow-cpu", "tensorflow", "keras", "numpy", "torch")
 
 
