@@ -43,8 +43,9 @@ class Fault:
         kind: one of :data:`KINDS`.
         model: the test model (a key of ``parity.selftest.TRACES``) on which it shows, and ``case`` the case of its trace.
         group, where: what must be named: of "taps" the faulty module (or the first module whose inputs are made in the wrong way), of
-            "gradients" the module whose output or parameters are the first on the way back to get a wrong gradient; of "preprocessing" and "metrics" what is read, resized or
-            counted; of "steps" the first quantity of a training step that is wrong; else a name of the group.
+            "gradients" the module whose output or parameters are the first on the way back to get a wrong gradient, of "preprocessing"
+            and "metrics" what is read, resized or counted, of "steps" the first quantity of a training step that is wrong, else a name
+            of the group.
         cause: one of :data:`parity.hypotheses.CAUSES`, or :data:`OTHER`.
         apply: makes it.
         padding: "official" or "masked".
