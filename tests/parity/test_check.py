@@ -436,16 +436,15 @@ def test_taps_change_no_bit_in_eager_mode(dtype, converted):
 @pytest.mark.parametrize(
     ("mode", "dtype", "runs"), [("eager", "float32", 1), ("graph", "float64", 1), ("graph", "float32", 2), ("xla", "float32", 2)]
 )
-def test_what_a_compiled_function_gives_is_judged_as_it_is_without_taps(mode, dtype, runs, monkeypatch):
+def test_what_a_compiled_function_gives_is_judged_as_it_is_without_taps(mode, dtype, runs):
     asked = []
 
-    def fake(model, inputs, *, tapped=True, gradients="all", **how):
+    def fake(*, tapped=True, gradients="all", **how):
         asked.append((tapped, gradients))
         groups = {group: {"tapped": tapped} for group in ("taps", "gradients", *check.ALONE)}
         return [CaseResults(groups, tap_rules.names(CONFIG))]
 
-    monkeypatch.setattr(check, "run", fake)
-    [found] = check._run(None, (), dtype, {"mode": mode, "gradients": "all"})
+    [found] = check._run(fake, dtype, {"mode": mode, "gradients": "all"})
     assert asked == [(True, "all"), (False, "none")][:runs]
     assert {group for group, of in found.groups.items() if of["tapped"]} == {"taps", "gradients", *(check.ALONE if runs == 1 else ())}
 
