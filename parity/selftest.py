@@ -246,11 +246,13 @@ class Bench:
     def _trial_of_a_step(self, fault: Fault) -> Trial:
         """The first step of a training, with the losses and gradients of the unbroken model: what comes behind them is broken."""
         from parity import trajectory
+        from parity.diagnose_steps import examine_training
         from tfmaskformer.criterion import SetCriterion
         from tfmaskformer.module import named_variables
         from tfmaskformer.training.step import TrainStep
 
         trace = TRACES[fault.model]
+        checkpoint, reference = self.checkpoint(trace), GOLDEN / "trajectory" / fault.model
         model, honest = self.model(trace, "float64"), self.first_step(fault.model)
 
         def gradients(step: TrainStep, *batch: Any) -> Any:
@@ -258,19 +260,24 @@ class Bench:
             return honest.gradients
 
         start = time.perf_counter()
+        finding = None
         with (
             fault.apply(model),
-            _kept(named_variables(model)),
-            mock.patch("tfmaskformer.checkpoint.load", return_value=model),
+            _kept(named_variables(model)) as restore,
+            mock.patch("tfmaskformer.checkpoint.load", side_effect=lambda *_: restore() or model),
             mock.patch.object(SetCriterion, "__call__", return_value=honest.matched),
             mock.patch.object(TrainStep, "gradients", gradients),
         ):
-            reference = GOLDEN / "trajectory" / fault.model
-            [found] = trajectory.check(self.checkpoint(trace), reference, names=[fault.case], dtypes=["float64"], steps=1, mode="eager")
+            [found] = trajectory.check(checkpoint, reference, names=[fault.case], dtypes=["float64"], steps=1, mode="eager")
+            if not found.passed:
+                with trajectory.open_training(reference, fault.case) as case:
+                    finding = examine_training(checkpoint, case)
+        seconds = time.perf_counter() - start
         item = found.first_failure
         if item is None:
-            return Trial(fault, False, seconds=time.perf_counter() - start)
-        return Trial(fault, True, (item.group, item.name), is_at(model, fault, item.group, item.name), seconds=time.perf_counter() - start)
+            return Trial(fault, False, seconds=seconds)
+        cause, statement = (finding.cause, finding.statement) if finding else ("", "")
+        return Trial(fault, True, (item.group, item.name), is_at(model, fault, item.group, item.name), cause, statement, seconds)
 
     def _first_step(self, model_name: str) -> _Step:
         """Of the unbroken model, which must be right."""
@@ -312,14 +319,18 @@ class _Step:
 
 
 @contextlib.contextmanager
-def _kept(variables: Mapping[str, Any]) -> Iterator[None]:
-    """Variables are afterwards what they were."""
+def _kept(variables: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
+    """Variables are afterwards, and whenever the function is called, what they were."""
     before = {name: variable.numpy() for name, variable in variables.items()}
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for name, variable in variables.items():
             variable.assign(before[name])
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 def is_at(model: MaskFormer, fault: Fault, group: str, name: str) -> bool:
