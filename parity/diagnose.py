@@ -379,7 +379,7 @@ class TapSite:
     @staticmethod
     def _of_attributes(level: Level) -> Iterator[Hypothesis]:
         for module in level.modules:
-            yield from hypotheses.of_attributes(module, level.trial())
+            yield from hypotheses.of_attributes(module, level.trial(), level.called)
 
     def _wrong_places(self, culprit: Level) -> Iterator[Hypothesis]:
         """An input that is another tap's output."""

@@ -253,13 +253,17 @@ def own_variables(module: Module, called: Collection[str]) -> dict[str, Any]:
 
     ``called``: names of the modules that are called, and so have outputs of their own.
     """
-    from tfmaskformer.module import Module, named_modules
+    return {f"{owner.official_name}.{name}": getattr(owner, name) for owner in _holders(module, called) for name in owner._declared}
 
-    found = {f"{module.official_name}.{name}": getattr(module, name) for name in module._declared}
-    for path, child in named_modules(module):
-        if type(child).call is Module.call or child.official_name not in called:
-            found |= {f"{module.official_name}.{path}.{name}": getattr(child, name) for name in child._declared}
-    return found
+
+def _holders(module: Module, called: Collection[str]) -> Iterator[Module]:
+    """The module and those inside it that are never called, but not what belongs to others that are."""
+    from tfmaskformer.module import Module
+
+    yield module
+    for child in vars(module).values():
+        if isinstance(child, Module) and (type(child).call is Module.call or child.official_name not in called):
+            yield from _holders(child, called)
 
 
 def of_variables(
@@ -422,14 +426,13 @@ _CAUSE_OF_ATTRIBUTE = {
 }
 
 
-def of_attributes(module: Module, trial: Trial) -> Iterator[Hypothesis]:
+def of_attributes(module: Module, trial: Trial, called: Collection[str]) -> Iterator[Hypothesis]:
     """Numbers and switches a module, or one inside it that is never called, has as attributes: changed to what is usual elsewhere."""
-    from tfmaskformer.module import Module, named_modules
+    from tfmaskformer.module import Module
 
     common = vars(Module())
-    owners = [(module.official_name, module)]
-    owners += [(f"{module.official_name}.{path}", child) for path, child in named_modules(module) if type(child).call is Module.call]
-    for where, owner in owners:
+    for owner in _holders(module, called):
+        where = owner.official_name
         for name, value in list(vars(owner).items()):
             if name in common or name.startswith("_") or not isinstance(value, bool | int | float):
                 continue
