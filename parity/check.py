@@ -22,7 +22,7 @@ from parity.evidence import Evidence, Overlay, of_failures, of_results
 from parity.judge import COVERAGE, GROUPS, CaseRun, Exemption, Found, Item, LossFloors, case_inputs
 from parity.ports import Port, inputs_of
 from parity.replay import Replay, replay, replay_port, why_not
-from parity.tensorflow_run import CaseInputs, CaseResults, run
+from parity.tensorflow_run import CaseResults, run
 from parity.trace import Case, Trace
 
 if TYPE_CHECKING:
@@ -346,7 +346,8 @@ def _check_batch(
             largest = np.max([image.shape[:2] for case in inputs for image in case.images], axis=0)
             pad_to = tuple((int(side) // CANVAS_PX + 1) * CANVAS_PX for side in largest)  # type: ignore[assignment]
         limits: dict[str, Any] = {"gradients": gradients, "memory_budget": settings.memory_budget}
-        found = _run(model, inputs, dtype, limits | {"mode": settings.mode, "padding": settings.padding, "pad_to": pad_to})
+        in_mode = {"mode": settings.mode, "padding": settings.padding, "pad_to": pad_to}
+        found = _run(functools.partial(run, model, inputs), dtype, limits | in_mode)
         for case, results in zip(cases, found, strict=True):
             how: dict[str, Any] = {"padding": settings.padding, "pad_to": pad_to, "gradients": gradients != "none"}
             local, replayed = _local(case, dtype, functools.partial(replay, model, case, **how))
@@ -367,18 +368,18 @@ ALONE = ("outputs", "matcher", "losses", "inference")
 """What is judged as it comes out when nobody looks."""
 
 
-def _run(model: Any, inputs: Sequence[CaseInputs], dtype: str, how: Mapping[str, Any]) -> list[CaseResults]:
+def _run(run: Callable[..., list[CaseResults]], dtype: str, how: Mapping[str, Any]) -> list[CaseResults]:
     """What TensorFlow computes.
 
     In eager mode taps change no bit of it. A compiled function fuses operations otherwise with taps than without, which moves float32's
     last bits; so what comes out of it is taken of a run without taps.
     """
-    found = run(model, inputs, **how)
+    found = run(**how)
     if how["mode"] == "eager" or dtype == "float64":
         return found
-    alone = run(model, inputs, **{**how, "gradients": "none", "tapped": False})
+    alone = run(**{**how, "gradients": "none", "tapped": False})
     return [
-        dataclasses.replace(one, groups={**tapped.groups, **{group: one.groups[group] for group in ALONE}})
+        dataclasses.replace(one, groups={**tapped.groups, **{group: one.groups[group] for group in ALONE if group in one.groups}})
         for tapped, one in zip(found, alone, strict=True)
     ]
 
@@ -501,7 +502,8 @@ def _check_port(settings: Settings, trace: Trace, name: str, port: Port, model: 
     with trace.case(name) as case:
         without = _why_no_gradients(settings, trace)
         judges = judges_of(port) if without is None else without_gradients(judges_of(port), without)
-        results = port.run(model, inputs_of(case), settings.mode, gradients="all" if without is None else "none")
+        how = {"mode": settings.mode, "gradients": "all" if without is None else "none"}
+        [results] = _run(lambda **how: [port.run(model, inputs_of(case), **how)], dtype, how)
         local, replayed = _local(case, dtype, lambda: replay_port(port, model, case, gradients=without is None))
         one = CaseRun(case, results, dtype, loss_floors, model, manifest=_manifest(Path(settings.checkpoint)), replay=replayed)
         judged, seen = judge_case(one, judges, stages.plan_of(port.stages), settings.all_stages)

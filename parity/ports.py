@@ -144,6 +144,7 @@ class Port:
         *,
         gradients: str = "all",
         substitute: Substitute | None = None,
+        tapped: bool = True,
     ) -> CaseResults:
         """Taps, outputs, losses and gradients of the TensorFlow model.
 
@@ -153,10 +154,9 @@ class Port:
             mode: "graph", "eager" or "xla".
             gradients: one of :data:`parity.tensorflow_run.GRADIENTS`; of a port without losses there are none.
             substitute: see :func:`tfmaskformer.module.record_taps`, for mode "eager"; the results then have no taps.
+            tapped: False leaves the model alone: what comes out is what it computes when nobody looks, without taps.
         """
         import tensorflow as tf
-
-        from tfmaskformer.module import record_taps
 
         named = ports.named_variables(model)
         moves = ports.moves(self, list(named))
@@ -164,7 +164,8 @@ class Port:
 
         def step(tensors: dict[str, Any]) -> Any:
             with tf.GradientTape() if gradients != "none" else contextlib.nullcontext() as tape:
-                with self.tapped(model), record_taps(substitute) as taps:
+                recording: Any = self.tapped(model, substitute) if tapped else contextlib.nullcontext({})
+                with recording as taps:
                     outputs = dict(self.call(model, tensors))
                 losses = dict(self.tensorflow_losses(outputs, tensors)) if self.tensorflow_losses else {}
                 if losses:
@@ -188,14 +189,14 @@ class Port:
         return CaseResults(groups, self.names)
 
     @contextlib.contextmanager
-    def tapped(self, model: Any) -> Iterator[None]:
-        """Inside, the call of every Keras layer shows its output to :func:`tfmaskformer.module.record_taps`, under its official name.
+    def tapped(self, model: Any, substitute: Substitute | None = None) -> Iterator[dict[str, Any]]:
+        """:func:`tfmaskformer.module.record_taps` of the calls of all Keras layers, under their official names.
 
         Layers that no attribute leads to show too, under a name that nothing else has: they cannot be forgotten.
         """
         import keras
 
-        from tfmaskformer.module import Module, tap
+        from tfmaskformer.module import Module, record_taps, tap
 
         official = self.module_names(model)
         names = {id(layer): official[path] for path, layer in ports.named_layers(model).items()}
@@ -207,8 +208,8 @@ class Port:
                 return outputs
             return tap(names.get(id(layer), f"{layer.name} (no attribute of the model)"), outputs)
 
-        with mock.patch.object(keras.layers.Layer, "__call__", call):
-            yield
+        with mock.patch.object(keras.layers.Layer, "__call__", call), record_taps(substitute) as taps:
+            yield taps
 
     def trained(self, model: Any) -> dict[str, bool]:
         """Official name of every variable → whether a loss trains it."""

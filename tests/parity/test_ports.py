@@ -239,6 +239,15 @@ def test_a_true_description_passes(computed):
     }
 
 
+def test_looking_changes_no_bit(computed):
+    port, _, model, results = computed
+    alone = port.run(model, port.inputs["batch"](), "eager", gradients="none", tapped=False)
+    assert {group for group, tensors in alone.groups.items() if tensors} == {"outputs", "losses"}
+    for group in ("outputs", "losses"):
+        for name, tensor in alone.groups[group].items():
+            assert np.array_equal(tensor, results.groups[group][name]), name
+
+
 def test_every_module_call_has_a_partner_or_a_reason(computed):
     port = computed[0]
     alone = "no partner in the trace"
