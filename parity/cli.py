@@ -306,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory-budget",
         metavar="BYTES",
-        help="memory to stay below, for example 6GB: with --mode eager, what taps take beyond a quarter of it goes to a temporary file",
+        help="memory to stay below, for example 6GB: with --mode eager, what taps take beyond an eighth of it goes to a temporary file",
     )
     parser.add_argument("--report", metavar="DIR", help="write report.html, .txt and .json, junit.xml and error_along_depth.png into DIR")
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON to FILE, or to stdout only (-)")

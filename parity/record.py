@@ -698,7 +698,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-budget",
         metavar="BYTES",
-        help="memory to stay below, for example 6GB: what a backward pass needs beyond a quarter of it goes to a temporary file",
+        help="memory to stay below, for example 6GB: what a backward pass needs beyond an eighth of it goes to a temporary file",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the made-up objects (default: 0)")
     for name, variable in official.FOLDERS.items():

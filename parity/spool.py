@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-KEPT_SHARE = 4
+KEPT_SHARE = 8
 """A run keeps no more than this part of its memory budget in memory for later; the rest is for the computation itself."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}

@@ -188,7 +188,8 @@ def _results(model: Any, case: Case, precision: Precision, mode: str, gradients:
         for group in UNTAPPED:
             for name, tensor in results.groups.get(group, {}).items():
                 bits.remember(group, name, tensor)
-    [alone] = run(model, [inputs], mode=mode, gradients="parameters" if gradients else "none", tapped=False)
+    of_parameters = "parameters" if gradients else "none"
+    [alone] = run(model, [inputs], mode=mode, gradients=of_parameters, memory_budget=memory_budget, tapped=False)
     if mode != "eager":
         return dataclasses.replace(
             alone, groups={**results.groups, **{group: alone.groups[group] for group in UNTAPPED & alone.groups.keys()}}
@@ -299,7 +300,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="where it runs (default: %(default)s)")
     parser.add_argument("--no-gradients", action="store_true", help="leave out all gradients, and the memory that they need")
     parser.add_argument(
-        "--memory-budget", metavar="BYTES", help="with --mode eager: what taps take beyond a quarter of it goes to a temporary file"
+        "--memory-budget", metavar="BYTES", help="with --mode eager: what taps take beyond an eighth of it goes to a temporary file"
     )
 
 

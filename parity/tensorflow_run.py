@@ -6,6 +6,7 @@ budget, taps go to a temporary file while they are computed. TensorFlow is impor
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -74,7 +75,7 @@ class CaseResults:
     groups: dict[str, Mapping[str, np.ndarray]]
     names: Names
     view: View | None = None
-    exact: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    exact: dict[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
     panoptic: Callable[[float, float], dict[str, np.ndarray]] | None = None
     losses_under: Callable[[Mapping[tuple[int, int], np.ndarray]], dict[str, np.ndarray]] | None = None
 
@@ -146,7 +147,7 @@ def run(
         own: dict[str, Mapping[str, np.ndarray]] = {
             "matcher": dict(task.matcher_records(matchings[index], case)),
             "losses": _numpy(losses[index]),
-            "inference": dict(_semantic(own_outputs, model.config, case)),
+            "inference": _kept(spool, f"inference/{index}", _semantic(own_outputs, model.config, case)),
         }
         if gradients != "none":
             own["gradients"] = official_gradients(_numpy(of_parameters[index]), model.config)
@@ -155,10 +156,10 @@ def run(
         panoptic = None
         if model.config.test.panoptic_on:
             panoptic = functools.partial(_panoptic, own_outputs, model.config, case)
-            own["inference"] = {**own["inference"], **panoptic(0.0, 0.0)}
+            own["inference"] = collections.ChainMap(panoptic(0.0, 0.0), own["inference"])  # type: ignore[arg-type]
         exact = {}
         if model.compute_dtype == "float32":
-            exact_inference = dict(_semantic(_in_float64(own_outputs), model.config, case))
+            exact_inference = _kept(spool, f"exact/{index}", _semantic(_in_float64(own_outputs), model.config, case))
             exact = {"losses": _numpy(exact_losses[index]), "inference": exact_inference}
         losses_under = functools.partial(_losses_under, task, own_outputs, case, (height, width)) if own["matcher"] else None
         results.append(CaseResults({**whole, **own}, tap_rules.names(model.config), view, exact, panoptic, losses_under))
@@ -241,6 +242,15 @@ def _step(
         return {} if spool is not None else dict(taps), outputs, matchings, losses, exact_losses, of_parameters, of_taps
 
     return step
+
+
+def _kept(spool: Spool | None, group: str, tensors: Iterator[tuple[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+    """Tensors by name, each put into the spool before the next is computed."""
+    if spool is None:
+        return dict(tensors)
+    for name, tensor in tensors:
+        spool.write(group, name, tensor)
+    return spool.group(group)
 
 
 def _of_case(index: int) -> str:
