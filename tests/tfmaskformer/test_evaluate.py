@@ -549,7 +549,9 @@ def test_semantic_models_need_semantic_truth(tmp_path, capsys):
     assert "instance AP is that of panoptic results" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--canvas", "1", "2", "3"], ["--replicas", "2", "--gpu"], ["--cpu", "--gpu"], ["--batch", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--canvas", "1", "2", "3"], ["--replicas", "2", "--gpu"], ["--cpu", "--gpu"], ["--batch", "0"], ["--tta", "--ap"]]
+)
 def test_usage(arguments):
     with pytest.raises(SystemExit) as error:
         cli.main(["--ckpt", "ckpt", "--data", "data", *arguments])
@@ -559,6 +561,16 @@ def test_usage(arguments):
 def test_no_gpu(tiny, cityscapes, capsys):
     assert cli.main(["--ckpt", tiny, "--data", cityscapes, "--gpu"]) == cli.COULD_NOT_RUN
     assert "TensorFlow sees no GPU" in capsys.readouterr().err
+
+
+def test_no_tpu(tiny, cityscapes, capsys):
+    """The precision is chosen before the TPU is started: the program is traced later."""
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+    assert cli.main(["--ckpt", tiny, "--data", cityscapes, "--tpu", "local"]) == cli.COULD_NOT_RUN
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
+    err = capsys.readouterr().err
+    assert "cannot use the TPU 'local': TPUs not found in the cluster" in err
+    assert err.splitlines()[-1] == "  docs/tpu.md tells what to install, and what may be wrong"
 
 
 @pytest.mark.parametrize("value", ["", "[]", "{", '{"cluster": 3}'])

@@ -95,6 +95,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.replicas > 1 and arguments.device != "cpu":
         parser.error("--replicas belongs to --cpu: other devices are what they are")
+    if arguments.tta and arguments.ap:
+        parser.error("--ap is of panoptic results, --tta gives semantic ones alone; leave one of them out")
     if arguments.canvas:
         if len(arguments.canvas) % 2:
             parser.error("--canvas takes pairs of height and width")

@@ -57,7 +57,10 @@ def strategy_for(device: str | None = None, *, tpu: str = "", replicas: int = 1)
     except (tf.errors.OpError, RuntimeError, ValueError, OSError) as error:
         if isinstance(error, DeviceError):
             raise
-        raise DeviceError(f"cannot use {f'the TPU {tpu!r}' if device == 'tpu' else device or 'the devices'}: {error}") from error
+        told = f"{getattr(error, 'message', error)}".partition("\n")[0]
+        if device == "tpu":
+            raise DeviceError(f"cannot use the TPU {tpu!r}: {told}\n  docs/tpu.md tells what to install, and what may be wrong") from error
+        raise DeviceError(f"cannot use {device or 'the devices'}: {told}") from error
 
 
 def worker(strategy: tf.distribute.Strategy) -> tuple[int, int]:
