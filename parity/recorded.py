@@ -29,7 +29,11 @@ CPU_RUN = "a CPU run of the same precision"
 
 
 def check_recorded(
-    actual: str, reference: str, baseline: str | None = None, settings: Settings | None = None, progress: Callable[[str], None] = print
+    actual: str,
+    reference: str,
+    baseline: str | None = None,
+    settings: Settings | None = None,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> Check:
     """Compares a TensorFlow trace with the trace of the official code whose inputs it was recorded of.
 

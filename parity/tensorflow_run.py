@@ -167,7 +167,7 @@ def run(
 
 
 def _losses_under(
-    task: _MaskFormerTask,
+    task: _MaskFormerTask | _PerPixelTask,
     outputs: Mapping[str, Any],
     case: CaseInputs,
     canvas: tuple[int, int],
