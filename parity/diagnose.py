@@ -132,6 +132,8 @@ def _after(hypothesis: Hypothesis) -> float:
 
 def _finding(hypothesis: Hypothesis, before: float, after: float, floor: float) -> Finding:
     words = hypothesis.words if isinstance(hypothesis.words, str) else hypothesis.words()
+    if not hypothesis.undone:
+        return Finding(hypothesis.where, words, hypothesis.cause, f"{hypothesis.where}: {words}", before, math.nan, floor)
     statement = f"{hypothesis.where}: {words}; with {hypothesis.undone} the residual falls from {before:.1e} to {after:.1e}"
     return Finding(hypothesis.where, words, hypothesis.cause, statement, before, after, floor)
 

@@ -66,7 +66,7 @@ class Hypothesis:
         cause: of :data:`CAUSES`.
         where: the official name of what is at fault.
         words: what is wrong: "weight transposed"; a function where that is known only after it was tried (a fitted factor).
-        undone: how it is taken back, for the sentence "with … the residual falls".
+        undone: how it is taken back, for the sentence "with … the residual falls"; "" where it cannot be, and was seen, not tried.
         after: applies it, measures, restores everything; returns the relative error that is left.
     """
 
@@ -298,6 +298,10 @@ def of_variables(
     yield from _together(variables, heads, tried)
     yield from _scaled(variables, trial)
     yield from _stale(variables, siblings, tried)
+    error = trial.error()
+    for name, variable in variables.items():
+        where, _, last = name.rpartition(".")
+        yield from _made_of(where, last, variable.numpy(), None, error)
 
 
 def _cause(cause: str, where: str) -> str:
@@ -516,6 +520,29 @@ def of_outputs(where: str, actual: np.ndarray, expected: np.ndarray) -> Iterator
             "the official one rounded alike",
             functools.partial(_off, rounded, theirs, ours),
         )
+    yield from _made_of(where, "what comes out", ours, theirs, relative_error(ours, theirs))
+
+
+RESOLUTIONS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
+"""Number format → its largest relative rounding error."""
+
+LEAST_ELEMENTS = 16
+"""Different ones; fewer could all be short numbers by chance."""
+
+
+def _made_of(where: str, what: str, actual: np.ndarray, expected: np.ndarray | None, error: float) -> Iterator[Hypothesis]:
+    """Numbers that are all of a shorter format, with an error of its size. What was rounded away cannot be brought back."""
+    if np.unique(actual).size < LEAST_ELEMENTS:
+        return
+    for name, resolution in RESOLUTIONS.items():
+        shorter = ROUNDINGS[name]
+        if name == "float32" and expected is None:
+            continue  # what checkpoints hold
+        by_itself = expected is not None and np.mean(shorter(expected) == expected) > 0.5
+        if np.array_equal(shorter(actual), actual) and not by_itself and resolution / 64 <= error <= 8 * resolution:
+            words = f"all {actual.size} elements of {what} are {name} numbers, and the error, {error:.1e}, is of the size of their rounding"
+            yield Hypothesis("dtype rounding", where, words, "", lambda: 0.0)
+            return
 
 
 def _off(change: Callable[[np.ndarray], np.ndarray], values: np.ndarray, expected: np.ndarray) -> float:

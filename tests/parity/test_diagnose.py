@@ -132,6 +132,18 @@ TAPS = {
     "factor": (SWIN, weight(f"{BLOCK}.mlp.fc2.weight", lambda x: x * 1.037), f"{BLOCK}.mlp.fc2", "scale"),
     "zero bias": (SWIN, weight(f"{BLOCK}.mlp.fc1.bias", np.zeros_like), f"{BLOCK}.mlp.fc1", "bias"),
     "NaN": (SWIN, weight(f"{BLOCK}.mlp.fc1.bias", lambda x: np.where(np.arange(x.size) == 1, np.nan, x)), f"{BLOCK}.mlp.fc1", "not finite"),
+    "half precision": (
+        SWIN,
+        weight(f"{BLOCK}.mlp.fc2.weight", lambda x: x.astype(np.float16).astype(float)),
+        f"{BLOCK}.mlp.fc2",
+        "dtype rounding",
+    ),
+    "single precision": (
+        SWIN,
+        replaced(swin.Softmax, "call", lambda right: lambda self, x: tf.cast(right(self, tf.cast(x, tf.float32)), tf.float64)),
+        "attn.softmax",
+        "dtype rounding",
+    ),
     "stale": (
         SWIN,
         exchanged(f"{BLOCK}.mlp.fc1.weight", "backbone.layers.0.blocks.0.mlp.fc1.weight"),
@@ -201,7 +213,7 @@ def test_a_module_and_its_cause_are_named(name, models):
     assert finding is not None
     assert finding.cause == cause, finding.statement
     assert finding.where.endswith(where), finding.statement
-    assert cause == "not finite" or finding.after <= min(1e-7, finding.before / diagnose.LEAST_FALL)
+    assert cause in ("not finite", "dtype rounding") or finding.after <= min(1e-7, finding.before / diagnose.LEAST_FALL)
     assert finding.where in finding.statement
 
 
@@ -288,7 +300,7 @@ UNRELATED = {
     "noise on what comes out": replaced(
         layers.Linear,
         "call",
-        lambda right: lambda self, x: right(self, x) + 1e-4 * tf.random.stateless_normal(x.shape[:-1], (1, 2), x.dtype)[..., None],
+        lambda right: lambda self, x: right(self, x) + 1e-4 * tf.random.stateless_normal(x.shape[:-1], (1, 2), dtype=x.dtype)[..., None],
     ),
     "noise on scores": replaced(swin.Softmax, "call", lambda right: lambda self, x: right(self, 0.83 * x + 0.1 * tf.sin(7 * x))),
 }
