@@ -190,7 +190,8 @@ class Level:
         """The tap, where what was recorded of it is samples, or has another shape: it cannot be laid out as TensorFlow's."""
         if isinstance(self.call, SampledCall):
             return {self.tap}
-        own = official_layout(self.tensors[self.tap][0], layout_of("taps", self.tap))
+        view = getattr(self.call._recorded, "_view", None)  # of masked padding
+        own = official_layout(self.tensors[self.tap][0], layout_of("taps", self.tap), view)
         return {self.tap} if own.shape != self.call.expected[self.tap].shape else set()
 
     def _shown(self, tap: str, value: np.ndarray) -> np.ndarray:

@@ -460,3 +460,13 @@ def test_the_diagnosis_is_told(models, converted, capsys):
                 assert cli.main([*arguments, "--no-gradients"]) == cli.MISMATCH
             line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("diagnosis: "))
             assert ("the diagnosis itself failed (RuntimeError: no)" if broken else "backbone.stem.conv1: ") in line
+
+
+def test_masked_padding_has_no_formulas_but_its_variables_are_tried(models):
+    name = "sem_seg_head.predictor.mask_embed.layers.1.weight"
+    model, trace = models(PANOPTIC), Trace(WHOLE / PANOPTIC)
+    with trace.case("odd") as case, weight(name, np.transpose)(model):
+        tap = name.replace(".weight", "#0")
+        finding = diagnose_results.examine(model, case, [("taps", tap)], mock.Mock(groups={}), padding="masked", pad_to=(64, 96))
+    assert finding is not None
+    assert (finding.where, finding.cause) == (name.removesuffix(".weight"), "transpose"), finding.statement
