@@ -231,7 +231,7 @@ class D2SwinTransformer(Module):
         super().__init__(**kwargs)
         self.patch_embed = PatchEmbed(config.embed_dim)
         self.pos_drop = Dropout(config.drop_rate)
-        rates = np.split(np.linspace(0, config.drop_path_rate, sum(config.depths)), np.cumsum(config.depths)[:-1])
+        rates = np.split(drop_path_rates(config.drop_path_rate, sum(config.depths)), np.cumsum(config.depths)[:-1])
         self.layers = ModuleSequence([BasicLayer(config, stage, of_stage.tolist()) for stage, of_stage in enumerate(rates)])
         for stage, channels in enumerate(config.out_channels.values()):
             setattr(self, f"norm{stage}", LayerNorm(channels))
@@ -246,6 +246,20 @@ class D2SwinTransformer(Module):
             features[f"res{stage + 2}"] = getattr(self, f"norm{stage}")(of_stage[0])
             outputs, sizes = of_stage[3], halved(sizes)
         return features
+
+
+def drop_path_rates(last: float, blocks: int) -> np.ndarray:
+    """The rate of stochastic depth of each block, rising linearly from 0 to ``last``: float32 numbers, those of ``torch.linspace``.
+
+    Of Swin-T to the last bit; of 24 blocks two or three rates are off by one, since PyTorch's depend on how many it computes at once.
+
+    Args:
+        last: of the last block.
+        blocks: 2 or more.
+    """
+    end, index = np.float32(last), np.arange(blocks, dtype=np.float32)
+    step = end / np.float32(blocks - 1)
+    return np.where(index < blocks // 2, step * index, end - step * (blocks - 1 - index)).astype(np.float64)
 
 
 def pad_to_multiple(grid: tf.Tensor, multiple: int) -> tf.Tensor:

@@ -255,7 +255,11 @@ def test_stochastic_depth_drops_images_as_a_whole():
 
 def test_stochastic_depth_grows_linearly_with_depth(backbone):
     rates = [block.drop_path.rate for layer in backbone.layers for block in layer.blocks]
-    np.testing.assert_allclose(rates, 0.05 * np.arange(8), atol=1e-12)
+    np.testing.assert_allclose(rates, 0.05 * np.arange(8), atol=1e-7)
+    # [x.item() for x in torch.linspace(0, 0.35, 8)], PyTorch 2.13
+    upstream = [0.0, 0.05000000074505806, 0.10000000149011612, 0.15000000596046448]
+    upstream += [0.19999998807907104, 0.25, 0.29999998211860657, 0.3499999940395355]
+    assert rates == upstream
     images = tf.random.stateless_normal([3, 32, 40, 3], [3, 4], dtype=tf.float64)
     tf.random.set_seed(2)
     quiet, noisy = backbone(images), backbone(images, training=True)
