@@ -23,6 +23,7 @@ from converters.transforms import IDENTITY
 from parity import check, judge, probes, stages
 from parity import cli as parity_cli
 from parity.ports import Port, inputs_of
+from parity.replay import replay_port
 from parity.tap_rules import Layout, TapRuleError
 from parity.trace import Case, Trace
 
@@ -246,6 +247,19 @@ def test_looking_changes_no_bit(computed):
     for group in ("outputs", "losses"):
         for name, tensor in alone.groups[group].items():
             assert np.array_equal(tensor, results.groups[group][name]), name
+
+
+def test_a_replay_knows_partners_of_other_names(computed):
+    port, _, model, _ = computed
+    relus = {f"{block}.relu#0": f"{block.replace('.', '_')}_relu#0" for block in ("down.0", "down.1", "down.2", "merge.0", "merge.1")}
+    partners = {official: (own, "a test") for official, own in relus.items()}
+    layouts = [*port.layouts, *((own, port.layouts[0][1]) for own in relus.values())]
+    with Case(GOLDEN / "unet" / "trace", "batch") as case:
+        replayed = replay_port(dataclasses.replace(port, modules=(), partners=partners, layouts=layouts), model, case, gradients=True)
+    for found in (replayed.errors, replayed.gradients):
+        assert set(relus.values()) <= set(found)
+        assert max(found.values()) < 1e-13
+    assert "head.bias" in replayed.gradients
 
 
 def test_every_module_call_has_a_partner_or_a_reason(computed):
