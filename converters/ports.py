@@ -97,7 +97,7 @@ def layers_of(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Lay
         yield from ((child.name, child) for child in layer.layers)
         return
     for name, value in vars(layer).items():
-        if name not in _LISTS_OF_KERAS:
+        if name not in _LISTS_OF_KERAS and not name.startswith("_self_"):  # TensorFlow's lists of the same
             yield from _layers_in(name, value)
 
 
@@ -139,7 +139,7 @@ def named_variables(root: keras.layers.Layer) -> dict[str, keras.Variable]:
     """
     named: dict[str, keras.Variable] = {}
     for path, layer in named_layers(root).items():
-        below = {id(variable) for _, child in layers_of(layer) for variable in child.weights}
+        below = {id(variable) for child in layer._flatten_layers(include_self=False) for variable in child.weights}
         for variable in layer.weights:
             if id(variable) in below:
                 continue
