@@ -62,8 +62,8 @@ def main() -> int:
     ]
     text = (
         f"`python -m bench.check`: {ENTRY}, one photograph of {SIZE_PX}×{SIZE_PX} px with {OBJECTS} objects, {THREADS} threads; official "
-        f"step: median of {PASSES}. The check: every tap, cost, assignment, loss, gradient and result, and one training step, in graph mode, "
-        f"against a recording with {SAMPLES} elements, sketches and statistics of each large tensor. Memory: the process's peak."
+        f"step: median of {PASSES}. The check: every tap, cost, assignment, loss, gradient and result, and one training step, in graph "
+        f"mode, against a recording with {SAMPLES} elements, sketches and statistics of each large tensor. Memory: the process's peak."
     )
     print(section("A full check", text, ["", "time", "ratio", "peak memory"], rows))
     return 0
