@@ -206,6 +206,7 @@ def _check(argv: Sequence[str]) -> int:
         parser.error("--port needs a trace: parity-check record --port …")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from parity.inputs import InputError
+    from parity.spool import prepare
 
     try:
         for path in (arguments.report, None if arguments.json == "-" else arguments.json):
@@ -213,7 +214,9 @@ def _check(argv: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="parity-check-") as scratch:
             if arguments.reference == "official" and (failed := _record_reference(arguments, scratch)):
                 return failed
-            return _run(arguments, _settings(arguments, scratch))
+            settings = _settings(arguments, scratch)
+            prepare(settings.memory_budget)
+            return _run(arguments, settings)
     except (OSError, InputError) as error:
         return _failed(str(error), BAD_INPUT)
 
@@ -233,6 +236,7 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     try:
         from converters.errors import ConversionError
         from parity import check, recorded, report
+        from parity.spool import over_budget
         from parity.trace import TraceError
 
         unusable: tuple[type[Exception], ...] = (check.CheckError, ConversionError, TraceError)
@@ -259,6 +263,8 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         return _failed("out of memory; check one case at a time (--case) or one dtype (--dtype float32)", COULD_NOT_RUN)
     except KeyboardInterrupt:
         return _failed("interrupted; nothing was concluded", COULD_NOT_RUN)
+    if warning := over_budget(settings.memory_budget):
+        print(f"warning: {warning}", file=sys.stderr)
     if arguments.report:
         Path(arguments.report).mkdir(parents=True, exist_ok=True)
         report.write(result, Path(arguments.report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 import tempfile
@@ -46,6 +47,15 @@ def over_budget(budget_bytes: int | None) -> str | None:
     if budget_bytes is None or (peak := peak_bytes()) <= budget_bytes:
         return None
     return f"needed {peak / 1e9:.2f} GB of memory, more than the budget of {budget_bytes / 1e9:.2f} GB; the results are complete"
+
+
+def prepare(budget_bytes: int | None) -> None:
+    """To be called before TensorFlow is imported: within a budget it runs without oneDNN, whose allocator gives nothing back.
+
+    The environment's own ``TF_ENABLE_ONEDNN_OPTS`` is respected.
+    """
+    if budget_bytes is not None:
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
 class _Place(NamedTuple):

@@ -27,7 +27,7 @@ import tfmaskformer
 from parity import judge, probes, record, trace
 from parity.inputs import InputError
 from parity.meta_architectures import RecordError
-from parity.spool import over_budget
+from parity.spool import over_budget, prepare
 from parity.tensorflow_run import MODES, CaseResults, run
 from parity.trace import POSITION_EMBEDDING, Case, Trace, TraceError, TraceFile, TraceFileWriter
 
@@ -306,6 +306,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """``parity-check record --framework tensorflow``: 0 recorded, 2 bad input, 3 could not run. Prints the path of the trace."""
+    try:
+        budget = record.memory_budget(arguments)
+    except InputError as error:
+        record.say(f"error: {error}")
+        return 2
+    prepare(budget)
     from parity.check import CheckError
     from tfmaskformer.checkpoint import CheckpointError
 
@@ -319,7 +325,7 @@ def run_command(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             cases=arguments.case,
             gradients=not arguments.no_gradients,
-            memory_budget=record.memory_budget(arguments),
+            memory_budget=budget,
             command=_command(arguments),
         )
     except (InputError, TraceError, CheckError, CheckpointError) as error:

@@ -250,6 +250,7 @@ def _kept(spool: Spool | None, group: str, tensors: Iterator[tuple[str, np.ndarr
         return dict(tensors)
     for name, tensor in tensors:
         spool.write(group, name, tensor)
+        del tensor  # before the next one
     return spool.group(group)
 
 
@@ -398,8 +399,9 @@ def _semantic(outputs: Mapping[str, Any], config: MaskFormerConfig, case: CaseIn
     from tfmaskformer.inference import semantic_inference
 
     for suffix, sizes, output_sizes in _inferences(case):
-        for index, scores in enumerate(semantic_inference(outputs, config, sizes, output_sizes)):
-            yield f"{index}/{suffix}sem_seg", scores.numpy()
+        found = semantic_inference(outputs, config, sizes, output_sizes)
+        for index in range(len(sizes)):
+            yield f"{index}/{suffix}sem_seg", found.pop(0).numpy()
 
 
 def _panoptic(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -59,6 +61,17 @@ def test_the_array_on_disk_is_a_copy():
 def test_amounts_that_are_none(text):
     with pytest.raises(ValueError, match="is no amount of memory; expected a number of bytes, or for example 6GB"):
         spool.parse_bytes(text)
+
+
+def test_a_budget_takes_another_allocator_unless_told_otherwise(monkeypatch):
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "1")
+    spool.prepare(6 * 10**9)
+    assert os.environ["TF_ENABLE_ONEDNN_OPTS"] == "1"
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS")
+    spool.prepare(None)
+    assert "TF_ENABLE_ONEDNN_OPTS" not in os.environ
+    spool.prepare(6 * 10**9)
+    assert os.environ["TF_ENABLE_ONEDNN_OPTS"] == "0"
 
 
 def test_more_than_the_budget_is_said():
