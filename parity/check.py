@@ -107,9 +107,9 @@ class CaseCheck:
         return tuple(sorted((item for item in self.items if not item.passed), key=self.place))
 
     def place(self, item: Item) -> tuple[int, int]:
-        """When an item was computed. Gradients are computed backwards: there the last parameter comes first."""
+        """When an item was computed. Gradients are computed backwards: there the last parameter comes first, and taps lie as they came."""
         position = self._positions[item.group, item.name]
-        return self.plan.place(item), -position if item.group in ("gradients", "tap_gradients") else position
+        return self.plan.place(item), -position if item.group == "gradients" else position
 
     @functools.cached_property
     def _positions(self) -> dict[tuple[str, str], int]:

@@ -253,10 +253,10 @@ def of_results(case: Case, results: CaseResults, config: MaskFormerConfig) -> It
     own = results.groups["inference"]
     for index, image in enumerate(case.images):
         pairs = {}
-        if config.test.panoptic_on:
+        if config.test.panoptic_on and {f"{index}/panoptic_seg", f"{index}/segments"} <= own.keys():
             official = ends.panoptic_result(case.reference.read, f"{index}")
             pairs["panoptic_seg"] = official, ends.panoptic_result(lambda group, name: own[name], f"{index}")
-        if (official_classes := ends.official_classes(case, f"{index}")) is not None:
+        if f"{index}/sem_seg" in own and (official_classes := ends.official_classes(case, f"{index}")) is not None:
             sides = (official_classes, np.asarray(own[f"{index}/sem_seg"]).argmax(0))
             expected, actual = ((classes.astype(np.int32), {int(label): int(label) for label in np.unique(classes)}) for classes in sides)
             pairs["sem_seg"] = expected, actual

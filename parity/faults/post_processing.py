@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
+from checkpoints import registry
 from parity.faults.fault import PANOPTIC, SEMANTIC, SILENT, Fault, configured, replaced
 from parity.faults.losses import align_corners
 from tfmaskformer import inference
@@ -30,10 +31,12 @@ def every_segment_apart(right):
 
 
 def original_ids(right):
-    """Things looked up by an id that counts from 1."""
+    """Contiguous classes looked up among the ids that COCO gives its things, 1 … 90 with gaps."""
+    info = registry.dataset("coco_panoptic")
+    things = [info.dataset_ids[index] for index in info.thing_classes]
 
     def segments(winners, mask_areas, labels, thing_classes, overlap_threshold):
-        return right(winners, mask_areas, labels, [category + 1 for category in thing_classes], overlap_threshold)
+        return right(winners, mask_areas, labels, things, overlap_threshold)
 
     return segments
 
@@ -95,7 +98,7 @@ FAULTS = (
           configured(test={"overlap_threshold": 0.5})),
     Fault("stuff not merged", "post-processing", PANOPTIC, "odd", "inference", "0/panoptic_seg", "id",
           replaced(inference, "_segments", every_segment_apart)),
-    Fault("things looked up by the data set's ids", "post-processing", PANOPTIC, "odd", "inference", "0/segments", "id",
+    Fault("things looked up by the data set's ids", "post-processing", PANOPTIC, "batch", "inference", "0/segments", "id",
           replaced(inference, "_segments", original_ids)),
     Fault("images without a kept query left out", "post-processing", SILENT, "batch", "inference", "0/panoptic_seg", "id",
           replaced(inference, "panoptic_inference", kept_queries_of_all_images)),
