@@ -33,7 +33,7 @@ def every_segment_apart(right):
 def original_ids(right):
     """Contiguous classes looked up among the ids that COCO gives its things, 1 … 90 with gaps."""
     info = registry.dataset("coco_panoptic")
-    things = [info.dataset_ids[index] for index in info.thing_classes]
+    things = [index for label, index in enumerate(info.dataset_ids or ()) if label in info.thing_classes]
 
     def segments(winners, mask_areas, labels, thing_classes, overlap_threshold):
         return right(winners, mask_areas, labels, things, overlap_threshold)
