@@ -37,7 +37,7 @@ from converters.errors import ConversionError
 from parity import official, official_metrics, trace
 from parity.inputs import CaseSpec, InputError, make_targets, parse_case
 from parity.meta_architectures import META_ARCHITECTURES, Emit, RecordError, Targets, Task, numpy
-from parity.spool import KEPT_SHARE, Spool, over_budget, parse_bytes
+from parity.spool import KEPT_SHARE, Spool, over_budget, parse_bytes, raw
 from parity.trace import Trace, TraceError, TraceFile, TraceFileWriter
 
 
@@ -448,7 +448,7 @@ class Bits:
 
     @staticmethod
     def _digest(array: np.ndarray) -> bytes:
-        return hashlib.blake2b(np.ascontiguousarray(array).data).digest()
+        return hashlib.blake2b(raw(array)).digest()
 
 
 class Taps(dict[str, str]):

@@ -58,6 +58,11 @@ def prepare(budget_bytes: int | None) -> None:
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
+def raw(array: np.ndarray) -> memoryview:
+    """An array's bytes, of any dtype: bfloat16 has no buffer of its own. They are the array's own memory if it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
 class _Place(NamedTuple):
     offset: int
     dtype: np.dtype
@@ -85,7 +90,7 @@ class Spool:
             self._kept[group, name] = array
             return
         self._kept[group, name] = _Place(self._file.seek(0, 2), array.dtype, array.shape)
-        self._file.write(np.ascontiguousarray(array).data)
+        self._file.write(raw(array))
 
     def read(self, group: str, name: str) -> np.ndarray:
         """What was written; KeyError if nothing was."""
@@ -94,7 +99,7 @@ class Spool:
             return kept
         self._file.seek(kept.offset)
         array = np.empty(kept.shape, kept.dtype)
-        self._file.readinto(array.reshape(-1).view(np.uint8).data)
+        self._file.readinto(raw(array))
         return array
 
     def keys(self) -> set[tuple[str, str]]:

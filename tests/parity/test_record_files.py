@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -161,10 +162,12 @@ def test_runs_that_have_other_tensors_are_refused(tmp_path):
 def test_the_bits_of_the_second_pass_are_compared():
     emitted = []
     bits = record.Bits(lambda *record_: emitted.append(record_), "here")
+    bits.remember("outputs", "b", np.ones((), ml_dtypes.bfloat16))
+    bits.compare("outputs", "b", np.ones((), ml_dtypes.bfloat16))
     array = np.arange(6.0).reshape(2, 3).T
     bits.remember("outputs", "a", array)
     bits.compare("outputs", "a", array.copy())
-    assert len(emitted) == 1
+    assert len(emitted) == 2
     with pytest.raises(RecordError, match="here: without taps, outputs 'a' has other bits"):
         bits.compare("outputs", "a", np.nextafter(array, np.inf, where=array == 5, out=array.copy()))
 

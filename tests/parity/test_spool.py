@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -11,13 +12,14 @@ from parity import spool
 from parity.spool import Spool
 
 
-@pytest.mark.parametrize(("kept_bytes", "kept"), [(None, {"a", "b", "c", "d"}), (0, set()), (200, {"a", "c", "d"})])
+@pytest.mark.parametrize(("kept_bytes", "kept"), [(None, {"a", "b", "c", "d", "e"}), (0, set()), (200, {"a", "c", "d", "e"})])
 def test_what_does_not_fit_is_in_the_file_and_reads_the_same(tmp_path, kept_bytes, kept):
     arrays = {
         "a": np.arange(10.0),
         "b": np.arange(600, dtype=np.float32).reshape(20, 30).T,
         "c": np.array(3, np.int64),
         "d": np.ones((2, 3), bool),
+        "e": np.arange(200, 203).astype(ml_dtypes.bfloat16),
     }
     with Spool(kept_bytes, tmp_path) as spooled:
         for name, array in arrays.items():
@@ -31,7 +33,7 @@ def test_what_does_not_fit_is_in_the_file_and_reads_the_same(tmp_path, kept_byte
             np.testing.assert_array_equal(read, array)
             assert (read is array) == (name in kept)
         group = spooled.group("taps")
-        assert (list(group), len(group), "b" in group, "z" in group) == (list(arrays), 4, True, False)
+        assert (list(group), len(group), "b" in group, "z" in group) == (list(arrays), 5, True, False)
         np.testing.assert_array_equal(group["b"], arrays["b"])
         assert spooled.read("other", "a").shape == (0, 4)
         assert list(tmp_path.iterdir()) == []  # the file has no name, so nothing can be left behind
