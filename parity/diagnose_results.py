@@ -348,6 +348,26 @@ def _assigned(costs: np.ndarray, rule: str = "least cost") -> np.ndarray:
     return taken
 
 
+class CanvasSite(ResultSite):
+    """The network's input, ``[images, 3, height, width]``, of another size than the official one."""
+
+    def __init__(self, actual: np.ndarray, expected_px: tuple[int, int], formula: Callable[[tuple[int, int]], np.ndarray]):
+        super().__init__("images", actual, formula(expected_px))
+        self._words = "padded to {}×{} px, not to {}×{}".format(*actual.shape[2:], *expected_px)
+        self._formula_of = formula
+
+    def residual(self) -> float:
+        return math.inf
+
+    def hypotheses(self) -> Iterator[Iterable[Hypothesis]]:
+        height, width = self.actual.shape[2:]
+        undone = "that size in the formula"
+        yield [Hypothesis("padding", self.where, self._words, undone, lambda: relative(self.actual, self._formula_of((height, width))))]
+
+    def without_cause(self) -> Finding | None:
+        return None
+
+
 def canvas_site(case: Case, actual: np.ndarray, config: MaskFormerConfig) -> ResultSite:
     """The network's input; ``actual``: what TensorFlow made of the images, official layout."""
     images, record = case.images, case.reference["taps", "images#0"]
@@ -357,7 +377,13 @@ def canvas_site(case: Case, actual: np.ndarray, config: MaskFormerConfig) -> Res
         made = formulas.canvas(images, (height, width), config.pixel_mean, config.pixel_std, **choices)
         return record.select(np.ascontiguousarray(np.moveaxis(made, -1, 1)))
 
-    selected = record.select(actual) if actual.shape == record.shape else actual
+    if actual.shape != record.shape:
+
+        def sized(size: tuple[int, int]) -> np.ndarray:
+            return np.moveaxis(formulas.canvas(images, size, config.pixel_mean, config.pixel_std), -1, 1)
+
+        return CanvasSite(actual, (height, width), sized)
+    selected = record.select(actual)
     return ResultSite("images", selected, case.reference.read("taps", "images#0"), formula, formulas.CANVAS_CHOICES)
 
 
@@ -447,6 +473,10 @@ def examine(
             site = None if call is None else TapSite(call, model, None if why_not(case) else case)
         elif group in ("gradients", "tap_gradients"):
             site = _gradient_site(model, case, group, name)
+        elif group in ("preprocessing", "metrics"):
+            from parity.diagnose_ends import site_of
+
+            site = site_of(case, model.config, group, name)
         elif name in results.groups.get(group, ()):
             site = of_case.site(group, name)
         if site is not None:

@@ -32,6 +32,42 @@ GROUP_CHOICES = (
 )
 
 
+STEP_FLOOR = 1e-11
+"""Relative L2 error that a hypothesis may leave: :data:`parity.trajectory.FLOAT64_TOLERANCE`."""
+
+
+class ClipSite(ResultSite):
+    """Clipped gradients of all parameters.
+
+    Args:
+        of_each: of every parameter, what TensorFlow made and what was recorded.
+    """
+
+    def __init__(
+        self,
+        of_each: Sequence[tuple[np.ndarray, np.ndarray]],
+        formula: Callable[..., np.ndarray],
+        choices: Sequence[Choice],
+    ):
+        actual, expected = (np.concatenate(arrays) for arrays in zip(*of_each, strict=True))
+        super().__init__("steps/clipped", actual, expected, formula, choices, STEP_FLOOR)
+        self._of_each = of_each
+
+    def hypotheses(self) -> Iterator[Iterable[Hypothesis]]:
+        *groups, of_outputs = super().hypotheses()
+        yield from groups
+        words = "each parameter's gradient is multiplied by a factor of its own, as if clipped apart"
+        yield [Hypothesis("clip", self.where, words, "one factor for all", self._without_own_factors)]
+        yield of_outputs
+
+    def _without_own_factors(self) -> float:
+        scaled = []
+        for actual, expected in self._of_each:
+            power = float(np.vdot(actual, actual))
+            scaled.append(actual * (float(np.vdot(actual, expected)) / power if power else 1.0))
+        return relative(np.concatenate(scaled), self.expected)
+
+
 class RateSite(ResultSite):
     """Learning rates or decays, of all parameters."""
 
@@ -92,21 +128,27 @@ def _sites(case: Case, found: Found, weights: Mapping[str, np.ndarray]) -> Itera
         rates[what] = reference.read("scalars", name)
         yield RateSite(f"steps/{what}", parts, np.asarray(found["scalars", name]), rates[what])
 
-    def each(quantity: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    def selected(quantity: str, tensors: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         records = [reference["steps", f"1/{quantity}.each/{name}"] for name in parts]
-        return np.concatenate(
-            [np.ravel(record.select(np.ascontiguousarray(tensors[name]))) for record, name in zip(records, parts, strict=True)]
-        )
+        return [np.ravel(record.select(np.ascontiguousarray(tensors[name]))) for record, name in zip(records, parts, strict=True)]
+
+    def recorded(quantity: str) -> list[np.ndarray]:
+        return [np.ravel(reference.read("steps", f"1/{quantity}.each/{name}")) for name in parts]
+
+    def each(quantity: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.concatenate(selected(quantity, tensors))
 
     def own(quantity: str) -> dict[str, np.ndarray]:
         return {name: np.asarray(found["steps", f"1/{quantity}.each/{name}"], np.float64) for name in parts}
 
     def site(quantity: str, formula: Callable[..., np.ndarray], choices: Sequence[Choice]) -> ResultSite:
-        expected = np.concatenate([np.ravel(reference.read("steps", f"1/{quantity}.each/{name}")) for name in parts])
-        return ResultSite(f"steps/{quantity}", each(quantity, own(quantity)), expected, formula, choices)
+        return ResultSite(
+            f"steps/{quantity}", each(quantity, own(quantity)), np.concatenate(recorded(quantity)), formula, choices, STEP_FLOOR
+        )
 
     norm = float(np.asarray(found["scalars", "1/gradient_norm"]))
-    yield site("clipped", functools.partial(_clipped, reference, parts, norm, _clip_of(recipe)), formulas.CLIP_CHOICES[:2])
+    pairs = list(zip(selected("clipped", own("clipped")), recorded("clipped"), strict=True))
+    yield ClipSite(pairs, functools.partial(_clipped, reference, parts, norm, _clip_of(recipe)), formulas.CLIP_CHOICES[:2])
     quantities = [
         quantity for quantity in ("exp_avg", "exp_avg_sq", "weights") if ("steps", f"1/{quantity}.each/{next(iter(parts))}") in found
     ]

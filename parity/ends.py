@@ -92,18 +92,18 @@ def _judge_reading(name: str, image: np.ndarray) -> Iterator[Item | Evidence]:
     from tfmaskformer.data import preprocessing
 
     def by_tensorflow() -> np.ndarray:
-        return preprocessing.decode_image_tf(tf.constant(_png(image)), tf.constant("png")).numpy()
+        return preprocessing.decode_image_tf(tf.constant(png(image)), tf.constant("png")).numpy()
 
     def upright() -> np.ndarray:
-        return np.concatenate([preprocessing.decode_image(_png(lie(corner), orientation)) for orientation, lie in UPRIGHT.items()])
+        return np.concatenate([preprocessing.decode_image(png(lie(corner), orientation)) for orientation, lie in UPRIGHT.items()])
 
     corner = image[:PROBE_PX, :PROBE_PX]
-    yield from _judge_pixels(f"{name}/read/png", lambda: preprocessing.decode_image(_png(image)), image)
+    yield from _judge_pixels(f"{name}/read/png", lambda: preprocessing.decode_image(png(image)), image)
     yield from _judge_pixels(f"{name}/read/png_tf", by_tensorflow, image)
     yield from _judge_pixels(f"{name}/read/upright", upright, np.concatenate([corner] * len(UPRIGHT)))
 
 
-def _png(image: np.ndarray, orientation: int = 1) -> bytes:
+def png(image: np.ndarray, orientation: int = 1) -> bytes:
     """A lossless file."""
     from PIL import Image
 
@@ -158,9 +158,18 @@ def _by_pillow(data: bytes, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray
 
 def _judge_shrinking(name: str, image: np.ndarray) -> Iterator[Item | Evidence]:
     import tensorflow as tf
-    from PIL import Image
 
     from tfmaskformer.data import preprocessing
+
+    corner, low, expected = shrunk(image)
+    step, high = f"{name}/resized/shortest_edge", 10**6
+    yield from _judge_pixels(step, lambda: preprocessing.resize_shortest_edge(corner, low, high), expected)
+    yield from _judge_pixels(f"{step}_tf", lambda: preprocessing.resize_shortest_edge_tf(tf.constant(corner), low, high).numpy(), expected)
+
+
+def shrunk(image: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
+    """A part of an image, the size in px that its shorter side shall have, and what Pillow makes of it."""
+    from PIL import Image
 
     corner = image[:PROBE_PX, :PROBE_PX]
     corner = corner[: max(corner.shape[0] * 2 // 3, 1)]  # wider than high
@@ -171,9 +180,7 @@ def _judge_shrinking(name: str, image: np.ndarray) -> Iterator[Item | Evidence]:
     scaled = (2 * low * long + short) // (2 * short)
     width_first = (scaled, low) if corner.shape[0] <= corner.shape[1] else (low, scaled)
     expected = np.asarray(Image.fromarray(np.ascontiguousarray(corner)).resize(width_first, Image.Resampling.BILINEAR))
-    step, high = f"{name}/resized/shortest_edge", 10**6
-    yield from _judge_pixels(step, lambda: preprocessing.resize_shortest_edge(corner, low, high), expected)
-    yield from _judge_pixels(f"{step}_tf", lambda: preprocessing.resize_shortest_edge_tf(tf.constant(corner), low, high).numpy(), expected)
+    return corner, low, expected
 
 
 PROBE_PX = 160
@@ -410,7 +417,7 @@ def _judge_panoptic(
 
     defined = {name: panoptic_counts(*pair, config.num_classes) for name, pair in pairs.items()}
     for name, pair in pairs.items():
-        yield _against(case, f"{image}/panoptic/{name}", _table(count(pair)), defined[name])
+        yield _against(case, f"{image}/panoptic/{name}", table(count(pair)), defined[name])
     is_thing = np.isin(np.arange(config.num_classes), list(config.thing_classes))
     quality = np.array([group[:3] for group in count(*pairs.values()).result().values()])
     yield _against(case, f"{image}/panoptic/quality", quality, panoptic_quality(sum(defined.values(), np.zeros(1)), is_thing))
@@ -419,7 +426,7 @@ def _judge_panoptic(
     own_ids, own_classes = panoptic_result(lambda group, name: results.groups[group][name], image)
     try:
         actual, expected = (
-            _table(count(*((pairs[against][0], *found) for against in ("targets", "shifted"))))
+            table(count(*((pairs[against][0], *found) for against in ("targets", "shifted"))))
             for found in ((own_ids, own_classes), (ids, classes))
         )
     except ValueError as error:  # another size, or segments that do not fit the map
@@ -508,7 +515,7 @@ def official_classes(case: Case, image: str) -> np.ndarray | None:
     return case.reference.read("inference", f"{image}/sem_seg").argmax(0)
 
 
-def _table(quality: Any) -> np.ndarray:
+def table(quality: Any) -> np.ndarray:
     """What :func:`panoptic_counts` gives, of a :class:`tfmaskformer.evaluation.panoptic.PanopticQuality`."""
     columns = (quality.iou, quality.true_positives, quality.false_positives, quality.false_negatives)
     return np.stack([np.asarray(column, np.float64) for column in columns], axis=1)

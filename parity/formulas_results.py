@@ -47,8 +47,9 @@ CANVAS_CHOICES = (
         "normaliser",
         "normalised",
     ),
-    Choice("constants", ("as they are", "reversed"), "BGR", "mean and deviation"),
+    Choice("constants", ("as they are", "reversed", "mean reversed", "deviation reversed"), "BGR", "mean and deviation"),
     Choice("middle", ("of the config", "of ImageNet, (123.675, 116.28, 103.53)", "(127.5, 127.5, 127.5)"), "normaliser", "mean"),
+    Choice("deviation", ("of the config", "of ImageNet, (58.395, 57.12, 57.375)", "1"), "scale", "deviation"),
     Choice("rounded", ("float32", "float64", "whole numbers"), "dtype rounding", "mean and deviation as"),
     Choice("moved", ((0, 0), (1, 0), (0, 1), (-1, 0), (0, -1), (1, 1)), "shift", "image moved by (rows, columns)"),
     Choice("flipped", ("no", "left and right", "up and down", "transposed"), "axis flip", "image flipped"),
@@ -77,12 +78,18 @@ def canvas(
         mean = (123.675, 116.28, 103.53)
     elif others.get("middle", "").startswith("(127"):
         mean = (127.5, 127.5, 127.5)
+    if others.get("deviation", "").startswith("of ImageNet"):
+        std = (58.395, 57.12, 57.375)
+    elif others.get("deviation") == "1":
+        std = (1.0, 1.0, 1.0)
     dtype = np.float64 if rounded == "float64" else np.float32
     middle, spread = (
         np.rint(values) if rounded == "whole numbers" else np.asarray(values, dtype).astype(np.float64) for values in (mean, std)
     )
-    if constants == "reversed":
-        middle, spread = middle[::-1], spread[::-1]
+    if constants in ("reversed", "mean reversed"):
+        middle = middle[::-1]
+    if constants in ("reversed", "deviation reversed"):
+        spread = spread[::-1]
 
     def normal(pixels: np.ndarray) -> np.ndarray:
         return {
@@ -350,7 +357,7 @@ def _pairs(
         else:
             picked = resized(picked[..., None], wanted.shape[1:], rule if aligned == "no" else aligned)[..., 0]
         wanted = 1 - wanted if turned != "no" else wanted
-        found.append((picked.reshape(len(picked), -1), wanted.reshape(len(wanted), -1)))
+        found.append((picked.reshape(len(picked), math.prod(picked.shape[1:])), wanted.reshape(len(wanted), math.prod(wanted.shape[1:]))))
     return found
 
 
@@ -649,7 +656,7 @@ def clipped(
 
 STEP_CHOICES = (
     Choice("eps", (1e-8, 1e-7, 1e-6, 1e-5, 1e-3, 1e-12, 0.0), "eps", "eps"),
-    Choice("placed", ("on the corrected root", "on the root", "under the root"), "eps", "eps"),
+    Choice("placed", ("on the corrected root", "on the root", "under the root", "1e-7 on the root, as Keras"), "eps", "eps"),
     Choice(
         "decayed",
         ("the weight", "the gradient", "not at all", "behind the step", "not times the learning rate", "twice"),
@@ -695,6 +702,7 @@ def adamw(
     two = 1 - beta2**count if corrected in ("both moments", "the second") else 1.0
     divisor = {
         "on the root": (np.sqrt(second) + eps) / math.sqrt(two),
+        "1e-7 on the root, as Keras": (np.sqrt(second) + 1e-7) / math.sqrt(two),
         "under the root": np.sqrt(second / two + eps),
     }.get(placed, np.sqrt(second / two) + eps)
     update = sign * lr / one * first / divisor
