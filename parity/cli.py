@@ -292,7 +292,11 @@ def _parser() -> argparse.ArgumentParser:
         "--actual", metavar="DIR", help="in place of --ckpt: a trace that TensorFlow recorded, maybe elsewhere ('parity-check record')"
     )
     parser.add_argument(
-        "--baseline", metavar="DIR", help="with --actual: a trace of the same precision that TensorFlow recorded on a CPU, as the floor"
+        "--baseline",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="with --actual: a trace of the same precision that TensorFlow recorded on a CPU; of several the largest error is the floor",
     )
     parser.add_argument("--reference", required=True, metavar="DIR", help="a trace, or 'official' to record one now")
     parser.add_argument("--port", metavar="FILE.py", help="another model, which this Python file describes (it is run)")

@@ -1,8 +1,8 @@
 """Comparing two recordings: what TensorFlow computed somewhere (:mod:`parity.tensorflow_record`) with what PyTorch did. Needs neither.
 
-float32 and float64 are judged as in any check. A precision that no official run has is judged by its ratio: the errors of a CPU
-recording of the same precision take the place of the official float32 floors, and the rules are those of float32. Ids that this
-recording has wrong itself are exempted by name; gradients are only held to their shape and finiteness, as in float32.
+float32 and float64 are judged as in any check. A precision that no official run has is judged by its ratio: the errors of CPU
+recordings of the same precision take the place of the official float32 floors, and the rules are those of float32. Ids that one of these
+recordings has wrong itself are exempted by name; gradients are only held to their shape and finiteness, as in float32.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ CPU_RUN = "a CPU run of the same precision"
 def check_recorded(
     actual: str,
     reference: str,
-    baseline: str | None = None,
+    baselines: Sequence[str] = (),
     settings: Settings | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Check:
@@ -40,7 +40,7 @@ def check_recorded(
     Args:
         actual: the TensorFlow trace.
         reference: the official trace.
-        baseline: a TensorFlow trace of the same precision from a CPU, whose errors are the floors; None: those of the official code.
+        baselines: TensorFlow traces of the same precision from a CPU, whose largest error is the floor; none: as of the official code.
         settings: what else is asked for: ``cases``, ``all_stages`` and ``gradients``.
         progress: is told each step.
 
@@ -48,23 +48,23 @@ def check_recorded(
         CheckError, TraceError: the traces cannot be compared.
     """
     recorded, official = Recording(actual), Trace(reference)
-    floors = None if baseline is None else Recording(baseline)
+    floors = [Recording(directory) for directory in baselines]
     recorded.check_against(official)
-    if floors is None and recorded.is_low:
+    if not floors and recorded.is_low:
         raise CheckError(
             f"'{actual}' was computed in {recorded.precision}, in which there are no official runs; give --baseline, {CPU_RUN}:\n"
             f"  parity-check record --framework tensorflow --device cpu {recorded.options} …"
         )
-    if floors is not None:
-        floors.check_against(official)
-        floors.check_is_baseline_of(recorded)
+    for floor in floors:
+        floor.check_against(official)
+        floor.check_is_baseline_of(recorded)
     asked = settings or Settings(actual, reference)
     names = [name for name in official.cases if name in (asked.cases or recorded.trace.cases)]
     if missing := [name for name in asked.cases if name not in recorded.trace.cases or name not in official.cases]:
         raise CheckError(f"no case {', '.join(missing)} in both traces; '{actual}' has {', '.join(recorded.trace.cases)}")
     left_out = tuple(Exemption("cases", name, f"'{actual}' has no recording of it") for name in official.cases if name not in names)
     loss_floors: dict[tuple[str, str], float] = {}
-    for name in official.cases if floors is None else names:
+    for name in names if floors else official.cases:
         with _opened(official, floors, name) as case:
             found = judge.loss_floors_of([case])
             loss_floors |= {key: max(loss_floors.get(key, 0.0), floor) for key, floor in found.items()}
@@ -147,27 +147,28 @@ class Recording:
             raise CheckError(f"--baseline '{self.directory}' has no case {', '.join(missing)}")
 
 
-def _opened(official: Trace, floors: Recording | None, name: str) -> Case:
+def _opened(official: Trace, floors: Sequence[Recording], name: str) -> Case:
     case = official.case(name)
-    if floors is not None:
-        config = MaskFormerConfig.from_dict(floors.provenance["config"])
-        case.baseline = _Floors(case, floors.file(name), tap_rules.names(config).partners)  # type: ignore[assignment]
+    if floors:
+        config = MaskFormerConfig.from_dict(floors[0].provenance["config"])
+        files = [floor.file(name) for floor in floors]
+        case.baseline = _Floors(case, files, tap_rules.names(config).partners)  # type: ignore[assignment]
     return case
 
 
 class _Floors:
-    """A TensorFlow recording in place of the official float32 file: its errors against the reference are the floors."""
+    """TensorFlow recordings in place of the official float32 file: their errors against the reference are the floors."""
 
     dtype = "float32"
 
-    def __init__(self, case: Case, file: TraceFile, partners: Mapping[str, tuple[str, str]]):
-        self._reference, self._official, self._file, self._partners = case.reference, case.baseline, file, partners
+    def __init__(self, case: Case, files: Sequence[TraceFile], partners: Mapping[str, tuple[str, str]]):
+        self._reference, self._official, self._files, self._partners = case.reference, case.baseline, files, partners
 
     def __getitem__(self, key: tuple[str, str]) -> Record:
         record = self._official[key]
         if not record.dtype.startswith("float") or key[1].endswith("/cost_noise"):
             return record
-        return dataclasses.replace(record, floor=(self._error(*key),))
+        return dataclasses.replace(record, floor=self._errors(*key))
 
     def group(self, group: str) -> dict[str, Record]:
         return {name: self[group, name] for name in self._official.group(group)}
@@ -175,24 +176,33 @@ class _Floors:
     def read(self, group: str, name: str) -> np.ndarray:
         if name.endswith("/cost_noise"):
             total = name.replace("cost_noise", "total")
-            return np.abs(self._file.read(group, total) - self._reference.read(group, total)).max(initial=0)
-        return self._file.read(group, name)
+            expected = self._reference.read(group, total)
+            return np.max([np.abs(file.read(group, total) - expected).max(initial=0) for file in self._files])
+        return self._files[0].read(group, name)
+
+    def unstable(self, group: str, name: str) -> bool:
+        """Whether one of the recordings has other ids than the reference."""
+        expected = self._reference.read(group, name)
+        return not all(np.array_equal(file.read(group, name), expected) for file in self._files)
 
     @functools.cache  # noqa: B019 it lives as long as its case
-    def _error(self, group: str, name: str) -> float:
+    def _errors(self, group: str, name: str) -> tuple[float, ...]:
+        return tuple(self._error(file, group, name) for file in self._files)
+
+    def _error(self, file: TraceFile, group: str, name: str) -> float:
         """Relative L2 error of the whole tensor, by the sketch of a sampled one; nan where there is none to compare."""
         partner = self._partners.get(name, (name,))[0] if group in ("taps", "tap_gradients") else name
-        if (group, partner) not in self._file.records or self._file[group, partner].shape != self._reference[group, name].shape:
+        if (group, partner) not in file.records or file[group, partner].shape != self._reference[group, name].shape:
             return math.nan
-        record, tensor = self._reference[group, name], self._file.read(group, partner)
+        record, tensor = self._reference[group, name], file.read(group, partner)
         if record.samples is None:
             return relative_error(tensor, self._reference.read(group, name))
         difference = float(np.linalg.norm(record.sketch(tensor) - self._reference.read_sketch(group, name)))
         return difference / record.statistics.l2 if record.statistics.l2 else math.inf if difference else 0.0
 
     def close(self) -> None:
-        self._file.close()
-        self._official.close()
+        for file in (*self._files, self._official):
+            file.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,17 +267,17 @@ def _why_no_gradients(recorded: Recording, official: Trace, settings: Settings) 
 
 def _judge_computed(judge_of: check.Judge, run: CaseRun, found: Found) -> Iterator[Any]:
     """A group; of ids, what the CPU run of the same precision has wrong too is exempted by name."""
+    floors: Any = run.case.baseline
     for one in judge_of(run, found):
-        if isinstance(one, Item) and not one.passed and isinstance(run.case.baseline, _Floors) and (reason := _unstable(run, one)):
+        if isinstance(one, Item) and not one.passed and isinstance(floors, _Floors) and (reason := _unstable(floors, one)):
             yield Exemption(one.group, one.name, reason)
         else:
             yield one
 
 
-def _unstable(run: CaseRun, item: Item) -> str | None:
+def _unstable(floors: _Floors, item: Item) -> str | None:
     """Why an id or an assignment cannot be judged in a precision, if it cannot."""
     if not item.name.endswith(("/segments", "/panoptic_seg", "/assignment")):
         return None
     name = item.name.replace("/panoptic_seg", "/segments")  # of which pixels belong to which a share may differ
-    own, expected = run.case.baseline.read(item.group, name), run.case.reference.read(item.group, name)
-    return None if np.array_equal(own, expected) else f"{CPU_RUN} has another result than float64, too"
+    return f"{CPU_RUN} has another result than float64, too" if floors.unstable(item.group, name) else None

@@ -44,9 +44,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def compare(folder, name, baseline=None, reference=REFERENCE):
+def compare(folder, name, *baselines, reference=REFERENCE):
     settings = check.Settings(str(folder / name), str(reference), all_stages=True)
-    return recorded.check_recorded(str(folder / name), str(reference), baseline and str(folder / baseline), settings, lambda step: None)
+    return recorded.check_recorded(
+        str(folder / name), str(reference), [str(folder / one) for one in baselines], settings, lambda step: None
+    )
 
 
 def failures(result):
@@ -202,11 +204,20 @@ def test_a_low_precision_is_judged_by_a_cpu_run_of_the_same(folder):
 @pytest.mark.parametrize(("name", "factor", "fails"), [("bfloat16", 0.5, False), ("bfloat16", 2.0, True), ("tf32", 2.0, True)])
 def test_a_low_precision_that_is_worse_than_a_cpu_run_fails(folder, name, factor, fails):
     with Trace(REFERENCE).case(CASE) as case, TraceFile(file_path(folder / name, CASE, PRECISIONS[name].dtype)) as file:
-        floor = recorded._Floors(case, file, {})["taps", TAP].floor[0]
+        floor = recorded._Floors(case, [file], {})["taps", TAP].floor[0]
     signs = np.random.default_rng(0).choice([-1, 1], 1 << 20)
     copy = folder / f"{name}_{factor}"
     changed(folder, name, copy, "taps", TAP, lambda values: values * (1 + factor * floor * signs[: values.size]))
     assert failures(compare(folder, copy.name, name)) == ({("taps", TAP)} if fails else set())
+
+
+def test_of_several_cpu_runs_the_worst_is_the_floor(folder):
+    worse = changed(folder, "bfloat16", folder / "worse", "taps", TAP, lambda values: values * 1.5)
+    assert failures(compare(folder, worse, "bfloat16")) == {("taps", TAP)}
+    for baselines in (("bfloat16", worse), (worse, "bfloat16")):
+        result = compare(folder, worse, *baselines)
+        assert failures(result) == set()
+        assert errors_of(result, "taps")[TAP] == pytest.approx(0.5, rel=0.2)
 
 
 def test_ids_that_the_cpu_run_has_wrong_too_are_exempted_by_name(folder):
@@ -229,14 +240,14 @@ def edited(folder, name, copy, **changes):
 
 
 def test_recordings_that_cannot_be_compared(folder):
-    for actual, baseline, message in (
-        ("bfloat16", edited(folder, "bfloat16", "gpu", device={"kind": "gpu", "name": "x"}), "was recorded on a gpu; expected a CPU run"),
-        ("bfloat16", "tf32", "was computed in float32 with products in tf32, expected bfloat16"),
-        (edited(folder, "float32", "weights", checkpoint={"sha256": "0"}), None, "other weights"),
-        ("inputs", None, "was not recorded with TensorFlow"),
+    for actual, baselines, message in (
+        ("bfloat16", [edited(folder, "bfloat16", "gpu", device={"kind": "gpu", "name": "x"})], "was recorded on a gpu; expected a CPU run"),
+        ("bfloat16", ["bfloat16", "tf32"], "was computed in float32 with products in tf32, expected bfloat16"),
+        (edited(folder, "float32", "weights", checkpoint={"sha256": "0"}), [], "other weights"),
+        ("inputs", [], "was not recorded with TensorFlow"),
     ):
         with pytest.raises(check.CheckError, match=message):
-            compare(folder, actual, baseline)
+            compare(folder, actual, *baselines)
     with pytest.raises(check.CheckError, match="has no results of the official code"):
         compare(folder, "float32", reference=folder / "inputs")
     shutil.copytree(REFERENCE, folder / "other_key")
