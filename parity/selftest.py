@@ -234,8 +234,11 @@ class Bench:
         backwards = fault.kind == "gradients"  # all others have to show on the way forwards
         reference = self.completed(trace, fault.case, backwards)  # by the unbroken model
         start = time.perf_counter()
-        with fault.apply(model):
-            found = self.check(trace, reference, fault.case, "float64", fault.padding, gradients=backwards)
+        try:
+            with fault.apply(model):
+                found = self.check(trace, reference, fault.case, "float64", fault.padding, gradients=backwards)
+        except Exception as error:  # it has not been missed, but nothing is said of where it is
+            return Trial(fault, True, ("error", f"{type(error).__name__}: {error}"), seconds=time.perf_counter() - start)
         seconds = time.perf_counter() - start
         if found.first_failure is None:
             return Trial(fault, False, seconds=seconds)

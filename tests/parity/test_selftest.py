@@ -122,6 +122,14 @@ def test_a_fault_acts_while_it_lasts(bench):
     np.testing.assert_array_equal(variable.numpy(), before)
 
 
+def test_a_check_that_breaks_off_places_nothing(bench, monkeypatch):
+    [fault] = [fault for fault in FAULTS if fault.name == "missing bias of the classifier"]
+    bench.completed(selftest.TRACES[fault.model], fault.case, False)
+    monkeypatch.setattr(bench, "check", lambda *_, **__: [][0])
+    trial = bench.trial(fault)
+    assert (trial.killed, trial.localised, trial.told) == (True, False, ("error", "IndexError: list index out of range"))
+
+
 def test_what_counts_as_the_same_place(bench):
     model = bench.model(selftest.TRACES["tiny_panoptic"], "float64")
     fault = dataclasses.replace(FAULTS[0], group="taps", where="backbone.res2.0.conv1")
