@@ -16,7 +16,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import h5py
@@ -39,30 +39,28 @@ class Contents:
     attributes: dict[str, str]
 
 
-def read(path: pathlib.Path, data: mmap.mmap, own: bool = False, meanwhile: Callable[[], object] = lambda: None) -> Contents:
+def read(path: pathlib.Path, data: mmap.mmap, own: bool = False) -> Contents:
     """All datasets of the file ``path``, as views of ``data``, which are its bytes.
 
-    A process of its own lists them, and ``meanwhile`` is called, unless the file is our ``own``, just written.
+    A process of its own lists them, unless the file is our ``own``, just written.
 
     Raises:
         ConversionError: damaged, or a dataset that is a link, compressed, stored elsewhere, or not of numbers.
     """
-    listed = hdf5_listing.listing(str(path)) if own else _listed(path, meanwhile)
+    listed = hdf5_listing.listing(str(path)) if own else _listed(path)
     tensors = {name: _view(name, dtype, shape, offset, data) for name, dtype, shape, offset in listed["tensors"]}
     if not tensors:
         raise ConversionError("the HDF5 file has no datasets")
     return Contents(tensors, listed["attributes"])
 
 
-def _listed(path: pathlib.Path, meanwhile: Callable[[], object]) -> dict[str, Any]:
+def _listed(path: pathlib.Path) -> dict[str, Any]:
     command = [sys.executable, "-I", hdf5_listing.__file__, str(path.absolute())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as done:
-        meanwhile()
-        stdout, _ = done.communicate()
+    done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
         how = "it took too long" if done.returncode == -signal.SIGXCPU else f"the library that reads it ended with {done.returncode}"
         raise ConversionError(f"the HDF5 file is damaged: {how}", "download or copy the file again")
-    listed = json.loads(stdout)
+    listed = json.loads(done.stdout)
     if "error" in listed:
         raise ConversionError(*listed["error"])
     return listed

@@ -69,7 +69,6 @@ class Source:
         size_bytes: of the file, or of all files of the checkpoint.
         data: the bytes of a file; None for a directory.
         files: what a directory's checkpoint consists of.
-        digest: the file's SHA-256 where it is known already, or "".
         tensors: name → tensor, in the file's order, with the file's own names and layout.
         author: the ``__author__`` that Detectron2 writes into its files, or "".
         others: what else is in it: "optimizer", "iteration", …
@@ -87,14 +86,17 @@ class Source:
     config: MaskFormerConfig | None = None
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: tuple[pathlib.Path, ...] = ()
-    digest: str = ""
 
     def sha256(self) -> str:
         """Of the file that is open. Of a directory: of the names and digests of its checkpoint's files."""
         if self.data is None:
             lines = (f"{hashlib.sha256(_bytes(file)).hexdigest()}  {file.name}\n" for file in self.files)
             return hashlib.sha256("".join(lines).encode()).hexdigest()
-        return self.digest or _sha256_of(self.data)
+        digest = hashlib.sha256()
+        for start in range(0, len(self.data), _BLOCK_BYTES):
+            digest.update(self.data[start : start + _BLOCK_BYTES])
+            self.data.madvise(mmap.MADV_DONTNEED, start, min(_BLOCK_BYTES, len(self.data) - start))
+        return digest.hexdigest()
 
     def release(self, tensor: Tensor) -> None:
         """Lets the memory go that a tensor's part of the file takes; it is read again when it is needed."""
@@ -182,24 +184,14 @@ def _read_safetensors(path: pathlib.Path, data: mmap.mmap) -> Source:
     return Source(path, SAFETENSORS, len(data), data, contents.tensors, contents.metadata.get(AUTHOR_KEY, ""), config=config)
 
 
-def _sha256_of(data: mmap.mmap) -> str:
-    digest = hashlib.sha256()
-    for start in range(0, len(data), _BLOCK_BYTES):
-        digest.update(data[start : start + _BLOCK_BYTES])
-        data.madvise(mmap.MADV_DONTNEED, start, min(_BLOCK_BYTES, len(data) - start))
-    return digest.hexdigest()
-
-
 def _read_hdf5(path: pathlib.Path, data: mmap.mmap, own: bool) -> Source:
-    digests: list[str] = []  # while another process lists the file
-    contents = hdf5.read(path, data, own, lambda: digests.append(_sha256_of(data)))
+    contents = hdf5.read(path, data, own)
     kind = KERAS if any(f"/{hdf5.KERAS_VARIABLES}/" in name for name in contents.tensors) else HDF5
     config = _config(contents.attributes.get(CONFIG_KEY), "its attributes")
     tensors, others = contents.tensors, tuple[str, ...]()
     if kind == KERAS and (optimizer := {name for name in tensors if name.startswith("optimizer/")}):
         tensors, others = {name: tensor for name, tensor in tensors.items() if name not in optimizer}, ("optimizer",)
-    author = contents.attributes.get(AUTHOR_KEY, "")
-    return Source(path, kind, len(data), data, tensors, author, others, config, digest="".join(digests))
+    return Source(path, kind, len(data), data, tensors, contents.attributes.get(AUTHOR_KEY, ""), others, config)
 
 
 _READERS = {PICKLE: _read_pickle, TORCH: _read_torch, SAFETENSORS: _read_safetensors}
