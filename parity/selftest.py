@@ -79,7 +79,8 @@ class Clean:
     Attributes:
         trace, case: on what; a trace's name ends with the seed of its weights.
         sizes_px: (height, width) of the images.
-        failures: what failed all the same: false alarms.
+        failures: what failed all the same, if the verdict is not noise: false alarms.
+        noise: what failed in float32 and not in float64, as the verdict says: on images this small float32 may.
     """
 
     trace: str
@@ -88,6 +89,7 @@ class Clean:
     padding: str
     sizes_px: tuple[tuple[int, int], ...]
     failures: tuple[str, ...]
+    noise: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +225,8 @@ class Bench:
         failures = [f"{item.group} '{item.name}'" for run in found.cases for item in run.failures]
         if not found.median_passed:
             failures.append(f"median of error / floor {found.median_ratio:.2f}")
-        return Clean(trace, case, dtype, padding, found.cases[0].sizes_px, tuple(failures))
+        told = {"noise" if found.verdict_kind == "noise" else "failures": tuple(failures)}
+        return Clean(trace, case, dtype, padding, found.cases[0].sizes_px, **({"failures": ()} | told))
 
     def trial(self, fault: Fault) -> Trial:
         """Makes a fault and checks; afterwards the model is as it was."""
@@ -423,10 +426,12 @@ def table(proof: Proof) -> str:
         lines.append(f"| {name} | {len(part.trials)} | {' | '.join(shares)} |")
     distinct = len({(run.trace, run.case) for run in proof.clean})
     models = len({entry_and_seed(run.trace)[0].name for run in proof.clean})
+    noisy = sum(bool(run.noise) for run in proof.clean)
     lines += [
         "",
         f"{len(proof.clean)} clean runs ({distinct} combinations of weights and sizes, {models} architectures, float32 and float64, both "
-        f"kinds of padding): {len(proof.false_alarms)} false alarms.",
+        f"kinds of padding): {len(proof.false_alarms)} false alarms. {noisy} of those in float32 failed by so little that the verdict is "
+        "noise: their images are too small for float32 ([why](docs/parity.md)).",
     ]
     return "\n".join(lines)
 

@@ -45,7 +45,7 @@ PLACES: tuple[tuple[str, str, str], ...] = (
     (MODULES, r"sem_seg_head\.predictor\.(transformer|query_embed|input_proj|pe_layer)\b.*", "transformer"),
     (MODULES, r".*", "heads"),
     ("outputs", r".*", "heads"),
-    ("matcher", r".*/assignment", "assignment"),
+    ("matcher", r"(.*/assignment|probe/.*)", "assignment"),
     ("matcher", r".*", "cost terms"),
     ("losses", r".*", "losses"),
     ("gradients|tap_gradients", r".*", "gradients"),
