@@ -21,12 +21,11 @@ from tfmaskformer.training.optimizer import global_norm
 
 def main():
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
-    config = common.quiet(common.SMALL["encoder"])
     images, sizes, targets = common.batch(counts=(3, 1), height=33, width=35)
-    one = common.build(config)
+    one = common.build(common.QUIET)
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
         strategy = tf.distribute.get_strategy()
-        mirrored = common.build(config)
+        mirrored = common.build(common.QUIET)
 
     def part(index):
         return tf.nest.map_structure(lambda tensor: tensor[index : index + 1], (images, sizes, targets))

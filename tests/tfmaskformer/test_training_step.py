@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 from tests.tfmaskformer.conftest import SMALL, random_values
-from tfmaskformer.config import MaskFormerConfig
+from tfmaskformer.config import MaskFormerConfig, SwinConfig
 from tfmaskformer.criterion import SetCriterion
 from tfmaskformer.layers import Dropout, dropout_masks
 from tfmaskformer.model import MaskFormer
@@ -25,12 +25,16 @@ from tfmaskformer.training.step import TrainStep
 RECIPE = Recipe(base_lr=1e-3, max_iter=10, lr_scheduler_name="WarmupPolyLR", warmup_iters=4, clip_norm=0.01)
 
 
-def quiet(config: MaskFormerConfig) -> MaskFormerConfig:
-    """Without dropout."""
-    return dataclasses.replace(config, predictor=dataclasses.replace(config.predictor, dropout=0.0))
+BACKBONE = SwinConfig(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(2, 3, 4, 6), window_size=3)
+LOUD = dataclasses.replace(SMALL["encoder"], backbone=BACKBONE)
+QUIET = dataclasses.replace(
+    LOUD,
+    backbone=dataclasses.replace(BACKBONE, drop_path_rate=0.0),
+    predictor=dataclasses.replace(LOUD.predictor, dropout=0.0),
+)
 
 
-def build(config, dtype="float64", **options) -> TrainStep:
+def build(config: MaskFormerConfig, dtype: str = "float64", **options) -> TrainStep:
     model = MaskFormer(config, dtype)
     model.build_parameters(random_values(config).__getitem__)
     return TrainStep(model, build_optimizer(RECIPE, model), **options)
@@ -48,7 +52,7 @@ def batch(counts=(2, 1), height=40, width=52, divisor=1):
 
 @pytest.fixture(scope="module")
 def step():
-    return build(quiet(SMALL["encoder"]))
+    return build(QUIET)
 
 
 def test_a_step_is_its_parts(step):
@@ -80,8 +84,7 @@ def test_a_step_is_its_parts(step):
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_compiled_it_is_the_same(jit_compile):
     """Dropout too: XLA draws the same masks."""
-    config = dataclasses.replace(SMALL["base"], size_divisibility=0)
-    eager, compiled = build(config), build(config)
+    eager, compiled = build(LOUD), build(LOUD)
     inputs = batch(counts=(2,), height=33, width=35)
     expected, found = eager(*inputs), tf.function(compiled, jit_compile=jit_compile)(*inputs)
     for key, loss in expected.losses.items():
@@ -99,7 +102,7 @@ def test_masks_depend_on_seed_iteration_and_place_alone():
     def losses(step):
         return np.array([float(loss) for loss in step.gradients(images, sizes, targets)[0].values()])
 
-    step = build(SMALL["encoder"], seed=3)
+    step = build(LOUD, seed=3)
     tf.random.set_seed(1)
     first = losses(step)
     tf.random.set_seed(2)
@@ -107,7 +110,7 @@ def test_masks_depend_on_seed_iteration_and_place_alone():
     step.optimizer.iterations.assign(1)
     assert not np.array_equal(losses(step), first)
     step.optimizer.iterations.assign(0)
-    assert not np.array_equal(losses(build(SMALL["encoder"], seed=4)), first)
+    assert not np.array_equal(losses(build(LOUD, seed=4)), first)
     keep = step.keep()
     masks = [keep(place, [50, 60], 0.25).numpy() for place in ("a#0", "a#1", "b#0")]
     for mask in masks:
@@ -134,7 +137,7 @@ def test_given_masks_are_used_call_by_call():
 
 def test_attention_and_every_dropout_take_the_given_masks(step):
     images, sizes, targets = batch()
-    loud = build(SMALL["encoder"])
+    loud = build(LOUD)
     seen = []
 
     def keep(place, shape, rate):
@@ -142,9 +145,9 @@ def test_attention_and_every_dropout_take_the_given_masks(step):
         return tf.fill(shape, True)
 
     loud.keep = lambda: keep
-    with_masks, without = loud.gradients(images, sizes, targets)[0], build(quiet(SMALL["encoder"])).gradients(images, sizes, targets)[0]
-    layers = SMALL["encoder"].predictor.dec_layers
-    assert len(seen) == len(set(seen)) == 2 * 4 + layers * 6  # of an encoder layer, and of a decoder layer
+    with_masks, without = loud.gradients(images, sizes, targets)[0], build(QUIET).gradients(images, sizes, targets)[0]
+    layers = LOUD.predictor.dec_layers
+    assert len(seen) == len(set(seen)) == 2 * 4 + layers * 6 + 3 * 2  # of encoder and decoder layers, and of blocks with a rate above 0
     assert float(with_masks["total_loss"]) != float(without["total_loss"])  # scaled up by 1 / 0.9
 
 
