@@ -33,7 +33,7 @@ def bench(tmp_path_factory):
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_is_caught_and_named(fault, bench):
     trial = bench.trial(fault)
-    record = RECORD.get(fault.name, {"localised": False, "finding": ""})
+    record = RECORD.get(fault.name, {"localised": False, "finding": None})
     assert trial.killed
     assert trial.localised or not record["localised"], (trial.told, fault.where)
     assert trial.finding == fault.cause or record["finding"] != fault.cause, (trial.finding, trial.statement)
