@@ -18,6 +18,7 @@ import numpy as np
 from parity import check, judge, probes, tap_rules
 from parity.check import COMPUTED, CaseCheck, Check, CheckError, Settings
 from parity.judge import CaseRun, Exemption, Found, Item
+from parity.spool import Group
 from parity.tensorflow_run import CaseResults
 from parity.trace import Case, Record, Trace, TraceFile, file_path, relative_error
 from tfmaskformer.config import MaskFormerConfig
@@ -213,36 +214,19 @@ class _Results(CaseResults):
         return self.groups[group][name]
 
 
-class _Group(Mapping[str, np.ndarray]):
-    """One group of a file; each tensor is read when it is asked for."""
-
-    def __init__(self, file: TraceFile, group: str):
-        self._file, self._group, self._names = file, group, file.group(group)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._file.read(self._group, name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def _group(file: TraceFile, group: str) -> Group:
+    return Group(file.group(group), functools.partial(file.read, group))
 
 
 def _check_case(
     case: Case, file: TraceFile, recorded: Recording, official: Trace, loss_floors: judge.LossFloors, settings: Settings
 ) -> CaseCheck:
     config = MaskFormerConfig.from_dict(recorded.provenance["config"])
-    groups: dict[str, Mapping[str, np.ndarray]] = {group: _Group(file, group) for group in COMPUTED}
+    groups: dict[str, Mapping[str, np.ndarray]] = {group: _group(file, group) for group in COMPUTED}
     if not case.reference.group("tap_gradients"):
         del groups["tap_gradients"]
     # What losses and inference round themselves is held to float32's own precision.
-    exact = {group: _Group(file, stored) for group, stored in EXACT.items() if file.group(stored) and not recorded.is_low}
+    exact = {group: _group(file, stored) for group, stored in EXACT.items() if file.group(stored) and not recorded.is_low}
     results = _Results(groups, tap_rules.names(config), None, exact, None)  # type: ignore[arg-type]
     dtype = "float64" if recorded.provenance["dtype"] == "float64" else "float32"
     one = CaseRun(case, results, dtype, loss_floors, config=config, trace=official, manifest=recorded.provenance["sources"])

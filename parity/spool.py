@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,7 +109,7 @@ class Spool:
 
     def group(self, group: str) -> Mapping[str, np.ndarray]:
         """The arrays of one group by name, in the order in which they were written; each is read when it is asked for."""
-        return _Group(self, group, [name for of, name in self._kept if of == group])
+        return Group([name for of, name in self._kept if of == group], functools.partial(self.read, group))
 
     def __enter__(self) -> Spool:
         return self
@@ -117,12 +118,16 @@ class Spool:
         self.close()
 
 
-class _Group(Mapping[str, np.ndarray]):
-    def __init__(self, spool: Spool, group: str, names: list[str]):
-        self._spool, self._group, self._names = spool, group, dict.fromkeys(names)
+class Group(Mapping[str, np.ndarray]):
+    """Arrays by name, each read when it is asked for, and not kept."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], np.ndarray]):
+        self._names, self._read = dict.fromkeys(names), read
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._spool.read(self._group, name)
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
