@@ -62,8 +62,8 @@ def main() -> int:
     text = (
         f"`python -m bench.evaluate`: {ENTRY}, photographs of {SIZE_PX}×{SIZE_PX} px, float32, {THREADS} threads, one image at a time, "
         f"from file to count (the official code: to what its evaluator would take, semantic scores included, which its forward pass always "
-        f"makes and COCO's PQ does not need); {PASSES} passes over {IMAGES} images each, taken in turns, after one that compiles. Ratio: of "
-        "the medians. Memory: the process's peak."
+        f"makes and COCO's PQ does not need); {PASSES} passes over {IMAGES} images each, taken in turns, after one that compiles. "
+        "Ratio: of the medians. Memory: the process's peak."
     )
     print(section("Evaluation", text, ["", "images/s", "an image", "fastest pass", "ratio", "peak memory"], rows))
     return 0
