@@ -89,7 +89,9 @@ def convert(
         ConversionError: the source, the config or the destination cannot be used. Nothing was written.
     """
     base = named_config(config) if config else None
-    return run(source, destination, lambda file: _plan(file, base), dtype=dtype, force=force, progress=progress)
+    with ThreadPoolExecutor(1) as pool:
+        known = {base: pool.submit(parameter_specs_of, base)} if base else {}  # while the file is opened
+        return run(source, destination, lambda file: _plan(file, base, known), dtype=dtype, force=force, progress=progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,11 +163,12 @@ def parameter_specs_of(config: MaskFormerConfig) -> dict[str, ParameterSpec]:
     return parameter_specs(MaskFormer(config))
 
 
-def _plan(file: Source, base: MaskFormerConfig | None) -> Plan:
+def _plan(file: Source, base: MaskFormerConfig | None, known: Mapping[MaskFormerConfig, Future[dict[str, ParameterSpec]]]) -> Plan:
     found = official(file, base)
     origin = "" if base else f"the config in {file.path.name}"
     inference = infer(found.v2(), file.path.name, base or file.config, origin)
-    shapes = {name: spec.shape for name, spec in parameter_specs_of(inference.config).items()}
+    specs = known[inference.config].result() if inference.config in known else parameter_specs_of(inference.config)
+    shapes = {name: spec.shape for name, spec in specs.items()}
     drops = table.drops(inference.config)
     moves = plan(table.rules(inference.config, found.key_layout), drops, found.tensors, shapes)
     more = {"left_out": dict(found.dropped)} if found.dropped else {}
