@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 THREADS = 2
 """Of every framework that is measured."""
@@ -67,3 +70,60 @@ class Worker:
         peak_bytes = int(self._ask("peak"))
         self.process.communicate()
         return peak_bytes
+
+
+def official_given() -> bool:
+    """Whether the official code can be measured: its folders are named in the environment."""
+    return "MASKFORMER_SOURCE" in os.environ and "DETECTRON2_SOURCE" in os.environ
+
+
+def in_turns(
+    module: str, names: Sequence[str], *arguments: str, warm_ups: int, passes: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Runs a worker for every name, ``python -m module NAME arguments``, and lets them make their passes in turns.
+
+    Whatever else the machine does meets all of them, and the peak memory of each is its own.
+
+    Returns:
+        Name → seconds of each pass after the ``warm_ups``; name → peak memory in bytes.
+    """
+    workers = {name: Worker(module, name, *arguments) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(warm_ups + passes):
+        for name, worker in workers.items():
+            elapsed_s = worker.run()
+            if index >= warm_ups:
+                seconds[name].append(elapsed_s)
+            progress(f"  pass {index + 1} of {warm_ups + passes}: {name}, {elapsed_s:.2f} s")
+    return seconds, {name: worker.finish() for name, worker in workers.items()}
+
+
+def serve(one_pass: Callable[[], Any]) -> int:
+    """A worker's side of :func:`in_turns`: makes a pass for every line of stdin, until its peak memory is asked for."""
+    for line in sys.stdin:
+        if line.strip() == "peak":
+            print(peak_memory_bytes(), flush=True)
+            continue
+        start_s = time.perf_counter()
+        one_pass()
+        print(time.perf_counter() - start_s, flush=True)
+    return 0
+
+
+def timings(seconds: Mapping[str, Sequence[float]], reference: str, each: int = 1) -> dict[str, list[str]]:
+    """Name → median, fastest and ratio of the medians to ``reference``, which is "–" where that was not measured, for a table.
+
+    Args:
+        seconds: of every pass.
+        reference: the name that all are compared with.
+        each: what a pass has of what is timed, by which it is divided.
+    """
+    medians = {name: statistics.median(values) / each for name, values in seconds.items()}
+    return {
+        name: [
+            f"{medians[name]:.3f} s",
+            f"{min(values) / each:.3f} s",
+            f"{medians[name] / medians[reference]:.2f}" if reference in medians else "–",
+        ]
+        for name, values in seconds.items()
+    }

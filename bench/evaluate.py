@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import checkpoints.registry
-from bench.common import THREADS, Worker, gigabytes, peak_memory_bytes, progress, section
+from bench.common import THREADS, gigabytes, in_turns, official_given, progress, section, serve, timings
 
 ENTRY = "maskformer_panoptic_R50_bs64_554k"
 SIZE_PX = 640
@@ -32,32 +30,14 @@ OURS, OFFICIAL = "tfmaskformer eval --cpu", "PyTorch, official"
 
 def main() -> int:
     """Measures and prints the section."""
-    names = [OFFICIAL, OURS] if "MASKFORMER_SOURCE" in os.environ and "DETECTRON2_SOURCE" in os.environ else [OURS]
+    names = [OFFICIAL, OURS] if official_given() else [OURS]
     with tempfile.TemporaryDirectory() as scratch:
         progress("  making the data set and the checkpoints")
         _write(Path(scratch))
-        workers = {name: Worker("bench.evaluate", name, scratch) for name in names}
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        for index in range(WARM_UPS + PASSES):
-            for name, worker in workers.items():
-                elapsed_s = worker.run()
-                if index >= WARM_UPS:
-                    seconds[name].append(elapsed_s / IMAGES)
-                progress(f"  pass {index + 1} of {WARM_UPS + PASSES}: {name}, {elapsed_s / IMAGES:.2f} s an image")
-        peaks = {name: worker.finish() for name, worker in workers.items()}
-
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    reference = medians.get(OFFICIAL)
+        seconds, peaks = in_turns("bench.evaluate", names, scratch, warm_ups=WARM_UPS, passes=PASSES)
     rows = [
-        [
-            name,
-            f"{1 / medians[name]:.2f}",
-            f"{medians[name]:.3f} s",
-            f"{min(seconds[name]):.3f} s",
-            "–" if reference is None else f"{medians[name] / reference:.2f}",
-            gigabytes(peaks[name]),
-        ]
-        for name in names
+        [name, f"{IMAGES / statistics.median(seconds[name]):.2f}", *timing, gigabytes(peaks[name])]
+        for name, timing in timings(seconds, OFFICIAL, IMAGES).items()
     ]
     text = (
         f"`python -m bench.evaluate`: {ENTRY}, photographs of {SIZE_PX}×{SIZE_PX} px, float32, {THREADS} threads, one image at a time, "
@@ -157,15 +137,7 @@ def _official(folder: Path) -> Callable[[], Any]:
 
 
 def _worker(name: str, folder: str) -> int:
-    one_pass = {OURS: _ours, OFFICIAL: _official}[name](Path(folder))
-    for line in sys.stdin:
-        if line.strip() == "peak":
-            print(peak_memory_bytes(), flush=True)
-            continue
-        start_s = time.perf_counter()
-        one_pass()
-        print(time.perf_counter() - start_s, flush=True)
-    return 0
+    return serve({OURS: _ours, OFFICIAL: _official}[name](Path(folder)))
 
 
 if __name__ == "__main__":

@@ -8,17 +8,14 @@ earlier decoder layers too, at their initial weights. The official code is measu
 
 from __future__ import annotations
 
-import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 import checkpoints.registry
-from bench.common import THREADS, Worker, gigabytes, peak_memory_bytes, progress, section
+from bench.common import THREADS, gigabytes, in_turns, official_given, section, serve, timings
 
 ENTRY = "maskformer_panoptic_R50_bs64_554k"
 SIZE_PX = 640
@@ -28,29 +25,9 @@ OFFICIAL = ("PyTorch, official", "PyTorch, official, channels last")
 
 def main() -> int:
     """Measures and prints the section."""
-    names = [*OFFICIAL, *TENSORFLOW] if "MASKFORMER_SOURCE" in os.environ and "DETECTRON2_SOURCE" in os.environ else [*TENSORFLOW]
-    workers = {name: Worker("bench.forward", name) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(WARM_UPS + PASSES):
-        for name, worker in workers.items():
-            elapsed_s = worker.run()
-            if index >= WARM_UPS:
-                seconds[name].append(elapsed_s)
-        progress(f"  pass {index + 1} of {WARM_UPS + PASSES}")
-    peaks = {name: worker.finish() for name, worker in workers.items()}
-
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    reference = medians.get(OFFICIAL[0])
-    rows = [
-        [
-            name,
-            f"{medians[name]:.3f} s",
-            f"{min(seconds[name]):.3f} s",
-            "–" if reference is None else f"{medians[name] / reference:.2f}",
-            gigabytes(peaks[name]),
-        ]
-        for name in names
-    ]
+    names = [*OFFICIAL, *TENSORFLOW] if official_given() else [*TENSORFLOW]
+    seconds, peaks = in_turns("bench.forward", names, warm_ups=WARM_UPS, passes=PASSES)
+    rows = [[name, *timing, gigabytes(peaks[name])] for name, timing in timings(seconds, OFFICIAL[0]).items()]
     text = (
         f"`python -m bench.forward`: {ENTRY}, one image of {SIZE_PX}×{SIZE_PX} px, float32, {THREADS} threads, all outputs; "
         f"{PASSES} passes each, taken in turns. Ratio: of the medians, to the official code as it runs by default. "
@@ -63,14 +40,7 @@ def main() -> int:
 def _worker(name: str) -> int:
     image = np.random.default_rng(0).integers(0, 256, [1, SIZE_PX, SIZE_PX, 3], dtype=np.uint8)
     forward = TENSORFLOW[name](image) if name in TENSORFLOW else _official(image, channels_last=name == OFFICIAL[1])
-    for line in sys.stdin:
-        if line.strip() == "peak":
-            print(peak_memory_bytes(), flush=True)
-            continue
-        start_s = time.perf_counter()
-        forward()
-        print(time.perf_counter() - start_s, flush=True)
-    return 0
+    return serve(forward)
 
 
 def _tensorflow(image: np.ndarray, jit_compile: bool = False) -> Callable[[], Any]:
