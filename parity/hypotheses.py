@@ -52,10 +52,18 @@ CAUSES = (
     "id",
     "stale weight",
     "missing term",
+    "extra term",
+    "interpolation",
+    "exponent",
+    "derivative",
+    "assignment",
     "not finite",
 )
 """What a cause may be called. "missing term": something is left out, added twice or cut off (a residual connection, a position embedding, a
-gradient's path); "layer order": something is taken or done before or behind the place where it belongs."""
+gradient's path); "extra term": something is applied that does not belong there; "layer order": something is taken or done before or behind
+the place where it belongs; "clip": a limit, of a norm, a value or a size, is left out or another; "interpolation": resized by another kind
+of rule (nearest, bilinear, antialiased); "derivative": on the way back an operation is not the derivative of what it was on the way forth;
+"assignment": pairs are chosen by another rule than the least cost."""
 
 
 @dataclasses.dataclass(frozen=True)
