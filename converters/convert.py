@@ -89,9 +89,7 @@ def convert(
         ConversionError: the source, the config or the destination cannot be used. Nothing was written.
     """
     base = named_config(config) if config else None
-    with ThreadPoolExecutor(1) as pool:
-        known = {base: pool.submit(parameter_specs_of, base)} if base else {}  # while the file is opened
-        return run(source, destination, lambda file: _plan(file, base, known), dtype=dtype, force=force, progress=progress)
+    return run(source, destination, lambda file: _plan(file, base), dtype=dtype, force=force, progress=progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,20 +135,18 @@ def run(
     with local_copy(source, progress) as path, _no_garbage_collection():
         kind_of(path)
         if destination is None:
-            with ThreadPoolExecutor(THREADS) as pool, open_source(path) as file:
-                digest = pool.submit(file.sha256)  # while the model is worked out
-                return _Run(file, digest, planner(file), target.DIRECTORY, dtype, pool, progress).examined()
+            with ThreadPoolExecutor(THREADS) as pool, open_source(path, pool=pool) as file:
+                return _Run(file, planner(file), target.DIRECTORY, dtype, pool, progress).examined()
         with upload(destination, force) as place:
             form = target.format_of(str(destination))
             staged = Destination(place, force, form.files, target.is_own)
             if place.exists() and place.samefile(path):
                 raise ConversionError(f"{quoted(destination)} is the source itself", "choose another --dst")
             with staged.staging() as directory:
-                with ThreadPoolExecutor(THREADS) as pool, open_source(path) as file:
-                    digest = pool.submit(file.sha256)  # while the model is worked out
+                with ThreadPoolExecutor(THREADS) as pool, open_source(path, pool=pool) as file:
                     todo = planner(file)
                     _check_space(staged.path, directory, todo.elements * DTYPES[dtype or "float32"].itemsize)
-                    conversion = _Run(file, digest, todo, form, dtype, pool, progress).written(directory, staged.path.name)
+                    conversion = _Run(file, todo, form, dtype, pool, progress).written(directory, staged.path.name)
                 staged.commit(directory)
     return dataclasses.replace(conversion, destination=staged.path if place == pathlib.Path(destination) else os.fspath(destination))
 
@@ -163,12 +159,11 @@ def parameter_specs_of(config: MaskFormerConfig) -> dict[str, ParameterSpec]:
     return parameter_specs(MaskFormer(config))
 
 
-def _plan(file: Source, base: MaskFormerConfig | None, known: Mapping[MaskFormerConfig, Future[dict[str, ParameterSpec]]]) -> Plan:
+def _plan(file: Source, base: MaskFormerConfig | None) -> Plan:
     found = official(file, base)
     origin = "" if base else f"the config in {file.path.name}"
     inference = infer(found.v2(), file.path.name, base or file.config, origin)
-    specs = known[inference.config].result() if inference.config in known else parameter_specs_of(inference.config)
-    shapes = {name: spec.shape for name, spec in specs.items()}
+    shapes = {name: spec.shape for name, spec in parameter_specs_of(inference.config).items()}
     drops = table.drops(inference.config)
     moves = plan(table.rules(inference.config, found.key_layout), drops, found.tensors, shapes)
     more = {"left_out": dict(found.dropped)} if found.dropped else {}
@@ -181,7 +176,6 @@ class _Run:
     def __init__(
         self,
         file: Source,
-        digest: Future[str],
         todo: Plan,
         form: target.Format,
         dtype: str | None,
@@ -189,7 +183,6 @@ class _Run:
         progress: Progress,
     ):
         self.file = file
-        self.file_digest = digest
         self.todo = todo
         self.form = form
         self.dtype = DTYPES[dtype or "float32"]
@@ -270,7 +263,7 @@ class _Run:
             source={
                 "file": self.file.path.name,
                 "bytes": self.file.size_bytes,
-                "sha256": self.file_digest.result(),
+                "sha256": self.file.sha256(),
                 "author": self.file.author,
                 "key_layout": todo.key_layout,
             },

@@ -34,32 +34,36 @@ def listing(path: str) -> dict[str, Any]:
     tensors: list[tuple[str, str, tuple[int, ...] | None, int | None]] = []
     with h5py.File(path, "r") as file:
         attributes = {str(name): value for name, value in file.attrs.items() if isinstance(value, str)}
-        todo: list[tuple[str, Any]] = [("", file)]
+        todo = [("", file["/"].id)]
         seen = set()
         while todo:
             where, group = todo.pop()
-            for name in group:
+            for raw in group:  # the low-level interface, which takes half the time
+                name = raw.decode("utf-8", "surrogateescape")
                 inner = f"{where}/{name}" if where else name
-                if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                if group.links.get_info(raw).type != h5py.h5l.TYPE_HARD:
                     raise ListingError(f"{inner[:100]!r} is a link", "links are not followed; save the file again without them")
-                item = group[name]
-                place = h5py.h5o.get_info(item.id).addr
+                item = h5py.h5o.open(group, raw)
+                place = h5py.h5o.get_info(item).addr
                 if place in seen:
                     raise ListingError(f"{inner[:100]!r} is there under two names", "save the file again without links")
                 seen.add(place)
                 if len(seen) > MAX_OBJECTS:
                     raise ListingError(f"more than {MAX_OBJECTS} groups and datasets", "no checkpoint has as many")
-                if isinstance(item, h5py.Group):
+                if isinstance(item, h5py.h5g.GroupID):
                     todo.append((inner, item))
-                elif isinstance(item, h5py.Dataset):
-                    tensors.append((inner, item.dtype.str, item.shape, _offset(item)))
+                elif isinstance(item, h5py.h5d.DatasetID):
+                    empty = item.get_space().get_simple_extent_type() == h5py.h5s.NULL
+                    tensors.append((inner, item.dtype.str, None if empty else item.shape, _offset(item)))
     return {"tensors": tensors, "attributes": attributes}
 
 
-def _offset(dataset: h5py.Dataset) -> int | None:
-    if dataset.external or dataset.is_virtual or dataset.chunks or dataset.id.get_create_plist().get_nfilters():
+def _offset(dataset: h5py.h5d.DatasetID) -> int | None:
+    """None: in pieces, filtered, virtual, or in another file."""
+    created = dataset.get_create_plist()
+    if created.get_layout() != h5py.h5d.CONTIGUOUS or created.get_external_count() or created.get_nfilters():
         return None
-    return dataset.id.get_offset()
+    return dataset.get_offset()
 
 
 def _limit(what: int, value: int) -> None:

@@ -16,6 +16,7 @@ import mmap
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ class Source:
         others: what else is in it: "optimizer", "iteration", …
         config: the model's, where the file or directory has one.
         manifest: of the conversion that wrote the directory, or empty.
+        digest: what ``sha256`` tells, where it is being worked out.
     """
 
     path: pathlib.Path
@@ -86,17 +88,16 @@ class Source:
     config: MaskFormerConfig | None = None
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: tuple[pathlib.Path, ...] = ()
+    digest: Future[str] | None = None
 
     def sha256(self) -> str:
         """Of the file that is open. Of a directory: of the names and digests of its checkpoint's files."""
+        if self.digest:
+            return self.digest.result()
         if self.data is None:
             lines = (f"{hashlib.sha256(_bytes(file)).hexdigest()}  {file.name}\n" for file in self.files)
             return hashlib.sha256("".join(lines).encode()).hexdigest()
-        digest = hashlib.sha256()
-        for start in range(0, len(self.data), _BLOCK_BYTES):
-            digest.update(self.data[start : start + _BLOCK_BYTES])
-            self.data.madvise(mmap.MADV_DONTNEED, start, min(_BLOCK_BYTES, len(self.data) - start))
-        return digest.hexdigest()
+        return _sha256(self.data)
 
     def release(self, tensor: Tensor) -> None:
         """Lets the memory go that a tensor's part of the file takes; it is read again when it is needed."""
@@ -146,8 +147,13 @@ def kind_of(path: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def open_source(path: pathlib.Path, own: bool = False) -> Iterator[Source]:
-    """The checkpoint's tensors; what is hashed and what is converted are the same bytes. ``own``: it was written just now, by us.
+def open_source(path: pathlib.Path, own: bool = False, pool: Executor | None = None) -> Iterator[Source]:
+    """The checkpoint's tensors; what is hashed and what is converted are the same bytes.
+
+    Args:
+        path: of the file or directory.
+        own: it was written just now, by us.
+        pool: where it is hashed, from the moment that it is opened.
 
     Raises:
         ConversionError: the file holds something else, or changed while it was open.
@@ -156,16 +162,27 @@ def open_source(path: pathlib.Path, own: bool = False) -> Iterator[Source]:
     if kind == TENSORFLOW:
         source = _open_directory(path)
         before = _state(source.files)
-        yield source
+        yield dataclasses.replace(source, digest=pool.submit(source.sha256)) if pool else source
         if _state(source.files) != before:
             raise ConversionError(f"{quoted(path)} changed while it was being read", "wait until it is complete")
         return
     with _mapped(path) as data:
+        digest = pool.submit(_sha256, data) if pool else None
         try:
             source = _read_hdf5(path, data, own) if kind == HDF5 else _READERS[kind](path, data)
         except ConversionError as error:
             raise ConversionError(f"{quoted(path.name)}: {error}") from None
-        yield source
+        yield dataclasses.replace(source, digest=digest)
+
+
+def _sha256(data: mmap.mmap) -> str:
+    digest = hashlib.sha256()
+    with memoryview(data) as view:
+        for start in range(0, len(view), _BLOCK_BYTES):
+            with view[start : start + _BLOCK_BYTES] as block:  # not a copy: reading the file holds up nobody else
+                digest.update(block)
+                data.madvise(mmap.MADV_DONTNEED, start, len(block))
+    return digest.hexdigest()
 
 
 def _read_pickle(path: pathlib.Path, data: mmap.mmap) -> Source:
