@@ -1,7 +1,7 @@
 """Records the official defaults and what the official YAML files make of them, so that both are known without the official code.
 
     MASKFORMER_SOURCE=… DETECTRON2_SOURCE=… python -m parity.record_defaults \\
-        tfmaskformer/official_defaults.json tests/golden/official_configs.json
+        tfmaskformer/official_defaults.json tfmaskformer/official_configs.json
 
 The first file has every key of ``get_cfg``, ``add_deeplab_config`` and ``add_mask_former_config``; the second has, for each YAML file in
 MaskFormer's ``configs/``, the keys to which ``merge_from_file`` gives another value. JSON has no tuples: they are text, as in YAML files.
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("configs", type=pathlib.Path)
     arguments = parser.parse_args(argv)
     code = official.load()
-    how_made = "python -m parity.record_defaults tfmaskformer/official_defaults.json tests/golden/official_configs.json, " + ", ".join(
+    how_made = "python -m parity.record_defaults tfmaskformer/official_defaults.json tfmaskformer/official_configs.json, " + ", ".join(
         f"{name} {commit}" for name, commit in code.commits.items()
     )
     defaults = tree(official_defaults())

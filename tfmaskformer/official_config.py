@@ -13,7 +13,7 @@ from typing import Any
 
 from checkpoints import registry
 from tfmaskformer.config import HEADS, ConfigError, MaskFormerConfig
-from tfmaskformer.official_yaml import Tree, read_tree
+from tfmaskformer.official_yaml import Tree, official_tree, override, read_tree
 
 _FEATURES = ["res2", "res3", "res4", "res5"]
 _RESNET, _DEEPLAB, _SWIN = "build_resnet_backbone", "build_resnet_deeplab_backbone", "D2SwinTransformer"
@@ -65,6 +65,23 @@ def read_config(path: str | os.PathLike[str]) -> MaskFormerConfig:
         return config_of(tree, Path(path).stem)
     except ConfigError as error:
         raise ConfigError(f"config '{path}': {str(error).removeprefix('config: ')}") from None
+
+
+def named_tree(name: str) -> tuple[str, Tree]:
+    """The whole config called ``name``, and its model's name: that of a zoo entry, or of an official YAML file (``….yaml``).
+
+    Raises:
+        ConfigError: no such entry, or a file that cannot be read.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name).stem, read_tree(name)
+    try:
+        entry = registry.entry(name)
+    except registry.ZooError as error:
+        raise ConfigError(str(error)) from None
+    tree = official_tree(entry.official_config)
+    override(tree, entry.official_options)
+    return name, tree
 
 
 def config_of(tree: Tree, name: str) -> MaskFormerConfig:

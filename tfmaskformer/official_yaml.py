@@ -18,7 +18,7 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,49 @@ def read_tree(path: str | os.PathLike[str]) -> Tree:
 
 def defaults() -> Tree:
     """The defaults alone: a new copy."""
-    text = importlib.resources.files("tfmaskformer").joinpath("official_defaults.json").read_text(encoding="utf-8")
-    return _decoded_tree(json.loads(text)["defaults"])
+    return _decoded_tree(_packaged("official_defaults.json")["defaults"])
+
+
+def official_tree(path: str) -> Tree:
+    """What :func:`read_tree` makes of one of the official files, which need not be there: as recorded.
+
+    Args:
+        path: in the official repository, ``configs/coco-panoptic/maskformer_panoptic_R50_bs64_554k.yaml``.
+    """
+    tree = defaults()
+    override(tree, [part for item in _packaged("official_configs.json")["configs"][path].items() for part in item])
+    return tree
+
+
+def override(tree: Tree, options: Sequence[Any]) -> None:
+    """Changes values of a whole config in place, as Detectron2's ``merge_from_list``: ``["SOLVER.BASE_LR", "1e-4", …]``.
+
+    Raises:
+        ConfigError: a key without a value, an unknown key, or a value of another type than the one that it replaces.
+    """
+    if len(options) % 2:
+        raise ConfigError(f"options: '{options[-1]}' has no value, expected pairs of a key and a value")
+    for key, value in zip(options[::2], options[1::2], strict=True):
+        *parents, last = key.split(".")
+        values = {last: value}
+        for parent in reversed(parents):
+            values = {parent: values}
+        _merge(values, tree, "options", "")
+
+
+def dump(tree: Tree) -> str:
+    """A whole config as YAML; :func:`read_tree` of the text, and the official code's ``merge_from_file``, lead back."""
+
+    def plain(value: Any) -> Any:  # tuples are text, as in the official files
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return repr(value) if isinstance(value, tuple) else value
+
+    return yaml.safe_dump(plain(tree), sort_keys=True, allow_unicode=True)
+
+
+def _packaged(name: str) -> Any:
+    return json.loads(importlib.resources.files("tfmaskformer").joinpath(name).read_text(encoding="utf-8"))
 
 
 def decode(value: Any) -> Any:

@@ -9,7 +9,7 @@ from checkpoints import registry
 from tfmaskformer.official_yaml import decode, defaults
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CONFIGS = json.loads((GOLDEN / "official_configs.json").read_text())["configs"]
+CONFIGS = json.loads((Path(__file__).parents[2] / "tfmaskformer" / "official_configs.json").read_text())["configs"]
 RECORDED = json.loads((GOLDEN / "training" / "recipes.json").read_text())
 TINY = ("tiny_panoptic", "tiny_semantic", "tiny_deeplab", "tiny_swin", "tiny_per_pixel", "tiny_per_pixel_plus")
 ENTRIES = [*registry.entries(), *map(registry.entry, TINY)]

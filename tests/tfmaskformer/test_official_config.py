@@ -12,7 +12,7 @@ from tfmaskformer.config import ConfigError, MaskFormerConfig
 from tfmaskformer.official_config import SUPPORTED, config_of, read_config
 from tfmaskformer.official_yaml import decode, defaults
 
-RECORDED = json.loads((Path(__file__).parent.parent / "golden" / "official_configs.json").read_text())["configs"]
+RECORDED = json.loads((Path(__file__).parents[2] / "tfmaskformer" / "official_configs.json").read_text())["configs"]
 """Official YAML file → the keys to which the official code gives another value than the default."""
 
 

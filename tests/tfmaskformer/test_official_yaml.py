@@ -16,7 +16,7 @@ from parity.record_defaults import changes
 from tfmaskformer.config import ConfigError
 from tfmaskformer.official_yaml import MAX_FILE_BYTES, decode, defaults, evaluate, read_tree
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "official_configs.json"
+GOLDEN = Path(__file__).parents[2] / "tfmaskformer" / "official_configs.json"
 
 
 def value_of(tree, key):
