@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +18,30 @@ if TYPE_CHECKING:
 
 ORDER = Choice("order", ("RGB", "BGR", "GBR", "BRG"), "BGR", "channels")
 UPRIGHT = Choice("orientation", ("followed", "ignored"), "axis flip", "the file's orientation is")
-SIZES = Choice("rounded", ("to the nearest", "down", "up", "to the nearest even"), "dtype rounding", "sizes are rounded")
-SHRUNK = (ORDER, Choice("passes", ("rounded after each axis", "rounded once"), "dtype rounding", "pixels are"))
+SIZES = (
+    Choice("rounded", ("to the nearest", "down", "up", "to the nearest even"), "dtype rounding", "sizes are rounded"),
+    Choice("limited", ("yes", "no"), "clip", "the longer side is limited:"),
+    Choice("side", ("shorter", "longer", "height", "width"), "axis order", "the size given is that of the"),
+)
+SHRUNK = (
+    ORDER,
+    SIZES[0],
+    Choice(
+        "rule",
+        (
+            "bilinear, rounded after each axis",
+            "bilinear, rounded once",
+            "bilinear, not antialiased",
+            "nearest",
+            "bicubic",
+            "box",
+            "Lanczos",
+        ),
+        "interpolation",
+        "made smaller by",
+        causes={"bilinear, rounded once": "dtype rounding"},
+    ),
+)
 PANOPTIC = (
     Choice("void", ("left out of the union", "in the union"), "mask missing", "void is"),
     Choice("crowds", ("excused", "missed like others"), "mask missing", "crowds are"),
@@ -53,44 +76,71 @@ def _pixels(image: np.ndarray, name: str) -> ResultSite | None:
     if what == "read/upright":
         corner = image[: ends.PROBE_PX, : ends.PROBE_PX]
         lying = {orientation: lie(corner) for orientation, lie in ends.UPRIGHT.items()}
-        made = np.concatenate([preprocessing.decode_image(ends.png(pixels, orientation)) for orientation, pixels in lying.items()])
-        upright = np.concatenate([corner] * len(lying))
-        return ResultSite(
-            "preprocessing/read",
-            made.ravel(),
-            upright.ravel(),
-            lambda orientation="followed": (upright if orientation == "followed" else np.concatenate([*lying.values()])).ravel(),
-            [UPRIGHT],
-        )
+        made = [preprocessing.decode_image(ends.png(pixels, orientation)) for orientation, pixels in lying.items()]
+
+        def read(orientation: str = "followed") -> np.ndarray:
+            return _flat([corner] * len(lying) if orientation == "followed" else lying.values())
+
+        return ResultSite("preprocessing/read", _flat(made), read(), read, [UPRIGHT])
     if what == "resized/shortest_edge":
         corner, low, expected = ends.shrunk(image)
-        return ResultSite(
-            "preprocessing/resized",
-            preprocessing.resize_shortest_edge(corner, low, 10**6),
-            expected,
-            lambda order="RGB", passes="rounded after each axis": _ordered(
-                expected if passes == "rounded after each axis" else _shrunk_once(corner, expected.shape[:2]), order
-            ),
-            SHRUNK,
-        )
+        actual = preprocessing.resize_shortest_edge(corner, low, 10**6)
+        return ResultSite("preprocessing/resized", actual, expected, functools.partial(_shrunk, corner, low, actual), SHRUNK)
     return None
+
+
+def _flat(images: Iterable[np.ndarray]) -> np.ndarray:
+    """All pixels of images of any sizes."""
+    return np.concatenate([image.ravel() for image in images])
 
 
 def _ordered(image: np.ndarray, order: str) -> np.ndarray:
     return image[..., ["RGB".index(letter) for letter in order]]
 
 
-def _shrunk_once(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Pillow's bilinear filter, in float64, rounded at the end."""
+def _shrunk(
+    image: np.ndarray,
+    low: int,
+    actual: np.ndarray,
+    *,
+    order: str = "RGB",
+    rounded: str = "to the nearest",
+    rule: str = "bilinear, rounded after each axis",
+) -> np.ndarray:
+    """uint8: an image whose shorter side becomes ``low`` px; ``actual``: what was made of it in another way."""
+    from PIL import Image
 
-    def weights(into: int, out: int) -> np.ndarray:
-        scale = max(into / out, 1.0)
-        distances = (np.arange(into) + 0.5)[np.newaxis] - (np.arange(out) + 0.5)[:, np.newaxis] * into / out
-        table = np.maximum(1 - np.abs(distances) / scale, 0)
-        return table / table.sum(1, keepdims=True)
+    [size] = _resized_shapes(np.array([[*image.shape[:2], low, 10**6]]), rounded)
+    if rule in ("bilinear, rounded once", "bilinear, not antialiased"):
+        rows, columns = (_weights(into, out, rule != "bilinear, not antialiased") for into, out in zip(image.shape[:2], size, strict=True))
+        exact = np.einsum("yi,ijc,xj->yxc", rows, image.astype(np.float64), columns)
+        pixels = np.rint(exact)
+        if actual.shape == pixels.shape:  # what lies halfway between two grey levels may become either: float32 is off by 5e-4 there
+            pixels = np.where(np.abs(exact - actual) <= 0.5 + 1e-3, actual, pixels)
+        return _ordered(pixels.astype(np.uint8), order)
+    kind = {"nearest": "NEAREST", "bicubic": "BICUBIC", "box": "BOX", "Lanczos": "LANCZOS"}.get(rule, "BILINEAR")
+    height, width = size.tolist()
+    return _ordered(np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling[kind])), order)
 
-    rows, columns = (weights(into, out) for into, out in zip(image.shape[:2], size, strict=True))
-    return np.rint(np.einsum("yi,ijc,xj->yxc", rows, image.astype(np.float64), columns)).astype(np.uint8)
+
+def _weights(into: int, out: int, antialiased: bool) -> np.ndarray:
+    """``[out, into]`` of a bilinear filter with half pixels, Pillow's where it is antialiased."""
+    scale = max(into / out, 1.0) if antialiased else 1.0
+    places = np.clip((np.arange(out) + 0.5) * into / out, 0.5, into - 0.5)
+    table = np.maximum(1 - np.abs((np.arange(into) + 0.5)[np.newaxis] - places[:, np.newaxis]) / scale, 0)
+    return table / table.sum(1, keepdims=True)
+
+
+def _resized_shapes(given: np.ndarray, rounded: str = "to the nearest", limited: str = "yes", side: str = "shorter") -> np.ndarray:
+    """int64 ``[images, 2]`` of ``[images, 4]``: height, width, size of the shorter side, limit of the longer one."""
+    sides, low, high = given[:, :2], given[:, 2], given[:, 3]
+    of = {"longer": sides.max(1), "height": sides[:, 0], "width": sides[:, 1]}.get(side, sides.min(1))
+    scale = low / of
+    if limited == "yes":
+        scale = np.minimum(scale, high / sides.max(1))
+    exact = sides * scale[:, np.newaxis]
+    whole = {"down": np.floor, "up": np.ceil, "to the nearest even": np.rint}.get(rounded, lambda exact: np.floor(exact + 0.5))(exact)
+    return whole.astype(np.int64)
 
 
 def _sizes() -> ResultSite:
@@ -99,14 +149,7 @@ def _sizes() -> ResultSite:
     shapes = np.array(ends.SHAPES)
     actual = np.array([preprocessing.resized_shape(*sizes) for sizes in shapes[:, :4].tolist()])
 
-    def formula(rounded: str = "to the nearest") -> np.ndarray:
-        sides, low, high = shapes[:, :2], shapes[:, 2], shapes[:, 3]
-        scale = np.minimum(low / sides.min(1), high / sides.max(1))[:, np.newaxis]
-        exact = np.round(sides * scale, 9)  # a side that is low or high itself
-        whole = {"down": np.floor, "up": np.ceil, "to the nearest even": np.rint}.get(rounded, lambda side: np.floor(side + 0.5))(exact)
-        return whole.astype(np.int64)
-
-    return ResultSite("preprocessing/resized", actual, shapes[:, 4:], formula, [SIZES])
+    return ResultSite("preprocessing/resized", actual, shapes[:, 4:], functools.partial(_resized_shapes, shapes[:, :4]), SIZES)
 
 
 # --- metrics

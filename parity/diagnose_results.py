@@ -6,10 +6,12 @@ Sites for :func:`parity.diagnose.diagnose`, and :func:`examine`, which picks the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -24,8 +26,8 @@ from parity.formulas import Choice, UnsupportedError
 from parity.hypotheses import Hypothesis
 from parity.judge import case_inputs
 from parity.replay import Call, replay, why_not
-from parity.tensorflow_run import padded_images, run
-from parity.trace import Case
+from parity.tensorflow_run import _task, padded_images, run
+from parity.trace import Case, Record
 
 if TYPE_CHECKING:
     from tfmaskformer.config import MaskFormerConfig
@@ -41,6 +43,7 @@ class ResultSite:
         formula: the official computation; its keywords are choices. None: nothing is known of it.
         choices: what ports get wrong in it.
         floor: see :data:`parity.diagnose.FLOOR`.
+        first, last: what else to try, before the choices and where none of them explains it.
     """
 
     def __init__(
@@ -51,10 +54,12 @@ class ResultSite:
         formula: Callable[..., np.ndarray] | None = None,
         choices: Sequence[Choice] = (),
         floor: float = FLOOR,
+        first: Iterable[Hypothesis] = (),
+        last: Iterable[Hypothesis] = (),
     ):
         self.where, self.floor = where, floor
         self.actual, self.expected = np.asarray(actual), np.asarray(expected)
-        self._formula, self._choices = formula, choices
+        self._formula, self._choices, self._first, self._last = formula, choices, first, last
 
     def residual(self) -> float:
         return relative(self.actual, self.expected)
@@ -64,15 +69,17 @@ class ResultSite:
         """What the formula gives with the official choices."""
         try:
             return None if self._formula is None else np.asarray(self._formula())
-        except UnsupportedError:
+        except (UnsupportedError, ValueError, IndexError):  # what was recorded has a shape that the formula does not know
             return None
 
     def hypotheses(self) -> Iterator[Iterable[Hypothesis]]:
+        yield self._first
         official = self._official
         if official is not None and relative(official, self.expected) <= self.floor:
             yield self._tried(self.actual, lambda choice, value: f"{choice.words} {told(value)} instead of {told(choice.values[0])}", 1)
         elif official is not None and relative(official, self.actual) <= self.floor:
             yield self._tried(self.expected, lambda choice, value: f"PyTorch computed with {choice.words} {told(value)}", 0)
+        yield self._last
         yield hypotheses.of_outputs(self.where, self.actual, self.expected)
 
     def _tried(self, target: np.ndarray, words: Callable[[Choice, Any], str], start: int) -> Iterator[Hypothesis]:
@@ -87,12 +94,13 @@ class ResultSite:
                 )
 
     def not_finite(self) -> Finding | None:
-        if not np.issubdtype(self.actual.dtype, np.floating) or np.isfinite(self.actual).all() or not np.isfinite(self.expected).all():
-            return None
-        words = f"{np.count_nonzero(~np.isfinite(self.actual))} elements are not finite"
-        return Finding(self.where, words, "not finite", f"{self.where}: {words}", math.inf, math.nan, self.floor)
+        """None: what makes it so may be known (labels that are no class do)."""
+        return None
 
     def without_cause(self) -> Finding | None:
+        if self.actual.dtype.kind == "f" and not np.isfinite(self.actual).all() and np.isfinite(self.expected).all():
+            words = f"{np.count_nonzero(~np.isfinite(self.actual))} elements are not finite"
+            return Finding(self.where, words, "not finite", f"{self.where}: {words}", math.inf, math.nan, self.floor)
         official = self._official
         if official is None or relative(official, self.expected) > self.floor:
             return None
@@ -138,10 +146,17 @@ class Results:
         count = sum(name.endswith(last) for name in self._case.reference.group("outputs"))
         return ["", *(f"aux_outputs.{layer}." for layer in range(count - 1))]
 
-    def _output(self, layer: int, name: str) -> np.ndarray:
-        """``layer`` counts from 0, the final one, cyclically. Where the trace has samples, TensorFlow's own, which is right then."""
-        layers = self._layers()
-        name = layers[layer % len(layers)] + name
+    def _output(self, place: int, name: str, layer: int = 0, layers: str = "as they are") -> np.ndarray:
+        """Of a decoder layer; of another one where ``layer``, how far it is off, or ``layers``, their order, say so.
+
+        ``place`` counts from 0, the final one. Where the trace has samples, TensorFlow's own, which is right then.
+        """
+        names = self._layers()
+        if layers == "auxiliary ones backwards":
+            place = -place
+        elif layers == "all backwards":
+            place = 1 - place
+        name = names[(place + layer) % len(names)] + name
         sampled = self._case.reference["outputs", name].samples is not None
         return self.actual("outputs", name) if sampled else self.expected("outputs", name)
 
@@ -160,14 +175,14 @@ class Results:
 
     def _matcher(self, name: str) -> ResultSite | None:
         place, image_text, what = name.split("/")
-        layer, image = 0 if place == "final" else int(place) + 1, int(image_text)
+        decoder_layer, image = 0 if place == "final" else int(place) + 1, int(image_text)
         where = f"matcher/{what}"
         actual, expected = self.actual("matcher", name), self.expected("matcher", name)
         labels, weights = self._targets[image]["labels"], self._config.criterion
 
         def cost(function: Callable[..., np.ndarray], output: str, *rest: Any) -> Callable[..., np.ndarray]:
-            return lambda layer_off=0, **choices: function(
-                self._output(layer + choices.pop("layer", layer_off), output)[image], *rest, **choices
+            return lambda layer=0, layers="as they are", **choices: function(
+                self._output(decoder_layer, output, layer, layers)[image], *rest, **choices
             )
 
         if what == "cost_class":
@@ -191,70 +206,118 @@ class Results:
 
     def _losses(self, name: str) -> ResultSite | None:
         """One term in all layers at once: a formula that is wrong by chance fits one number, but not all."""
-        term = name.rstrip("0123456789").rstrip("_")
+        term = _term(name)
         recorded = list(self._case.reference.group("losses"))
         if term == "total":
             return self._total(recorded)
-        names = [other for other in recorded if other.rstrip("0123456789").rstrip("_") == term]
-        layers = [0 if other == term else int(other.rpartition("_")[2]) + 1 for other in names]
+        names = [other for other in recorded if _term(other) == term and other in self._results.groups["losses"]]
+        places = [0 if other == term else int(other.rpartition("_")[2]) + 1 for other in names]
         actual = np.array([float(self.actual("losses", other)) for other in names])
         expected = np.array([float(self.expected("losses", other)) for other in names])
-        images = range(len(self._images))
+        targets, weights = self._targets, self._config.criterion
 
-        def each(loss: Callable[..., float]) -> Callable[..., np.ndarray]:
-            return lambda layer=0, **choices: np.array([loss(own, layer, **choices) for own in layers])
+        def each(output: str, loss: Callable[..., float]) -> Callable[..., np.ndarray]:
+            def losses(layer: int = 0, layers: str = "as they are", **choices: Any) -> np.ndarray:
+                return np.array([loss(self._output(place, output, layer, layers), place, **choices) for place in places])
 
-        def of_classes(layer: int, off: int, **choices: Any) -> float:
-            labels = [target["labels"] for target in self._targets]
-            weight = self._config.criterion.no_object_weight
-            return formulas.class_loss(
-                self._output(layer + off, "pred_logits"), labels, self._assignments(layer), official_weight=weight, **choices
-            )
+            return losses
+
+        def of_classes(logits: np.ndarray, place: int, **choices: Any) -> float:
+            labels = [target["labels"] for target in targets]
+            return formulas.class_loss(logits, labels, self._assignments(place), official_weight=weights.no_object_weight, **choices)
 
         def of_masks(function: Callable[..., float]) -> Callable[..., float]:
-            return lambda layer, off, **choices: function(
-                self._output(layer + off, "pred_masks"), [self._masks(image) for image in images], self._assignments(layer), **choices
-            )
+            masks = [self._masks(image) for image in range(len(targets))]
+            return lambda logits, place, **choices: function(logits, masks, self._assignments(place), **choices)
 
-        def of_pixels(layer: int, off: int, **choices: Any) -> float:
-            labels = [target["sem_seg"] for target in self._targets]
-            ignore = self._config.criterion.ignore_value
-            return self._config.criterion.loss_weight * formulas.pixel_loss(self._output(layer + off, "sem_seg"), labels, ignore, **choices)
+        def of_pixels(logits: np.ndarray, place: int, **choices: Any) -> float:
+            labels = [target["sem_seg"] for target in targets]
+            return weights.loss_weight * formulas.pixel_loss(logits, labels, weights.ignore_value, self.canvas, **choices)
 
-        functions: dict[str, tuple[Callable[..., float], Sequence[Choice]]] = {
-            "loss_ce": (of_classes, formulas.CLASS_LOSS_CHOICES),
-            "loss_mask": (of_masks(formulas.mask_loss), formulas.MASK_LOSS_CHOICES),
-            "loss_dice": (of_masks(formulas.dice_loss), formulas.DICE_LOSS_CHOICES),
-            "loss_sem_seg": (of_pixels, formulas.PIXEL_LOSS_CHOICES),
+        functions: dict[str, tuple[str, Callable[..., float], Sequence[Choice]]] = {
+            "loss_ce": ("pred_logits", of_classes, formulas.CLASS_LOSS_CHOICES),
+            "loss_mask": ("pred_masks", of_masks(formulas.mask_loss), formulas.MASK_LOSS_CHOICES),
+            "loss_dice": ("pred_masks", of_masks(formulas.dice_loss), formulas.DICE_LOSS_CHOICES),
+            "loss_sem_seg": ("sem_seg", of_pixels, formulas.PIXEL_LOSS_CHOICES),
         }
         if term not in functions:
             return ResultSite(name, actual, expected)
-        function, choices = functions[term]
-        return ResultSite(term, actual, expected, each(function), choices)
+        output, function, choices = functions[term]
+        return ResultSite(term, actual, expected, each(output, function), choices, last=self._of_other_inputs(term, names, expected))
+
+    def _of_other_inputs(self, term: str, names: Sequence[str], expected: np.ndarray) -> Iterator[Hypothesis]:
+        """TensorFlow's own losses, of labels or outputs in which the mistake is undone."""
+
+        def after(
+            labels: Callable[[np.ndarray], np.ndarray] = lambda labels: labels, maps: Callable[[np.ndarray], np.ndarray] = lambda maps: maps
+        ) -> float:
+            found = self._losses_of(labels, maps)
+            return relative(np.array([found[name] for name in names]), expected)
+
+        ignore = self._config.criterion.ignore_value
+        counted = {
+            "labels are counted from 1, with 0 for none": lambda labels: np.where(labels == ignore, 0, labels + 1),
+            "labels are counted from 1": lambda labels: np.where(labels == ignore, ignore, labels + 1),
+            "1 is added to labels": lambda labels: np.where(labels == ignore, ignore, labels - 1),
+        }
+        for words, labels in counted.items():
+            yield Hypothesis("class order", term, words, "such labels given to it", functools.partial(after, labels))
+        if self._results.view is not None:
+            yield Hypothesis(
+                "padding",
+                term,
+                "what lies behind the border of the outputs is resized too",
+                "the border repeated there",
+                functools.partial(after, maps=self._border_repeated),
+            )
+
+    def _border_repeated(self, maps: np.ndarray) -> np.ndarray:
+        """Outputs ``[..., height, width]`` of a padded canvas, of which the border of the image goes on to the end."""
+        assert self._results.view is not None
+        height, width = (-(-length // 4) for length in self._results.view.valid_px)
+        margins = [(0, 0)] * (maps.ndim - 2) + [(0, maps.shape[-2] - height), (0, maps.shape[-1] - width)]
+        return np.pad(maps[..., :height, :width], margins, mode="edge")
+
+    def _losses_of(self, labels: Callable[[np.ndarray], np.ndarray], maps: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+        """What TensorFlow's criterion makes of other labels and other maps."""
+        import tensorflow as tf
+
+        task, view = _task(self._config), self._results.view
+        inputs = case_inputs(self._case, "float64", every_assignment=True)
+        key = "labels" if "sem_seg" not in task.outputs else "sem_seg"
+        inputs = dataclasses.replace(inputs, targets=[{**target, key: labels(target[key])} for target in inputs.targets])
+        canvas = self.canvas if view is None else view.canvas_px
+
+        def layer(prefix: str) -> dict[str, Any]:
+            own = {name: self._results.groups["outputs"][prefix + name] for name in task.outputs}
+            if view is not None:
+                own = {name: values[view.image : view.image + 1] for name, values in own.items()}
+            return {name: tf.constant(maps(values) if values.ndim == 4 else values) for name, values in own.items()}
+
+        final, *others = map(layer, self._layers())
+        outputs = {**final, "aux_outputs": others, "padded_size": tf.constant(canvas)}
+        if view is not None:
+            outputs["valid_sizes"] = tf.constant([view.valid_px])
+        _, losses_of = task.match(outputs, tf.nest.map_structure(tf.constant, task.targets(inputs, *canvas)))
+        return {name: float(loss) for name, loss in losses_of(outputs).items()}
 
     def _total(self, recorded: Sequence[str]) -> ResultSite:
         terms = {name: float(self.expected("losses", name)) for name in recorded if name != "total"}
-        weights = self._config.criterion
-        official = {
-            "loss_ce": weights.class_weight,
-            "loss_mask": weights.mask_weight,
-            "loss_dice": weights.dice_weight,
-            "loss_sem_seg": 1.0,
-        }
+        config = self._config.criterion
+        official = (config.class_weight, config.mask_weight, config.dice_weight)
 
-        def total(weights: Mapping[str, float] | None = None, layers: str = "all") -> np.ndarray:
-            found = 0.0
-            for name, loss in terms.items():
-                term = name.rstrip("0123456789").rstrip("_")
-                if (layers == "the last alone" and name != term) or (layers == "all but the last" and name == term):
-                    continue
-                found += (weights or official).get(term, 1.0) * loss
-            return np.array([found / (len(terms) / 3 if layers == "mean of all" else 1)])
+        def total(weights: Sequence[float] = official, layers: str = "all") -> np.ndarray:
+            of_term = dict(zip(("loss_ce", "loss_mask", "loss_dice"), weights, strict=True))
+            chosen = {
+                "the last alone": [name for name in terms if name == _term(name)],
+                "all but the last": [name for name in terms if name != _term(name)],
+            }.get(layers, list(terms))
+            found = sum(of_term.get(_term(name), 1.0) * terms[name] for name in chosen)
+            return np.array([found / (len(terms) / len(set(map(_term, terms))) if layers == "mean of all" else 1)])
 
-        numbers = (0.5, 1.0, 2.0, 5.0, 20.0)
-        others = tuple({"loss_ce": ce, "loss_mask": mask, "loss_dice": dice} for ce in numbers for mask in numbers for dice in numbers)
+        others = itertools.product(sorted({0.5, 1.0, 2.0, 5.0, 20.0, *official}), repeat=3)
         choices = (
-            Choice("weights", (official, *others), "scale", "weights"),
+            Choice("weights", (official, *others), "scale", "weights of class, mask and dice"),
             Choice("layers", ("all", "the last alone", "all but the last", "mean of all"), "missing term", "decoder layers"),
         )
         actual, expected = (np.array([float(read("losses", "total"))]) for read in (self.actual, self.expected))
@@ -263,36 +326,84 @@ class Results:
     # Results
 
     def _inference(self, name: str) -> ResultSite | None:
-        image_text, *resized, what = name.split("/")
-        image = int(image_text)
-        _, *output = self._case.reference["inference", f"{image}/{'/'.join([*resized, 'sem_seg'])}"].shape
+        image_text, _, rest = name.partition("/")
+        image, what = int(image_text), rest.rpartition("/")[2]
+        _, *output = self._case.reference["inference", name.removesuffix(what) + "sem_seg"].shape
         test = self._config.test
         per_pixel = ("outputs", "sem_seg") in self._case.reference.records
         masks = self._output(0, "sem_seg" if per_pixel else "pred_masks")[image]
-        logits = None if per_pixel else self._output(0, "pred_logits")[image]
         canvas = (4 * masks.shape[1], 4 * masks.shape[2]) if per_pixel else self.canvas
-        height, width = self._images[image].shape[:2]
-        sizes = {"canvas": canvas, "image": (height, width), "output": (output[0], output[1])}
-        actual, expected = self.actual("inference", name), self.expected("inference", name)
-        where = f"inference/{what}"
-        if what == "sem_seg":
+        sizes = {"canvas": canvas, "image": self._images[image].shape[:2], "output": (output[0], output[1])}
+        formula: Callable[..., np.ndarray]
+        choices: Sequence[Choice]
+        if per_pixel:
+            formula, choices = functools.partial(formulas.pixel_logits, masks, sizes), formulas.LOGITS_CHOICES
+        elif what == "sem_seg":
             after = not self._config.postprocess_before_inference
-            record = self._case.reference["inference", name]
+            formula = functools.partial(formulas.semantic, self._output(0, "pred_logits")[image], masks, sizes, after)
+            choices = formulas.SEMANTIC_CHOICES
+        else:
+            logits, thresholds = self._output(0, "pred_logits")[image], (test.object_mask_threshold, test.overlap_threshold)
+            of, part = _things(self._config.thing_classes), 0 if what == "panoptic_seg" else 1
+            choices = (*formulas.PANOPTIC_CHOICES, Choice("things", tuple(of), "id", "things are"))
 
-            def scores(**choices: Any) -> np.ndarray:
-                found = formulas.semantic(logits, masks, sizes, after, **choices)
-                return record.select(np.ascontiguousarray(found)) if found.shape == record.shape else found
+            def panoptic(things: str = "those of the config", **choices: Any) -> np.ndarray:
+                return formulas.panoptic(logits, masks, sizes, thresholds, of[things], **choices)[part]
 
-            return ResultSite(where, record.select(actual), expected, scores, formulas.SEMANTIC_CHOICES)
-        thresholds = (test.object_mask_threshold, test.overlap_threshold)
-        part = 0 if what == "panoptic_seg" else 1
+            formula = panoptic
+        actual, record = self.actual("inference", name), self._case.reference["inference", name]
+        return ResultSite(
+            f"inference/{what}",
+            _selected(record, actual),
+            self.expected("inference", name),
+            lambda **choices: _selected(record, formula(**choices)),
+            choices,
+            FLOOR if what == "sem_seg" else PIXELS_FLOOR,
+            self._of_other_images(image, rest, actual),
+        )
 
-        def result(**choices: Any) -> np.ndarray:
-            assert logits is not None
-            return formulas.panoptic(logits, masks, sizes, thresholds, self._config.thing_classes, **choices)[part]
+    def _of_other_images(self, image: int, rest: str, actual: np.ndarray) -> Iterator[Hypothesis]:
+        """The result of another image of the batch."""
+        images = range(len(self._images))
+        missing = [other for other in images if f"{other}/{rest}" not in self._results.groups["inference"]]
+        for other in images:
+            if other != image:
+                record, name = self._case.reference["inference", f"{other}/{rest}"], f"{other}/{rest}"
+                yield Hypothesis(
+                    "id" if missing else "axis order",
+                    f"inference/{rest.rpartition('/')[2]}",
+                    f"what comes out for image {image} is the result of image {other}" + "; some images have none" * bool(missing),
+                    "that image's official result",
+                    functools.partial(
+                        lambda record, name: relative(_selected(record, actual), self.expected("inference", name)), record, name
+                    ),
+                )
 
-        # A pixel that two masks claim alike may go to either.
-        return ResultSite(where, actual, expected, result, formulas.PANOPTIC_CHOICES, floor=1e-3)
+
+PIXELS_FLOOR = 1e-3
+"""A pixel that two masks claim alike may go to either."""
+
+
+def _term(loss: str) -> str:
+    return loss.rstrip("0123456789").rstrip("_")
+
+
+def _selected(record: Record, values: np.ndarray) -> np.ndarray:
+    """The samples that are recorded; all of what has another shape."""
+    return record.select(np.ascontiguousarray(values)) if values.shape == record.shape else values
+
+
+def _things(official: Collection[int]) -> dict[str, Collection[int]]:
+    """Which classes are things, as they are looked up: by the right numbers, or by those of the files of a data set."""
+    from checkpoints.registry import datasets
+
+    found: dict[str, Collection[int]] = {"those of the config": official}
+    for info in datasets():
+        if info.dataset_ids and info.thing_classes:
+            ids = dict(enumerate(info.dataset_ids))
+            found[f"classes whose id in {info.name} is the number of a thing"] = {label for label in ids if ids[label] in official}
+            found[f"classes whose number is the id of a thing in {info.name}"] = {ids[label] for label in official if label in ids}
+    return found
 
 
 def _weighted(parts: Sequence[np.ndarray], official: Sequence[float], weights: Sequence[float] | None = None) -> np.ndarray:
@@ -301,7 +412,7 @@ def _weighted(parts: Sequence[np.ndarray], official: Sequence[float], weights: S
 
 def _weight_choices(parts: Sequence[np.ndarray], actual: np.ndarray) -> tuple[Choice, ...]:
     """The weights with which the parts come closest to the actual sum."""
-    if actual.size < len(parts):
+    if actual.size < len(parts) or actual.shape != parts[0].shape or not np.isfinite(actual).all():
         return ()
     fitted = np.linalg.lstsq(np.stack([part.ravel() for part in parts], 1), actual.ravel(), rcond=None)[0]
     return (
@@ -315,7 +426,7 @@ ASSIGNMENT_CHOICES = (
     Choice(
         "rule",
         ("least cost", "largest cost", "best query of each object", "objects in turn", "cheapest pair first", "in order"),
-        "missing term",
+        "assignment",
         "assigned by",
     ),
 )
@@ -346,6 +457,36 @@ def _assigned(costs: np.ndarray, rule: str = "least cost") -> np.ndarray:
         taken[thing] = query
         free[query] = math.inf
     return taken
+
+
+PROBES = (
+    ([[1.0, math.nan], [2.0, 3.0], [0.5, 4.0]], (0, -1, -1)),  # that of the check
+    ([[1.0, 2.0], [1.5, 10.0], [9.0, 9.0]], (1, 1, 0)),  # the cheapest pair, and the best query of each object, leave the other a worse one
+    ([[3.0, 1.0], [4.0, 9.0], [8.0, 7.0]], (1, 1, 0)),  # objects in turn do
+)
+"""Costs of two objects and three queries; whether these can be assigned, and the query of each object."""
+
+
+def probe_site() -> ResultSite:
+    """What is assigned for :data:`PROBES`, of which one is a part of every check."""
+    import tensorflow as tf
+
+    from tfmaskformer import matcher
+
+    assign = vars(matcher)["linear_assignment"]  # as the matcher calls it
+    found = [assign(tf.constant(costs), tf.constant(2)) for costs, _ in PROBES]
+    actual = np.array([[one.valid.numpy(), *one.queries.numpy()] for one in found], np.int64)
+
+    def assigned(replaced: str = "nothing", **rule: str) -> np.ndarray:
+        of_each = []
+        for costs in (np.array(costs) for costs, _ in PROBES):
+            queries = _assigned(costs if replaced == "nothing" else np.nan_to_num(costs, nan=float(replaced)), **rule)
+            of_each.append([int((queries >= 0).all()), *queries])
+        return np.array(of_each, np.int64)
+
+    constants = Choice("replaced", ("nothing", "0", "100", "1e6"), "not finite", "what is no number replaced by")
+    expected = np.array([answer for _, answer in PROBES], np.int64)
+    return ResultSite("matcher/assignment", actual, expected, assigned, (constants, *ASSIGNMENT_CHOICES))
 
 
 class CanvasSite(ResultSite):
@@ -394,51 +535,101 @@ class GradientSite(ResultSite):
         where: the parameter or tap.
         actual, expected: official layout.
         rerun: computes the gradient again.
+        values: of a tap, what it is the gradient of, element by element; None where that is not known.
     """
 
-    def __init__(self, where: str, actual: np.ndarray, expected: np.ndarray, rerun: Callable[[], np.ndarray]):
+    def __init__(
+        self, where: str, actual: np.ndarray, expected: np.ndarray, rerun: Callable[[], np.ndarray], values: np.ndarray | None = None
+    ):
         super().__init__(where, actual, expected)
-        self._rerun = rerun
+        self._rerun, self._values = rerun, values
 
     def hypotheses(self) -> Iterator[Iterable[Hypothesis]]:
-        yield self._cut()
+        yield self._straight_through()
+        yield self._of_code()
         yield hypotheses.of_outputs(self.where, self.actual, self.expected)
 
-    def _cut(self) -> Iterator[Hypothesis]:
-        """Each place where the code stops gradients."""
+    def _straight_through(self) -> Iterator[Hypothesis]:
+        """A ReLU behind a tap that lets the gradient pass where it is 0."""
+        if (values := self._values) is not None and values.shape == self.actual.shape and (values < 0).any():
+            words = "the ReLU behind it lets the gradient pass everywhere"
+            yield Hypothesis("derivative", self.where, words, "its derivative", lambda: relative(self.actual * (values > 0), self.expected))
+
+    def _of_code(self) -> Iterator[Hypothesis]:
+        """Each place where the code has its own way back: where it stops gradients, and where it replaces them."""
         places: dict[str, None] = {}
         with _passing(lambda place: bool(places.setdefault(place))):
             self._rerun()
         for place in places:
-
-            def after(place: str = place) -> float:
-                with _passing(lambda other: other == place):
-                    return relative(self._rerun(), self.expected)
-
-            yield Hypothesis("missing term", self.where, f"tf.stop_gradient in {place} cuts its path", "the gradient passing there", after)
+            with _passing(lambda other, place=place: other == place):  # type: ignore[misc]
+                passed = self._rerun()
+            cause, said, undone = "missing term", f"{place} cuts its path", "the gradient passing there"
+            if place.startswith(CUSTOM):
+                lost = int(np.count_nonzero((self.actual == 0) & (passed != 0))) if passed.shape == self.actual.shape else 0
+                cause = "missing term" if lost else "derivative"
+                said = (
+                    f"{place} is not the derivative of what it is for"
+                    + f", and leaves out {lost} of {self.actual.size} elements" * bool(lost)
+                )
+                undone = "TensorFlow's own derivative there"
+            yield Hypothesis(cause, self.where, said, undone, functools.partial(relative, passed, self.expected))
 
     def without_cause(self) -> Finding | None:
         if self.actual.any() or not self.expected.any():
-            return None
+            return super().without_cause()
         said = "no gradient arrives: its path is cut"
         return Finding(self.where, said, "missing term", f"{self.where}: {said}", self.residual(), math.nan, self.floor)
 
 
+CUSTOM = "tf.custom_gradient"
+
+
 @contextlib.contextmanager
 def _passing(passes: Callable[[str], bool]) -> Iterator[None]:
-    """Inside, ``tf.stop_gradient`` lets gradients pass where it is called from a place ("file:line") that ``passes`` says yes to."""
+    """Inside, ``tf.stop_gradient`` lets gradients pass, and ``tf.custom_gradient`` leaves them to TensorFlow, where they are called from a
+    place ("tf.stop_gradient in file:line") that ``passes`` says yes to.
+    """
     import tensorflow as tf
 
-    stop = tf.stop_gradient
+    stop, custom = tf.stop_gradient, tf.custom_gradient
 
-    def replaced(tensor: Any, name: str | None = None) -> Any:
+    def place(function: str) -> str:
         frame = inspect.currentframe()
-        caller = frame.f_back if frame else None
-        place = f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno}" if caller else ""
-        return tf.identity(tensor) if passes(place) else stop(tensor, name)
+        caller = frame.f_back.f_back if frame and frame.f_back else None
+        return f"{function} in {Path(caller.f_code.co_filename).name}:{caller.f_lineno}" if caller else ""
 
-    with mock.patch.object(tf, "stop_gradient", replaced):
+    def stopped(tensor: Any, name: str | None = None) -> Any:
+        return tf.identity(tensor) if passes(place("tf.stop_gradient")) else stop(tensor, name)
+
+    def customised(function: Callable[..., Any]) -> Callable[..., Any]:
+        return (lambda *arguments: function(*arguments)[0]) if passes(place(CUSTOM)) else custom(function)
+
+    with mock.patch.object(tf, "stop_gradient", stopped), mock.patch.object(tf, "custom_gradient", customised):
         yield
+
+
+def _of_other_taps(site: TapSite) -> ResultSite | None:
+    """What a module gives, if it is what it gives at another place: all that fails together."""
+    level = site.levels[0]
+    outputs = {name: pair for name, pair in level.tensors.items() if name.startswith(f"{site.tap.partition('[')[0]}[")}
+    failing = [name for name in level.failing if name in outputs]
+    if not failing or failing != level.failing:
+        return None
+    source = {
+        name: next((other for other, (_, official) in outputs.items() if relative(outputs[name][0], official) <= site.floor), "")
+        for name in failing
+    }
+    if not all(source.values()):
+        return None
+    said = ", ".join(f"{name.partition('#')[2]} is {source[name].partition('#')[2]}" for name in failing)
+    actual, expected = (np.concatenate([outputs[name][which].ravel() for name in failing]) for which in (0, 1))
+    official = np.concatenate([outputs[source[name]][1].ravel() for name in failing])
+    return ResultSite(
+        site.where,
+        actual,
+        expected,
+        first=[Hypothesis("layer order", site.where, said, "the official ones of those", lambda: relative(actual, official))],
+    )
 
 
 def examine(
@@ -470,13 +661,19 @@ def examine(
                 call: Call | None = call_of(model, case, name, padding=padding, pad_to=pad_to)
             else:
                 call = replay(model, case, capture=[name], padding=padding, pad_to=pad_to).calls.get(name)
-            site = None if call is None else TapSite(call, model, None if why_not(case) else case)
+            if call is not None:
+                taps = TapSite(call, model, None if why_not(case) else case)
+                found = diagnose(taps)
+                exchanged = None if found and found.cause else _of_other_taps(taps)
+                return found if exchanged is None else diagnose(exchanged)
         elif group in ("gradients", "tap_gradients"):
             site = _gradient_site(model, case, group, name)
         elif group in ("preprocessing", "metrics"):
             from parity.diagnose_ends import site_of
 
             site = site_of(case, model.config, group, name)
+        elif (group, name) == ("matcher", "probe/not a number"):
+            site = probe_site()
         elif name in results.groups.get(group, ()):
             site = of_case.site(group, name)
         if site is not None:
@@ -492,7 +689,10 @@ def _gradient_site(model: MaskFormer, case: Case, group: str, name: str) -> Resu
         [results] = run(model, [inputs], mode="eager", gradients="all" if group == "tap_gradients" else "parameters")
         return np.asarray(record.select(np.ascontiguousarray(results.official(group, name))))
 
-    return GradientSite(name, rerun(), case.reference.read(group, name), rerun)
+    values = None
+    if group == "tap_gradients" and record.samples is None and ("taps", name) in case.reference.records and not why_not(case):
+        values = case.reference.read("taps", name)
+    return GradientSite(name, rerun(), case.reference.read(group, name), rerun, values)
 
 
 def _padded(case: Case) -> tuple[Any, Any]:

@@ -148,7 +148,10 @@ def _sites(case: Case, found: Found, weights: Mapping[str, np.ndarray]) -> Itera
 
     norm = float(np.asarray(found["scalars", "1/gradient_norm"]))
     pairs = list(zip(selected("clipped", own("clipped")), recorded("clipped"), strict=True))
-    yield ClipSite(pairs, functools.partial(_clipped, reference, parts, norm, _clip_of(recipe)), formulas.CLIP_CHOICES[:2])
+    largest = _clip_of(recipe)
+    # What enters: the recorded gradients, before they were multiplied by what is known from the norm.
+    before = np.concatenate([expected for _, expected in pairs]) / float(formulas.clipped(np.ones(()), norm, largest))
+    yield ClipSite(pairs, functools.partial(formulas.clipped, before, norm, largest), formulas.CLIP_CHOICES)
     quantities = [
         quantity for quantity in ("exp_avg", "exp_avg_sq", "weights") if ("steps", f"1/{quantity}.each/{next(iter(parts))}") in found
     ]
@@ -175,16 +178,3 @@ def _sites(case: Case, found: Found, weights: Mapping[str, np.ndarray]) -> Itera
 def _clip_of(recipe: Mapping[str, Any]) -> float:
     clip = recipe.get("CLIP_GRADIENTS", {})
     return float(clip.get("CLIP_VALUE", 0.0)) if clip.get("ENABLED") else 0.0
-
-
-def _clipped(
-    reference: Any, parts: Iterable[str], norm: float, largest: float, *, clip: float | None = None, eps: float = 1e-6
-) -> np.ndarray:
-    """The recorded gradients, clipped in another way: what they are multiplied by is known from the norm."""
-    expected = np.concatenate([np.ravel(reference.read("steps", f"1/clipped.each/{name}")) for name in parts])
-    limit = largest if clip is None else clip
-
-    def coefficient(limit: float, eps: float) -> float:
-        return min(1.0, limit / (norm + eps)) if limit else 1.0
-
-    return expected * (coefficient(limit, eps) / coefficient(largest, 1e-6))

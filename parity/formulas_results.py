@@ -6,7 +6,8 @@ As in :mod:`parity.formulas`: NumPy, float64, the official definition with what 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -127,22 +128,37 @@ def canvas(
 
 # Costs
 
-TARGET_RULES = ("nearest", "half-pixel nearest", "doubled", "bilinear", "bilinear, aligned corners", "nearest, aligned corners")
+_LAYERS = (
+    Choice("layer", (0, 1, -1, 2, -2), "layer order", "decoder layer off by"),
+    Choice("layers", ("as they are", "auxiliary ones backwards", "all backwards"), "layer order", "decoder layers"),
+)
 _FOCAL = (
     Choice("alpha", (0.25, 0.5, 0.75, 1.0, None), "scale", "focal α"),
-    Choice("gamma", (2.0, 1.0, 0.0, 1.5, 3.0), "scale", "focal γ"),
+    Choice("gamma", (2.0, 1.0, 0.0, 1.5, 3.0), "exponent", "focal γ"),
 )
 _RESIZED = (
-    Choice("rule", ("nearest", "half-pixel nearest", "doubled", "bilinear"), "half-pixel", "target masks resized"),
+    Choice(
+        "rule",
+        ("nearest", "half-pixel nearest", "doubled", "bilinear"),
+        "half-pixel",
+        "target masks resized",
+        causes={"bilinear": "interpolation"},
+    ),
     Choice("aligned", ("no", "bilinear, aligned corners", "nearest, aligned corners"), "align_corners", "target masks resized"),
 )
 
 CLASS_COST_CHOICES = (
-    Choice("probability", ("softmax", "sigmoid", "log softmax", "logits", "softmax without no object"), "normaliser", "probability"),
+    Choice(
+        "probability",
+        ("softmax", "sigmoid", "log softmax", "logits", "softmax without no object"),
+        "normaliser",
+        "probability",
+        causes={"log softmax": "extra term", "logits": "missing term"},
+    ),
     Choice("first", ("first class", "no object first", "last class first"), "class order", "classes counted from"),
     Choice("sign", (-1.0, 1.0), "scale", "sign"),
     Choice("offset", (0.0, 1.0), "bias", "added"),
-    Choice("layer", (0, 1, -1, 2, -2), "layer order", "decoder layer off by"),
+    *_LAYERS,
 )
 MASK_COST_CHOICES = (
     *_FOCAL,
@@ -152,7 +168,7 @@ MASK_COST_CHOICES = (
     *_RESIZED,
     Choice("background", ("counted", "left out"), "missing term", "pixels outside of the mask"),
     Choice("turned", ("no", "inside and outside exchanged"), "mask polarity", "target masks"),
-    Choice("layer", (0, 1, -1, 2, -2), "layer order", "decoder layer off by"),
+    *_LAYERS,
 )
 DICE_COST_CHOICES = (
     Choice("smoothing", (1.0, 0.0, 1e-5, 1e-6, 1e-3, 1e-7, 1e-8, 1e-4, 2.0), "eps", "smoothing"),
@@ -162,7 +178,7 @@ DICE_COST_CHOICES = (
     *_RESIZED,
     Choice("probability", ("sigmoid", "logits", "hard"), "missing term", "probability"),
     Choice("turned", ("no", "inside and outside exchanged"), "mask polarity", "target masks"),
-    Choice("layer", (0, 1, -1, 2, -2), "layer order", "decoder layer off by"),
+    *_LAYERS,
 )
 
 
@@ -249,7 +265,6 @@ def dice_cost(
 
 # Losses
 
-_LAYER = Choice("layer", (0, 1, -1, 2, -2), "layer order", "decoder layer off by")
 _NORMALISER = Choice(
     "normaliser",
     (
@@ -266,8 +281,22 @@ _NORMALISER = Choice(
     "normaliser",
     "divided by",
 )
+_BACK_UP = (
+    Choice(
+        "rule",
+        ("bilinear", "bilinear, no half pixels", "nearest", "half-pixel nearest", "target down to the logits"),
+        "interpolation",
+        "logits resized",
+        causes={"bilinear, no half pixels": "half-pixel", "target down to the logits": "layer order"},
+    ),
+    Choice("aligned", ("no", "bilinear, aligned corners"), "align_corners", "corners aligned"),
+)
+_PAIRS = (
+    Choice("padded", ("left out", "on the first query", "on the last query"), "mask missing", "objects without a query, and padding,"),
+    Choice("turned", ("no", "inside and outside exchanged"), "mask polarity", "target masks"),
+)
 CLASS_LOSS_CHOICES = (
-    Choice("no_object", (None, 1.0, 0.0, 0.01, 0.05, 0.4, 0.5), "normaliser", "weight of no object"),
+    Choice("no_object", (None, 1.0, 0.0, 0.01, 0.05, 0.4, 0.5), "scale", "weight of no object"),
     Choice(
         "reduction",
         ("weighted mean", "mean", "sum over objects", "sum", "mean of matched", "weighted mean of each image", "unweighted over weighted"),
@@ -275,19 +304,19 @@ CLASS_LOSS_CHOICES = (
         "reduction",
     ),
     Choice("first", ("first class", "no object first"), "class order", "classes counted from"),
+    Choice("nothing", ("the last class", "class 0"), "class order", "no object is"),
     Choice("smoothed", (0.0, 0.1, 0.05, 0.2), "scale", "label smoothing"),
     Choice("rounded", ("float32", "float64"), "dtype rounding", "weight of no object as"),
     Choice("activation", ("softmax", "sigmoid"), "missing term", "activation"),
-    _LAYER,
+    *_LAYERS,
 )
 MASK_LOSS_CHOICES = (
     *_FOCAL,
     _NORMALISER,
     Choice("pixels", ("mean", "sum"), "normaliser", "over the pixels"),
-    Choice("rule", ("bilinear", "nearest", "half-pixel nearest", "target down to the logits"), "half-pixel", "logits resized"),
-    Choice("aligned", ("no", "bilinear, aligned corners"), "align_corners", "corners aligned"),
-    Choice("turned", ("no", "inside and outside exchanged"), "mask polarity", "target masks"),
-    _LAYER,
+    *_BACK_UP,
+    *_PAIRS,
+    *_LAYERS,
 )
 DICE_LOSS_CHOICES = (
     Choice("smoothing", (1.0, 0.0, 1e-5, 1e-6, 1e-3, 1e-7, 1e-8, 1e-4, 2.0), "eps", "smoothing"),
@@ -295,7 +324,9 @@ DICE_LOSS_CHOICES = (
     Choice("denominator", ("sums", "sums of squares", "union"), "normaliser", "denominator"),
     Choice("factor", (2.0, 1.0), "scale", "factor of the intersection"),
     _NORMALISER,
-    *MASK_LOSS_CHOICES[4:],
+    *_BACK_UP,
+    *_PAIRS,
+    *_LAYERS,
 )
 
 
@@ -308,19 +339,20 @@ def class_loss(
     official_weight: float = 0.1,
     reduction: str = "weighted mean",
     first: str = "first class",
+    nothing: str = "the last class",
     smoothed: float = 0.0,
     rounded: str = "float32",
     activation: str = "softmax",
 ) -> float:
     """Of logits ``[batch, queries, classes + 1]``, and for each image its labels and the query of each object (−1: none)."""
     classes = logits.shape[-1]
-    nothing = 0 if first == "no object first" else classes - 1
-    answers = np.full(logits.shape[:2], nothing)
+    empty = 0 if first == "no object first" or nothing == "class 0" else classes - 1
+    answers = np.full(logits.shape[:2], empty)
     for index, (own, queries) in enumerate(zip(labels, assignments, strict=True)):
         matched = queries >= 0
         answers[index, queries[matched]] = own[matched] + (first == "no object first")
     weight = official_weight if no_object is None else no_object
-    weights = np.where(answers == nothing, float(np.float32(weight)) if rounded == "float32" else weight, 1.0)
+    weights = np.where(answers == empty, float(np.float32(weight)) if rounded == "float32" else weight, 1.0)
     if activation == "sigmoid":
         onehot = np.eye(classes)[answers]
         terms = np.where(onehot > 0, softplus(-logits), softplus(logits)).sum(-1)
@@ -331,7 +363,7 @@ def class_loss(
         terms = -(1 - smoothed) * picked - smoothed * logs.mean(-1)
     weighted = weights * terms
     objects = max(sum(int((queries >= 0).sum()) for queries in assignments), 1)
-    matched = answers != nothing
+    matched = answers != empty
     return float(
         {
             "mean": weighted.mean(),
@@ -345,11 +377,22 @@ def class_loss(
 
 
 def _pairs(
-    masks: np.ndarray, targets: Sequence[np.ndarray], assignments: Sequence[np.ndarray], rule: str, aligned: str, turned: str
+    masks: np.ndarray,
+    targets: Sequence[np.ndarray],
+    assignments: Sequence[np.ndarray],
+    *,
+    rule: str = "bilinear",
+    aligned: str = "no",
+    padded: str = "left out",
+    turned: str = "no",
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Flat logits and target of each matched pair, image by image."""
-    found = []
+    """Flat logits and target of each matched pair, image by image; ``padded``: what becomes of those that have no query."""
+    found, most = [], max(map(len, targets), default=0)
     for logits, own, queries in zip(masks, targets, assignments, strict=True):
+        if padded != "left out":
+            missing = most - len(own)
+            own, queries = np.pad(own, [(0, missing), (0, 0), (0, 0)]), np.pad(queries, (0, missing), constant_values=-1)
+            queries = np.where(queries < 0, 0 if padded == "on the first query" else len(logits) - 1, queries)
         matched = queries >= 0
         picked, wanted = logits[queries[matched]], own[matched].astype(np.float64)
         if rule == "target down to the logits":
@@ -361,9 +404,8 @@ def _pairs(
     return found
 
 
-def _over(values: list[np.ndarray], normaliser: str, queries: int) -> float:
+def _over(values: list[np.ndarray], normaliser: str, queries: int, objects: int) -> float:
     """The sum over all pairs, normalised; ``values``: of each image."""
-    objects = sum(map(len, values))
     total = float(sum(each.sum() for each in values))
     if normaliser == "objects of each image":
         return float(np.mean([each.sum() / max(len(each), 1) for each in values]))
@@ -388,17 +430,15 @@ def mask_loss(
     gamma: float = 2.0,
     normaliser: str = "objects, at least 1",
     pixels: str = "mean",
-    rule: str = "bilinear",
-    aligned: str = "no",
-    turned: str = "no",
+    **pairs: Any,
 ) -> float:
     """Of mask logits ``[batch, queries, height, width]``, each image's target masks on the canvas, and the query of each object."""
     values = []
-    for logits, wanted in _pairs(masks, targets, assignments, rule, aligned, turned):
+    for logits, wanted in _pairs(masks, targets, assignments, **pairs):
         inside, outside = focal_terms(logits, alpha, gamma)
         terms = wanted * inside + (1 - wanted) * outside
         values.append(terms.mean(1) if pixels == "mean" else terms.sum(1))
-    return _over(values, normaliser, masks.shape[1])
+    return _over(values, normaliser, masks.shape[1], sum(map(len, targets)))
 
 
 def dice_loss(
@@ -411,29 +451,26 @@ def dice_loss(
     denominator: str = "sums",
     factor: float = 2.0,
     normaliser: str = "objects, at least 1",
-    rule: str = "bilinear",
-    aligned: str = "no",
-    turned: str = "no",
+    **pairs: Any,
 ) -> float:
     """As of :func:`mask_loss`."""
     values = []
-    for logits, wanted in _pairs(masks, targets, assignments, rule, aligned, turned):
+    for logits, wanted in _pairs(masks, targets, assignments, **pairs):
         probability = sigmoid(logits)
         power = 2 if denominator == "sums of squares" else 1
         both = (probability * wanted).sum(1)
         size = (probability**power).sum(1) + (wanted**power).sum(1) - (both if denominator == "union" else 0)
         values.append(1 - (factor * both + (smoothing if upper is None else upper)) / (size + smoothing))
-    return _over(values, normaliser, masks.shape[1])
+    return _over(values, normaliser, masks.shape[1], sum(map(len, targets)))
 
 
 PIXEL_LOSS_CHOICES = (
     Choice("reduction", ("mean of labelled pixels", "mean of all pixels", "sum", "mean of the means of images"), "normaliser", "reduction"),
     Choice("ignored", ("left out", "class 0", "the last class"), "mask missing", "pixels without a label"),
     Choice("first", (0, 1, -1), "class order", "added to labels"),
-    Choice("rule", ("bilinear", "nearest", "half-pixel nearest", "labels down to the logits"), "half-pixel", "logits resized"),
-    Choice("aligned", ("no", "bilinear, aligned corners"), "align_corners", "corners aligned"),
+    *_BACK_UP,
     Choice("flipped", ("no", "last class first"), "class order", "classes"),
-    _LAYER,
+    *_LAYERS,
 )
 
 
@@ -441,6 +478,7 @@ def pixel_loss(
     logits: np.ndarray,
     labels: Sequence[np.ndarray],
     ignore: int,
+    canvas: tuple[int, int],
     *,
     reduction: str = "mean of labelled pixels",
     ignored: str = "left out",
@@ -449,21 +487,22 @@ def pixel_loss(
     aligned: str = "no",
     flipped: str = "no",
 ) -> float:
-    """Cross-entropy of the per-pixel baselines: logits ``[batch, classes, height, width]`` at stride 4, labels ``[height, width]``."""
+    """Cross-entropy of the per-pixel baselines: logits ``[batch, classes, height, width]`` at stride 4, labels ``[height, width]``.
+
+    Behind the canvas, which upsampled logits may exceed, there is no label whatever becomes of ``ignore``.
+    """
     if flipped != "no":
         logits = logits[:, ::-1]
     size = (4 * logits.shape[2], 4 * logits.shape[3])
     sums, counts = [], []
     for maps, own in zip(logits, labels, strict=True):
-        wanted = np.full(size, ignore)
-        wanted[: own.shape[0], : own.shape[1]] = own
-        if rule == "labels down to the logits":
+        wanted = np.full(size, -1)
+        wanted[: canvas[0], : canvas[1]] = {"class 0": 0, "the last class": len(maps) - 1}.get(ignored, -1)
+        wanted[: own.shape[0], : own.shape[1]] = np.where(own == ignore, wanted[: own.shape[0], : own.shape[1]], own + first)
+        if rule == "target down to the logits":
             wanted = wanted[::4, ::4]
         else:
             maps = _sized(maps, size, rule if aligned == "no" else aligned)
-        wanted = np.where(
-            wanted == ignore, {"class 0": 0, "the last class": len(maps) - 1}.get(ignored, ignore), wanted + first * (wanted != ignore)
-        )
         logs = np.log(softmax(maps, 0))
         shown = (wanted >= 0) & (wanted < len(maps))
         sums.append(-float(np.take_along_axis(logs, np.where(shown, wanted, 0)[None], 0)[0][shown].sum()))
@@ -478,27 +517,80 @@ def pixel_loss(
 
 # Semantic and panoptic results
 
+_CROPPED = (
+    Choice("cropped", ("yes", "no", "squeezed into the image"), "padding", "padding cut off before the last resize:"),
+    Choice(
+        "rule",
+        ("bilinear", "bilinear, no half pixels", "nearest", "half-pixel nearest"),
+        "interpolation",
+        "resized by",
+        causes={"bilinear, no half pixels": "half-pixel"},
+    ),
+    Choice("aligned", ("no", "bilinear, aligned corners"), "align_corners", "corners aligned"),
+)
 SEMANTIC_CHOICES = (
     Choice(
         "classes",
         ("softmax, last left out", "softmax, first left out", "last left out, softmax", "sigmoid, last left out"),
-        "class order",
+        "normaliser",
         "class scores",
+        causes={"softmax, first left out": "class order"},
     ),
-    Choice("scores", ("sigmoid", "logits", "hard", "softmax over queries"), "missing term", "mask scores"),
+    Choice(
+        "scores",
+        ("sigmoid", "logits", "hard", "softmax over queries"),
+        "missing term",
+        "mask scores",
+        causes={"hard": "threshold", "softmax over queries": "normaliser"},
+    ),
     Choice("before", ("as the config says", "logits to the output", "probabilities to the output"), "layer order", "resized"),
-    Choice("cropped", ("yes", "no"), "padding", "padding cut off before the last resize"),
-    Choice("rule", ("bilinear", "nearest", "half-pixel nearest"), "half-pixel", "resized by"),
-    Choice("aligned", ("no", "bilinear, aligned corners"), "align_corners", "corners aligned"),
+    Choice("canvas", ("the padded image", "the image"), "padding", "resized first to"),
+    *_CROPPED,
 )
+LOGITS_CHOICES = (
+    Choice("applied", ("nothing", "softmax before resizing", "softmax behind resizing"), "extra term", "applied to the logits:"),
+    Choice("canvas", ("4 times the logits", "the image"), "padding", "resized first to"),
+    *_CROPPED,
+)
+"""Of the per-pixel baselines."""
 
 
 def _sized(maps: np.ndarray, size: tuple[int, int], rule: str) -> np.ndarray:
     return resized(maps[..., None], size, rule)[..., 0]
 
 
+def _rule(rule: str = "bilinear", aligned: str = "no", **_: Any) -> str:
+    return rule if aligned == "no" else aligned
+
+
+def upsampled(
+    maps: np.ndarray,
+    sizes: Mapping[str, tuple[int, int]],
+    *,
+    to_output: bool = True,
+    canvas: str = "",
+    cropped: str = "yes",
+    **rules: Any,
+) -> np.ndarray:
+    """``[channels, height, width]`` resized to the canvas, cut to the image and resized to the output; sizes as of :func:`semantic`."""
+    rule = _rule(**rules)
+    maps = _sized(maps, sizes["image" if canvas == "the image" else "canvas"], rule)
+    if cropped == "yes":
+        maps = maps[:, : sizes["image"][0], : sizes["image"][1]]
+    elif cropped != "no" and not to_output:
+        maps = _sized(maps, sizes["image"], rule)
+    return _sized(maps, sizes["output"], rule) if to_output else maps
+
+
+def pixel_logits(maps: np.ndarray, sizes: Mapping[str, tuple[int, int]], *, applied: str = "nothing", **resizing: Any) -> np.ndarray:
+    """``[classes, height, width]`` of one image, of a per-pixel baseline; sizes as of :func:`semantic`."""
+    maps = softmax(maps, 0) if applied == "softmax before resizing" else maps
+    maps = upsampled(maps, sizes, **resizing)
+    return softmax(maps, 0) if applied == "softmax behind resizing" else maps
+
+
 def semantic(
-    logits: np.ndarray | None,
+    logits: np.ndarray,
     masks: np.ndarray,
     sizes: Mapping[str, tuple[int, int]],
     after: bool,
@@ -506,26 +598,19 @@ def semantic(
     classes: str = "softmax, last left out",
     scores: str = "sigmoid",
     before: str = "as the config says",
-    cropped: str = "yes",
-    rule: str = "bilinear",
-    aligned: str = "no",
+    **resizing: Any,
 ) -> np.ndarray:
     """``[classes, height, width]`` of one image.
 
     Args:
-        logits: ``[queries, classes + 1]``; None: ``masks`` are logits of classes.
+        logits: ``[queries, classes + 1]``.
         masks: ``[queries, height, width]``, logits.
         sizes: "canvas", "image" and "output".
         after: whether the config resizes probabilities, not logits, to the output.
     """
-    rule = rule if aligned == "no" else aligned
     if before != "as the config says":
         after = before.startswith("probabilities")
-    height, width = sizes["image"] if cropped == "yes" else sizes["canvas"]
-    maps = _sized(masks, sizes["canvas"], rule)[:, :height, :width]
-    if logits is None:
-        return _sized(maps, sizes["output"], rule)
-    maps = maps if after else _sized(maps, sizes["output"], rule)
+    maps = upsampled(masks, sizes, to_output=not after, **resizing)
     of_masks = {
         "logits": maps,
         "hard": (maps > 0).astype(np.float64),
@@ -537,7 +622,7 @@ def semantic(
         "sigmoid, last left out": sigmoid(logits)[:, :-1],
     }.get(classes, softmax(logits)[:, :-1])
     found = np.einsum("qc,qhw->chw", of_classes, of_masks)
-    return _sized(found, sizes["output"], rule) if after else found
+    return _sized(found, sizes["output"], _rule(**resizing)) if after else found
 
 
 PANOPTIC_CHOICES = (
@@ -545,19 +630,15 @@ PANOPTIC_CHOICES = (
     Choice("overlap", (None, 0.0, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95), "threshold", "overlap threshold"),
     Choice("binary", (0.5, 0.4, 0.6, 0.3, 0.7, 0.0), "threshold", "a pixel is in a mask from"),
     Choice("start", (1, 0, 2), "id", "first segment id"),
-    Choice(
-        "stuff", ("merged", "not merged", "things merged too", "things and stuff exchanged", "things by the original id"), "id", "stuff"
-    ),
+    Choice("stuff", ("merged", "not merged", "things merged too", "things and stuff exchanged"), "id", "stuff"),
     Choice("counted", ("segments", "queries"), "id", "ids count"),
     Choice("category", (0, 1, -1), "id", "added to category ids"),
     Choice("nothing", ("dropped", "kept"), "threshold", "queries of no object"),
     Choice("compared", ("score times mask", "mask", "mask logits"), "missing term", "a pixel goes to the largest"),
     Choice("share", ("of its own mask", "of the image", "of the largest"), "normaliser", "overlap is the share"),
     Choice("first", ("first class", "no object first"), "class order", "classes counted from"),
-    Choice("cropped", ("yes", "no"), "padding", "padding cut off before the last resize"),
-    Choice("resized_by", ("bilinear", "nearest"), "half-pixel", "resized by"),
-    Choice("aligned", ("no", "bilinear, aligned corners"), "align_corners", "corners aligned"),
     Choice("resized_what", ("logits", "probabilities"), "layer order", "resized"),
+    *_CROPPED,
 )
 
 
@@ -566,7 +647,7 @@ def panoptic(
     masks: np.ndarray,
     sizes: Mapping[str, tuple[int, int]],
     thresholds: tuple[float, float],
-    things: Sequence[int],
+    things: Collection[int],
     *,
     score: float | None = None,
     overlap: float | None = None,
@@ -579,13 +660,10 @@ def panoptic(
     compared: str = "score times mask",
     share: str = "of its own mask",
     first: str = "first class",
-    cropped: str = "yes",
-    resized_by: str = "bilinear",
-    aligned: str = "no",
     resized_what: str = "logits",
+    **resizing: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``[height, width]`` ids and ``[segments, 3]`` (id, category, thing) of one image; arguments as of :func:`semantic`."""
-    rule = resized_by if aligned == "no" else aligned
     least, covered = (given if own is None else own for given, own in zip(thresholds, (score, overlap), strict=True))
     probabilities = softmax(logits)
     labels, best = probabilities.argmax(-1), probabilities.max(-1)
@@ -594,14 +672,10 @@ def panoptic(
     ids, rows = np.zeros(sizes["output"], np.int64), list[tuple[int, int, int]]()
     if not len(kept):
         return ids, np.zeros((0, 3), np.int64)
-    height, width = sizes["image"] if cropped == "yes" else sizes["canvas"]
-    maps = _sized(masks[kept], sizes["canvas"], rule)[:, :height, :width]
-    if resized_what == "logits":
-        maps = _sized(maps, sizes["output"], rule)
-        inside = sigmoid(maps)
-    else:
-        inside = _sized(sigmoid(maps), sizes["output"], rule)
-        maps = inside
+    maps = upsampled(masks[kept], sizes, to_output=resized_what == "logits", **resizing)
+    inside = sigmoid(maps)
+    if resized_what != "logits":
+        maps = inside = _sized(inside, sizes["output"], _rule(**resizing))
     competing = {"mask": inside, "mask logits": maps}.get(compared, best[kept][:, None, None] * inside)
     winner = competing.argmax(0)
     merged: dict[int, int] = {}
@@ -612,8 +686,6 @@ def panoptic(
         if not own or not full or own / over < covered:
             continue
         thing = (label in things) != (stuff == "things and stuff exchanged")
-        if stuff == "things by the original id":
-            thing = label + 1 in things
         merges = stuff == "things merged too" or (stuff != "not merged" and not thing)
         if merges and label in merged:
             ids[winner == index] = merged[label]
@@ -631,27 +703,20 @@ def panoptic(
 CLIP_CHOICES = (
     Choice("clip", (None, 0.0, 0.1, 1.0, 0.01, 0.001, 0.05, 0.5, 5.0, 10.0), "clip", "largest norm"),
     Choice("eps", (1e-6, 0.0, 1e-8, 1e-12, 1e-3), "clip", "added to the norm"),
-    Choice("kind", ("of all", "of each", "by value", "of the backbone and of the head apart"), "clip", "clipped by the norm"),
+    Choice("kind", ("by the norm of all", "by value"), "clip", "clipped"),
 )
 
 
 def clipped(
-    gradients: Mapping[str, np.ndarray], largest: float, *, clip: float | None = None, eps: float = 1e-6, kind: str = "of all"
-) -> dict[str, np.ndarray]:
-    """``torch.nn.utils.clip_grad_norm_`` of all gradients; ``clip`` 0: not at all."""
+    gradient: np.ndarray, norm: float, largest: float, *, clip: float | None = None, eps: float = 1e-6, kind: str = "by the norm of all"
+) -> np.ndarray:
+    """Some of the gradients behind ``torch.nn.utils.clip_grad_norm_``, whose ``norm`` is that of all; ``largest`` 0: as they are."""
     limit = largest if clip is None else clip
     if not limit:
-        return dict(gradients)
+        return gradient
     if kind == "by value":
-        return {name: np.clip(gradient, -limit, limit) for name, gradient in gradients.items()}
-
-    def group(name: str) -> str:
-        return {"of each": name, "of the backbone and of the head apart": str("backbone" in name)}.get(kind, "")
-
-    squares: dict[str, float] = {}
-    for name, gradient in gradients.items():
-        squares[group(name)] = squares.get(group(name), 0.0) + float(np.vdot(gradient, gradient))
-    return {name: gradient * min(1.0, limit / (math.sqrt(squares[group(name)]) + eps)) for name, gradient in gradients.items()}
+        return np.clip(gradient, -limit, limit)
+    return gradient * min(1.0, limit / (norm + eps))
 
 
 STEP_CHOICES = (
@@ -666,7 +731,7 @@ STEP_CHOICES = (
     Choice("decay", (None, 0.0, 1e-4, 5e-4, 1e-3, 1e-2, 0.05, 0.1), "weight decay", "weight decay"),
     Choice("beta1", (0.9, 0.99, 0.999, 0.95, 0.1, 0.0), "momentum", "β₁"),
     Choice("beta2", (0.999, 0.99, 0.9999, 0.95, 0.98, 0.001), "momentum", "β₂"),
-    Choice("corrected", ("both moments", "neither", "the first", "the second"), "momentum", "bias corrected of"),
+    Choice("corrected", ("both moments", "neither", "the first", "the second"), "missing term", "bias corrected of"),
     Choice("counted", (0, -1, 1), "shift", "step counted off by"),
     Choice("rate", (1.0, 0.1, 10.0, 2.0, 0.5, 0.0, 0.01, 0.001, 100.0), "learning rate", "learning rate times"),
     Choice("sign", (1.0, -1.0), "scale", "step times"),

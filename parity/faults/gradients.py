@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from parity.faults.fault import DECODER, DEEPLAB, OTHER, PANOPTIC, PREDICTOR, SEMANTIC, SWIN, Fault, replaced
+from parity.faults.fault import DECODER, DEEPLAB, PANOPTIC, PREDICTOR, SEMANTIC, SWIN, Fault, replaced
 from tfmaskformer import criterion, layers, resnet, swin, transformer, transformer_predictor
 
 
@@ -107,11 +107,12 @@ FAULTS = (
           replaced(criterion, "_mask_losses", no_dice_gradient)),
     Fault("memory without a gradient", "gradients", SEMANTIC, "odd", "gradients", f"{PREDICTOR}.input_proj", "missing term",
           replaced(transformer.TransformerDecoder, "call", no_gradient_of_memory)),
-    Fault("ReLU with a gradient everywhere", "gradients", PANOPTIC, "odd", "gradients", f"{PREDICTOR}.mask_embed.layers.1", OTHER,
+    Fault("ReLU with a gradient everywhere", "gradients", PANOPTIC, "odd", "gradients", f"{PREDICTOR}.mask_embed.layers.1", "derivative",
           replaced(transformer_predictor.MLP, "call", straight_through)),
     Fault("a norm's statistics without a gradient", "gradients", SEMANTIC, "odd", "gradients", f"{DECODER}.layers.2", "missing term",
           replaced(layers.LayerNorm, "call", constant_statistics)),
-    Fault("gradients of a table overwrite one another", "gradients", SWIN, "odd", "gradients", "backbone.layers.3.blocks.1.attn", OTHER,
+    Fault("gradients of a table overwrite one another", "gradients", SWIN, "odd", "gradients", "backbone.layers.3.blocks.1.attn",
+          "derivative",
           replaced(swin.WindowAttention, "relative_position_bias", last_one_counts)),
     Fault("backbone frozen up to res2", "gradients", DEEPLAB, "odd", "gradients", "backbone.res2.2.conv3", "missing term",
           frozen("backbone.res2")),

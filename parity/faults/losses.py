@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from parity.faults.fault import OTHER, PANOPTIC, SEMANTIC, Fault, replaced
+from parity.faults.fault import PANOPTIC, SEMANTIC, Fault, replaced
 from tfmaskformer import criterion
 from tfmaskformer.criterion import SetCriterion
 from tfmaskformer.resize import resize_bilinear
@@ -104,7 +104,7 @@ FAULTS = (
     Fault("padding counts as objects", "losses", PANOPTIC, "batch", "losses", "loss_mask", "mask missing",
           replaced(criterion, "_losses_masks", unmatched_too)),
     Fault("dice loss without its 1", "losses", PANOPTIC, "odd", "losses", "loss_dice", "eps", mask_losses(smoothing=1e-6)),
-    Fault("focal loss with gamma 1", "losses", SEMANTIC, "odd", "losses", "loss_mask", OTHER, mask_losses(gamma=1.0)),
+    Fault("focal loss with gamma 1", "losses", SEMANTIC, "odd", "losses", "loss_mask", "exponent", mask_losses(gamma=1.0)),
     Fault("auxiliary losses backwards", "losses", PANOPTIC, "odd", "losses", "loss_ce_0", "layer order",
           replaced(criterion, "decoder_layers", layers_backwards)),
     Fault("weights of focal and dice exchanged", "losses", PANOPTIC, "odd", "losses", "total", "scale",

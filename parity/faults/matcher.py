@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
-from parity.faults.fault import OTHER, PANOPTIC, SEMANTIC, SWIN, Fault, replaced
+from parity.faults.fault import PANOPTIC, SEMANTIC, SWIN, Fault, replaced
 from tfmaskformer import matcher
 from tfmaskformer.assignment import Assignment
 from tfmaskformer.resize import resize_bilinear
@@ -111,7 +111,7 @@ FAULTS = (
           replaced(matcher, "_cost_class", logits_for_probabilities)),
     Fault("classes from 1 in the costs", "matcher", PANOPTIC, "odd", "matcher", "final/0/cost_class", "class order",
           replaced(matcher, "_cost_class", classes_from_one)),
-    Fault("bilinear targets", "matcher", PANOPTIC, "odd", "matcher", "final/0/cost_mask", OTHER,
+    Fault("bilinear targets", "matcher", PANOPTIC, "odd", "matcher", "final/0/cost_mask", "interpolation",
           replaced(matcher, "_targets_at", bilinear_targets)),
     Fault("half-pixel targets", "matcher", PANOPTIC, "odd", "matcher", "final/0/cost_mask", "half-pixel",
           replaced(matcher, "nearest_indices", half_pixel_indices)),
@@ -121,7 +121,7 @@ FAULTS = (
           replaced(matcher, "FOCAL_ALPHA", lambda right: 1 - right)),
     Fault("target and prediction exchanged", "matcher", PANOPTIC, "odd", "matcher", "final/0/assignment", "axis order",
           replaced(matcher, "linear_assignment", pairs_torn)),
-    Fault("greedy assignment", "matcher", PANOPTIC, "odd", "matcher", "final/0/assignment", OTHER,
+    Fault("greedy assignment", "matcher", PANOPTIC, "odd", "matcher", "final/0/assignment", "assignment",
           replaced(matcher, "linear_assignment", greedy)),
     Fault("costs that are not numbers replaced by a constant", "matcher", PANOPTIC, "odd", "matcher", "probe/not a number", "not finite",
           replaced(matcher, "linear_assignment", finite)),

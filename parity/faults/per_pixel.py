@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from parity.faults.fault import OTHER, PER_PIXEL, PER_PIXEL_PLUS, PREDICTOR, Fault, replaced
+from parity.faults.fault import PER_PIXEL, PER_PIXEL_PLUS, PREDICTOR, Fault, replaced
 from tfmaskformer import heads, inference, per_pixel_criterion
 from tfmaskformer.per_pixel_criterion import PerPixelCriterion
 
@@ -87,7 +87,7 @@ FAULTS = (
           padding="masked", first=True),
     Fault("a chunk without a gradient", "gradients", PER_PIXEL, "odd", "gradients", PREDICTOR, "missing term",
           replaced(tf, "foldl", pieces_lost), first=True),
-    Fault("probabilities instead of logits", "post-processing", PER_PIXEL, "odd", "inference", "0/sem_seg", OTHER,
+    Fault("probabilities instead of logits", "post-processing", PER_PIXEL, "odd", "inference", "0/sem_seg", "extra term",
           replaced(inference, "_at_least_float32", lambda right: lambda values: tf.nn.softmax(right(values), 1)), first=True),
     Fault("upsampled to the image instead of by 4", "post-processing", PER_PIXEL, "odd", "inference", "0/sem_seg", "padding",
           replaced(inference, "_axis_weights", lambda right: lambda maps, canvas, image, output: right(maps, image, image, output)),

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from parity.faults.fault import OTHER, PANOPTIC, SEMANTIC, Fault, configured, replaced
+from parity.faults.fault import PANOPTIC, SEMANTIC, Fault, configured, replaced
 from tfmaskformer.data import preprocessing
 from tfmaskformer.layers import zero_outside
 from tfmaskformer.model import MaskFormer
@@ -102,9 +102,9 @@ FAULTS = (
           replaced(preprocessing, "decode_image", never_upright)),
     Fault("size truncated, not rounded", "preprocessing", PANOPTIC, "odd", "preprocessing", "resized", "dtype rounding",
           replaced(preprocessing, "resized_shape", truncated)),
-    Fault("longer side not limited", "preprocessing", PANOPTIC, "odd", "preprocessing", "resized", OTHER,
+    Fault("longer side not limited", "preprocessing", PANOPTIC, "odd", "preprocessing", "resized", "clip",
           replaced(preprocessing, "resized_shape", longest_side_free)),
-    Fault("shrunk without antialiasing", "preprocessing", PANOPTIC, "odd", "preprocessing", "resized", OTHER,
+    Fault("shrunk without antialiasing", "preprocessing", PANOPTIC, "odd", "preprocessing", "resized", "interpolation",
           resized_by("bilinear")),
     Fault("resized by TensorFlow, a grey level off", "preprocessing", PANOPTIC, "odd", "preprocessing", "resized", "dtype rounding",
           resized_by("bilinear", antialias=True)),

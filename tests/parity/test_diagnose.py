@@ -263,7 +263,7 @@ RESULTS = {
             )[0],
         ),
         "loss_ce",
-        "normaliser",
+        "scale",
     ),
     "ids": (
         replaced(inference, "_segments", lambda right: lambda *a: (np.maximum(right(*a)[0] - 1, 0), right(*a)[1])),
