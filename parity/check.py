@@ -1,5 +1,7 @@
 """One check: a TensorFlow checkpoint against a trace, as result objects that know everything and print nothing.
 
+Beside its cases a trace may have trainings (:mod:`parity.trajectory`): their first step is judged as a case of its own.
+
 The order is validate, probe the environment, run, compare, account. Nothing is skipped: what has no partner on the other side fails
 the check, unless :data:`parity.tap_rules.EXEMPT` has its exact name and a reason.
 """
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters import ports
-from parity import compare, ends, judge, probes, stages, verdict
+from parity import compare, ends, judge, probes, stages, trajectory, verdict
 from parity.evidence import Evidence, Overlay, of_failures, of_results
 from parity.judge import COVERAGE, GROUPS, CaseRun, Exemption, Found, Item, LossFloors, case_inputs
 from parity.ports import Port, inputs_of
@@ -32,6 +34,9 @@ __all__ = ["Check", "CaseCheck", "CheckError", "EnvironmentBrokenError", "Exempt
 
 LEDGER = ("preprocessing", *GROUPS[:-1], "clipped", "steps", "inference", "metrics", *COVERAGE)
 """Groups of what is accounted for, in the order of computation."""
+
+ASKED_OUT = "this check was asked to leave gradients out"
+"""Why there are none."""
 
 CANVAS_PX = 128
 """Without ``pad_to``, masked padding takes the next multiple of this that is larger than every image."""
@@ -57,7 +62,7 @@ class Settings:
         mode, padding, pad_to: see :func:`parity.tensorflow_run.run`.
         port: file or module of a :class:`parity.ports.Port`; None: MaskFormer.
         all_stages: whether to judge what comes behind the first broken stage.
-        gradients: False leaves them out, and the memory that they need.
+        gradients: False leaves them out, the training step too, and the memory that they need.
         memory_budget: bytes; see :func:`parity.tensorflow_run.run`.
     """
 
@@ -76,9 +81,10 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class CaseCheck:
-    """One case in one dtype.
+    """One case, or the first step of one training, in one dtype.
 
     Attributes:
+        case: its name, or that of the training.
         sizes_px: (height, width) of its images.
         samples: elements stored of each large tensor; None: all.
         local: why local errors are not known; "" where they are.
@@ -136,13 +142,17 @@ class CaseCheck:
         return all(item.passed for item in self.items)
 
     def ledger(self) -> dict[str, dict[str, int]]:
-        """Group → how many names were compared, passed, failed, had no partner, were exempted."""
+        """Group → how many names were compared, passed, were not judged, failed, had no partner, were exempted.
+
+        Each is passed, not judged (:attr:`parity.judge.Item.judged`) or failed, and compared or without a partner.
+        """
         table = {}
         for group in LEDGER:
             items = [item for item in self.items if item.group == group]
             table[group] = {
                 "compared": sum(_has_partner(item) for item in items),
-                "passed": sum(item.passed for item in items),
+                "passed": sum(item.passed and item.judged for item in items),
+                "not judged": sum(item.passed and not item.judged for item in items),
                 "failed": sum(not item.passed for item in items),
                 "no partner": sum(not _has_partner(item) for item in items),
                 "exempted": sum(exemption.group == group for exemption in self.exempted),
@@ -163,8 +173,8 @@ class Check:
         environment: what computed.
         source: of the checkpoint's manifest, what it was converted from.
         provenance: of the trace.
-        cases: one for each case and dtype.
-        left_out: cases of the trace that were not checked, and why.
+        cases: one for each case, or training, and dtype.
+        left_out: cases and trainings of the trace that were not checked, and why.
     """
 
     settings: Settings
@@ -210,7 +220,7 @@ class Check:
     def stages(self) -> tuple[stages.Stage, ...]:
         """A verdict for each stage, in the order of computation."""
         plan = self.cases[0].plan if self.cases else stages.MASKFORMER
-        return stages.verdicts(plan, self.cases, len(self.environment.probes))
+        return stages.verdicts(plan, self.cases, len(self.environment.probes), () if self.settings.gradients else stages.LEFT_OUT)
 
     @property
     def verdict_kind(self) -> str:
@@ -235,13 +245,15 @@ def check(settings: Settings, progress: Callable[[str], None] = lambda text: Non
         progress: is told each step.
 
     Raises:
-        CheckError, parity.trace.TraceError, tfmaskformer.CheckpointError: bad input.
+        CheckError, parity.trace.TraceError, parity.trajectory.StepsError, tfmaskformer.CheckpointError: bad input.
         EnvironmentBrokenError: TensorFlow computes garbage here.
     """
     source = _manifest(Path(settings.checkpoint))["source"]
     trace = Trace(settings.reference)
     _check_same_weights(settings, source, trace)
-    names, left_out = _select(settings, trace)
+    recorded = _trainings(settings)
+    names, left_out = _select(settings, trace, recorded)
+    trainings, steps_left_out = _select_trainings(settings, recorded)
 
     progress("probing the environment")
     environment = probes.examine()
@@ -259,21 +271,27 @@ def check(settings: Settings, progress: Callable[[str], None] = lambda text: Non
     batches = [names] if settings.padding == "masked" else [(name,) for name in names]
     checked: list[CaseCheck] = []
 
-    def run_all(dtype: str, batches: Sequence[Sequence[str]]) -> None:
-        model = load(settings.checkpoint, dtype)
+    def run_all(dtype: str, batches: Sequence[Sequence[str]], trainings: Sequence[str]) -> None:
+        model = load(settings.checkpoint, dtype) if batches else None
         for batch in batches:
             progress(f"{', '.join(batch)}: {dtype}")
             if port:
                 checked.append(_check_port(settings, trace, batch[0], port, model, dtype, loss_floors))
             else:
                 checked.extend(_check_batch(settings, trace, batch, model, dtype, loss_floors))
+        del model
+        reached = [case for case in checked if case.dtype == dtype]
+        for name in trainings:
+            if settings.all_stages or not any(_is_before_steps(case.stopped) for case in reached):
+                progress(f"training step '{name}': {dtype}")
+                checked.append(_check_step(settings, name, dtype))
 
     for dtype in settings.dtypes:
-        run_all(dtype, batches)
+        run_all(dtype, batches, trainings)
     if "float64" not in settings.dtypes and (failed := {case.case for case in checked if not case.passed}):
         progress("something failed: float64 tells noise from a bug")
-        run_all("float64", [batch for batch in batches if failed & set(batch)])
-    return Check(settings, environment, source, trace.provenance, tuple(checked), left_out)
+        run_all("float64", [batch for batch in batches if failed & set(batch)], [name for name in trainings if name in failed])
+    return Check(settings, environment, source, trace.provenance, tuple(checked), left_out + steps_left_out)
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:
@@ -300,12 +318,13 @@ def _check_same_weights(settings: Settings, source: Mapping[str, Any], trace: Tr
         )
 
 
-def _select(settings: Settings, trace: Trace) -> tuple[tuple[str, ...], tuple[Exemption, ...]]:
-    """Names of the cases to check, and those that are left out."""
-    unknown = [name for name in settings.cases if name not in trace.cases]
+def _select(settings: Settings, trace: Trace, trainings: Sequence[str]) -> tuple[tuple[str, ...], tuple[Exemption, ...]]:
+    """Names of the cases to check, and those that are left out; ``trainings``: what may be asked for besides."""
+    known = (*trace.cases, *trainings)
+    unknown = [name for name in settings.cases if name not in known]
     if unknown or not trace.cases:
-        raise CheckError(f"trace '{settings.reference}' has no case {', '.join(unknown)}; it has {', '.join(trace.cases) or 'none'}")
-    wanted = settings.cases or trace.cases
+        raise CheckError(f"trace '{settings.reference}' has no case {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    wanted = tuple(name for name in trace.cases if not settings.cases or name in settings.cases)
     if settings.port and settings.padding != "official":
         raise CheckError("--padding masked is for MaskFormer: a port has the inputs that it was recorded with")
     if settings.port and settings.memory_budget is not None:
@@ -325,6 +344,47 @@ def _select(settings: Settings, trace: Trace) -> tuple[tuple[str, ...], tuple[Ex
             raise CheckError(f"case {name} is {_px(sizes[name][0])} px, which is larger than --pad-to {_px(settings.pad_to)}")
     reason = "its images share a batch with official padding, which the network sees; masked padding is compared with single images"
     return chosen, tuple(Exemption("cases", name, reason) for name in several)
+
+
+def _trainings(settings: Settings) -> tuple[str, ...]:
+    """Names of the trainings that a trace has, as they are asked for: ``steps/plain``."""
+    folder = Path(settings.reference) / trajectory.FOLDER
+    return tuple(f"{trajectory.FOLDER}/{name}" for name in trajectory.trainings(folder)) if folder.is_dir() and not settings.port else ()
+
+
+def _select_trainings(settings: Settings, recorded: Sequence[str]) -> tuple[tuple[str, ...], tuple[Exemption, ...]]:
+    """Names of the trainings whose first step is judged, and those that are left out.
+
+    Raises:
+        TraceError, StepsError: one of them is damaged, or began with other weights.
+    """
+    names = tuple(name for name in recorded if not settings.cases or name in settings.cases)
+    for name in names:
+        with _open_training(settings, name) as case:
+            trajectory.check_same_weights(settings.checkpoint, case.reference.facts)
+    if settings.gradients and settings.padding == "official":
+        return names, ()
+    reason = "it was recorded with official padding" if settings.gradients else ASKED_OUT
+    return (), tuple(Exemption("steps", name, reason) for name in names)
+
+
+def _open_training(settings: Settings, name: str) -> Case:
+    return trajectory.open_training(Path(settings.reference) / trajectory.FOLDER, name.rpartition("/")[2])
+
+
+def _check_step(settings: Settings, name: str, dtype: str) -> CaseCheck:
+    """The first step of a training, quantity by quantity in the order of computation."""
+    with _open_training(settings, name) as case:
+        items = tuple(trajectory.judge(settings.checkpoint, case, dtype, steps=1, mode=settings.mode))
+        found = trajectory.diagnosis(settings.checkpoint, case, dtype, items)
+        sizes = tuple((image.shape[0], image.shape[1]) for image in case.images)
+        samples = _samples(case)
+    return CaseCheck(name, dtype, sizes, samples, items, (), "a training step is not replayed", findings=(found,) if found else ())
+
+
+def _samples(case: Case) -> int | None:
+    """How many elements are stored of each large tensor; None: all."""
+    return next((record.samples for record in case.reference.records.values() if record.samples is not None), None)
 
 
 def _px(size: Sequence[int]) -> str:
@@ -374,9 +434,9 @@ def _run(run: Callable[..., list[CaseResults]], dtype: str, how: Mapping[str, An
     In eager mode taps change no bit of it. A compiled function fuses operations otherwise with taps than without, which moves float32's
     last bits; so what comes out of it is taken of a run without taps.
     """
-    found = run(**how)
     if how["mode"] == "eager" or dtype == "float64":
-        return found
+        return run(**how)
+    found = run(**how, results=False)
     alone = run(**{**how, "gradients": "none", "tapped": False})
     return [
         dataclasses.replace(one, groups={**tapped.groups, **{group: one.groups[group] for group in ALONE if group in one.groups}})
@@ -386,7 +446,7 @@ def _run(run: Callable[..., list[CaseResults]], dtype: str, how: Mapping[str, An
 
 def _why_no_gradients(settings: Settings, trace: Trace) -> str | None:
     if not settings.gradients:
-        return "this check was asked to leave gradients out"
+        return ASKED_OUT
     return "the trace was recorded without gradients" if trace.provenance.get("gradients") is False else None
 
 
@@ -415,6 +475,11 @@ def _diagnose(run: CaseRun, judged: CaseCheck, padding: str, pad_to: tuple[int, 
         words = f"the diagnosis itself failed ({type(error).__name__}: {error})"
         found = Finding(where, "", "", f"{where}: {words}", math.nan, math.nan, math.nan)
     return () if found is None else (found,)
+
+
+def _is_before_steps(stage: str) -> bool:
+    """Whether a stage, if it is broken, breaks a training step too."""
+    return stage in stages.STAGES[: stages.STAGES.index("clipped gradients")]
 
 
 Judge = Callable[[CaseRun, Found], Iterable[Item | Exemption | Evidence]]
@@ -493,9 +558,8 @@ def judge_case(
             broken = plan.broken(one for one in found if isinstance(one, Item))
     items = tuple(one for one in found if isinstance(one, Item) and (broken is None or plan.place(one) <= broken))
     exempted = tuple(one for one in found if isinstance(one, Exemption))
-    samples = next((record.samples for record in run.case.reference.records.values() if record.samples is not None), None)
     stopped = "" if broken is None or broken == len(plan.stages) - 1 else plan.stages[broken]
-    return CaseCheck(run.case.name, run.dtype, (), samples, items, exempted, stopped=stopped, plan=plan), seen
+    return CaseCheck(run.case.name, run.dtype, (), _samples(run.case), items, exempted, stopped=stopped, plan=plan), seen
 
 
 def _check_port(settings: Settings, trace: Trace, name: str, port: Port, model: Any, dtype: str, loss_floors: LossFloors) -> CaseCheck:
@@ -503,7 +567,7 @@ def _check_port(settings: Settings, trace: Trace, name: str, port: Port, model: 
         without = _why_no_gradients(settings, trace)
         judges = judges_of(port) if without is None else without_gradients(judges_of(port), without)
         how = {"mode": settings.mode, "gradients": "all" if without is None else "none"}
-        [results] = _run(lambda **how: [port.run(model, inputs_of(case), **how)], dtype, how)
+        [results] = _run(lambda results=True, **how: [port.run(model, inputs_of(case), **how)], dtype, how)
         local, replayed = _local(case, dtype, lambda: replay_port(port, model, case, gradients=without is None))
         one = CaseRun(case, results, dtype, loss_floors, model, manifest=_manifest(Path(settings.checkpoint)), replay=replayed)
         judged, seen = judge_case(one, judges, stages.plan_of(port.stages), settings.all_stages)

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +44,11 @@ def _record(argv: Sequence[str]) -> int:
         return _record_tensorflow(argv)
     from parity import record
 
-    parser = argparse.ArgumentParser(
-        prog="parity-check record",
-        description="Runs the official PyTorch code on a checkpoint and photographs, and writes a trace of all that it computes.",
-        epilog="'parity-check record --framework tensorflow --help' tells how TensorFlow is recorded. "
-        "exit codes: 0 recorded, 2 usage or bad input, 3 could not run",
+    parser = _parser_of(
+        "record",
+        "Runs the official PyTorch code on a checkpoint and photographs, and writes a trace of all that it computes.",
+        "0 recorded, 2 usage or bad input, 3 could not run",
+        "'parity-check record --framework tensorflow --help' tells how TensorFlow is recorded. ",
     )
     record.add_arguments(parser)
     return record.run(parser.parse_args(argv))
@@ -57,11 +57,11 @@ def _record(argv: Sequence[str]) -> int:
 def _record_tensorflow(argv: Sequence[str]) -> int:
     from parity import tensorflow_record
 
-    parser = argparse.ArgumentParser(
-        prog="parity-check record",
-        description="Runs the TensorFlow model on the inputs of a trace, and writes a trace of all that it computes, which "
-        "'parity-check --actual' compares anywhere.",
-        epilog="exit codes: 0 recorded, 2 usage or bad input, 3 could not run",
+    parser = _parser_of(
+        "record",
+        "Runs the TensorFlow model on the inputs of a trace, and writes a trace of all that it computes, which 'parity-check --actual' "
+        "compares anywhere.",
+        "0 recorded, 2 usage or bad input, 3 could not run",
     )
     tensorflow_record.add_arguments(parser)
     return tensorflow_record.run_command(parser.parse_args(argv))
@@ -71,10 +71,10 @@ def _inputs(argv: Sequence[str]) -> int:
     from parity import tensorflow_record
     from parity.trace import TraceError
 
-    parser = argparse.ArgumentParser(
-        prog="parity-check inputs",
-        description="Copies of a trace what 'parity-check record --framework tensorflow' needs where it runs: the inputs, not the results.",
-        epilog="exit codes: 0 copied, 2 usage or bad input",
+    parser = _parser_of(
+        "inputs",
+        "Copies of a trace what 'parity-check record --framework tensorflow' needs where it runs: the inputs, not the results.",
+        "0 copied, 2 usage or bad input",
     )
     parser.add_argument("trace", metavar="DIR", help="a trace of the official code")
     parser.add_argument("copy", metavar="COPY", help="a new folder")
@@ -90,11 +90,12 @@ def _inputs(argv: Sequence[str]) -> int:
 def _record_steps(argv: Sequence[str]) -> int:
     from parity import trajectory_record
 
-    parser = argparse.ArgumentParser(
-        prog="parity-check record-steps",
-        description="Runs steps of the official PyTorch training and records losses, learning rates, gradients, weights and moments of "
-        "each, and how far official runs on other kernels and numbers of threads drift apart.",
-        epilog="exit codes: 0 recorded, 2 usage or bad input, 3 could not run",
+    parser = _parser_of(
+        "record-steps",
+        "Runs steps of the official PyTorch training and records losses, learning rates, gradients, weights and moments of each, and how "
+        "far official runs on other kernels and numbers of threads drift apart. Into the folder 'steps' of a trace, they are a part of "
+        "its checks.",
+        "0 recorded, 2 usage or bad input, 3 could not run",
     )
     trajectory_record.add_arguments(parser)
     return trajectory_record.run(parser.parse_args(argv))
@@ -103,10 +104,10 @@ def _record_steps(argv: Sequence[str]) -> int:
 def _steps(argv: Sequence[str]) -> int:
     from parity import trajectory
 
-    parser = argparse.ArgumentParser(
-        prog="parity-check steps",
-        description="Trains a TensorFlow checkpoint as a recorded official training, and compares both after every step. Needs no PyTorch.",
-        epilog="exit codes: 0 match, 1 mismatch, 2 usage or bad input, 3 could not run",
+    parser = _parser_of(
+        "steps",
+        "Trains a TensorFlow checkpoint as a recorded official training, and compares both after every step. Needs no PyTorch.",
+        "0 match, 1 mismatch, 2 usage or bad input, 3 could not run",
     )
     trajectory.add_arguments(parser)
     return trajectory.run(parser.parse_args(argv))
@@ -115,48 +116,43 @@ def _steps(argv: Sequence[str]) -> int:
 def _compare(argv: Sequence[str]) -> int:
     from parity import regression
 
-    parser = argparse.ArgumentParser(
-        prog="parity-check compare",
-        description="Compares two runs by their report.json: what newly fails or passes, whose error grew, what appeared or vanished, and "
-        "what is different about the surroundings.",
-        epilog="exit codes: 0 no regression, 1 regression, 2 usage or bad input",
+    parser = _parser_of(
+        "compare",
+        "Compares two runs by their report.json: what newly fails or passes, whose error grew, what appeared or vanished, and what is "
+        "different about the surroundings.",
+        "0 no regression, 1 regression, 2 usage or bad input",
     )
     parser.add_argument("before", metavar="A.json", help="report of the run to compare with")
     parser.add_argument("after", metavar="B.json", help="report of the run that is judged")
     parser.add_argument(
         "--factor", type=float, default=regression.FACTOR, metavar="X", help="by which an error may grow (default: %(default)s)"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON to FILE, or to stdout only (-)")
+    _add_json(parser)
     arguments = parser.parse_args(argv)
     if not arguments.factor >= 1:
         parser.error(f"--factor {arguments.factor:g}: expected 1 or more")
     try:
-        _check_writable(None if arguments.json == "-" else arguments.json)
+        _check_writable(arguments.json)
         names = (arguments.before, arguments.after)
         before, after = map(regression.read, names)
         found = regression.regression(before, after, names, arguments.factor)
     except (OSError, regression.ReportError) as error:
         return _failed(str(error), BAD_INPUT)
-    if arguments.json == "-":
-        print(regression.as_json(found), end="")
-    else:
-        print(regression.text(found))
-        if arguments.json:
-            Path(arguments.json).write_text(regression.as_json(found), encoding="utf-8")
+    _tell(arguments.json, lambda: regression.text(found), lambda: regression.as_json(found))
     return MISMATCH if found.regressed else MATCH
 
 
 def _selftest(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="parity-check selftest",
-        description="Proves the check itself: runs it on unbroken models, where nothing may fail, and on models with one fault each, every "
-        "one of which it has to catch, and to say where it is and from what it comes. Takes some minutes.",
-        epilog="exit codes: 0 proven, 1 not, 2 usage or bad input, 3 could not run",
+    parser = _parser_of(
+        "selftest",
+        "Proves the check itself: runs it on unbroken models, where nothing may fail, and on models with one fault each, every one of "
+        "which it has to catch, and to say where it is and from what it comes. Takes some minutes.",
+        "0 proven, 1 not, 2 usage or bad input, 3 could not run",
     )
     parser.add_argument(
         "--only", default="", metavar="KIND", help="one kind of faults (weights, layers, …), or clean for the unbroken models"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON to FILE, or to stdout only (-)")
+    _add_json(parser)
     parser.add_argument("--readme", metavar="FILE", help="also put the table into its place in this Markdown file")
     arguments = parser.parse_args(argv)
     if arguments.readme and arguments.only:
@@ -165,7 +161,7 @@ def _selftest(argv: Sequence[str]) -> int:
     from parity import selftest
 
     try:
-        for path in (arguments.readme, None if arguments.json == "-" else arguments.json):
+        for path in (arguments.readme, arguments.json):
             _check_writable(path)
         if arguments.readme:
             selftest.around_table(Path(arguments.readme))
@@ -176,13 +172,27 @@ def _selftest(argv: Sequence[str]) -> int:
         return _failed(str(error), BAD_INPUT)
     except (selftest.SelftestError, ImportError) as error:
         return _failed(str(error), COULD_NOT_RUN)
-    if arguments.json == "-":
-        print(selftest.as_json(proof), end="")
-    else:
-        print(selftest.text(proof))
-        if arguments.json:
-            Path(arguments.json).write_text(selftest.as_json(proof), encoding="utf-8")
+    _tell(arguments.json, lambda: selftest.text(proof), lambda: selftest.as_json(proof))
     return MATCH if proof.passed else MISMATCH
+
+
+def _parser_of(command: str, description: str, codes: str, more: str = "") -> argparse.ArgumentParser:
+    """The parser of a command; ``codes``: its exit codes, in words."""
+    return argparse.ArgumentParser(prog=f"parity-check {command}".strip(), description=description, epilog=f"{more}exit codes: {codes}")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON to FILE, or to stdout only (-)")
+
+
+def _tell(json_to: str | None, text: Callable[[], str], as_json: Callable[[], str]) -> None:
+    """Prints a result, and writes it as JSON to a file, or prints it as JSON alone."""
+    if json_to == "-":
+        print(as_json(), end="")
+        return
+    print(text())
+    if json_to:
+        Path(json_to).write_text(as_json(), encoding="utf-8")
 
 
 def _check(argv: Sequence[str]) -> int:
@@ -209,7 +219,7 @@ def _check(argv: Sequence[str]) -> int:
     from parity.spool import prepare
 
     try:
-        for path in (arguments.report, None if arguments.json == "-" else arguments.json):
+        for path in (arguments.report, arguments.json):
             _check_writable(path)
         with tempfile.TemporaryDirectory(prefix="parity-check-") as scratch:
             if arguments.reference == "official" and (failed := _record_reference(arguments, scratch)):
@@ -238,8 +248,9 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         from parity import check, recorded, report
         from parity.spool import over_budget
         from parity.trace import TraceError
+        from parity.trajectory import StepsError
 
-        unusable: tuple[type[Exception], ...] = (check.CheckError, ConversionError, TraceError)
+        unusable: tuple[type[Exception], ...] = (check.CheckError, ConversionError, StepsError, TraceError)
         if arguments.actual is None:  # two traces are compared without TensorFlow
             from tfmaskformer.checkpoint import CheckpointError
 
@@ -268,24 +279,19 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.report:
         Path(arguments.report).mkdir(parents=True, exist_ok=True)
         report.write(result, Path(arguments.report))
-    if arguments.json == "-":
-        print(report.as_json(result), end="")
-    else:
-        print(report.text(result, colour=sys.stdout.isatty()))
-        if arguments.json:
-            Path(arguments.json).write_text(report.as_json(result), encoding="utf-8")
-        if arguments.report:
-            print(f"report: {arguments.report}")
+    _tell(arguments.json, lambda: report.text(result, colour=sys.stdout.isatty()), lambda: report.as_json(result))
+    if arguments.report and arguments.json != "-":
+        print(f"report: {arguments.report}")
     return MATCH if result.passed else MISMATCH
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="parity-check",
-        description="Compares a TensorFlow checkpoint with what the official PyTorch code computes: every tap, output, cost, assignment, "
-        "loss, gradient and inference result. Against a trace it needs no PyTorch.",
-        epilog="'parity-check record --help' tells how traces are made, 'parity-check compare --help' how two reports are compared. "
-        "exit codes: 0 match, 1 mismatch, 2 usage or bad input, 3 could not run",
+    parser = _parser_of(
+        "",
+        "Compares a TensorFlow checkpoint with what the official PyTorch code computes: every tap, output, cost, assignment, loss, "
+        "gradient, inference result and, where the trace has one, training step. Against a trace it needs no PyTorch.",
+        "0 match, 1 mismatch, 2 usage or bad input, 3 could not run",
+        "'parity-check record --help' tells how traces are made, 'parity-check compare --help' how two reports are compared. ",
     )
     parser.add_argument("--ckpt", metavar="DIR", help="the checkpoint, written by convert")
     parser.add_argument(
@@ -303,7 +309,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("float32", "float64", "both"), default="both", help="what TensorFlow computes in (default: both)"
     )
-    parser.add_argument("--case", action="append", default=[], metavar="NAME", help="check this case only; may be given again")
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="NAME", help="check this case, or training (steps/plain), only; may be given again"
+    )
     parser.add_argument("--mode", choices=("graph", "eager", "xla"), default="graph", help="how TensorFlow runs (default: graph)")
     parser.add_argument(
         "--padding", choices=("official", "masked"), default="official", help="masked: all cases of one image in one padded batch"
@@ -319,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
         help="memory to stay below, for example 6GB: with --mode eager, what taps take beyond an eighth of it goes to a temporary file",
     )
     parser.add_argument("--report", metavar="DIR", help="write report.html, .txt and .json, junit.xml and error_along_depth.png into DIR")
-    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON to FILE, or to stdout only (-)")
+    _add_json(parser)
     official = parser.add_argument_group("with --reference official (needs PyTorch)")
     official.add_argument("--src", metavar="FILE", help="the official checkpoint that DIR was converted from; it must be trusted")
     official.add_argument("--config", metavar="YAML", help="official config (default: that of the zoo entry in the manifest of DIR)")
@@ -351,7 +359,7 @@ def _settings(arguments: argparse.Namespace, scratch: str) -> Settings:
 
 
 def _record_reference(arguments: argparse.Namespace, directory: str) -> int:
-    """Records the images into ``directory``; returns an exit code, 0 where it worked."""
+    """Records the images, and a training step of the first, into ``directory``; returns an exit code, 0 where it worked."""
     config = arguments.config or _zoo_config(arguments.ckpt)
     if config is None:
         return _failed(
@@ -363,15 +371,18 @@ def _record_reference(arguments: argparse.Namespace, directory: str) -> int:
             f"other weights: '{arguments.ckpt}' was converted from a file with SHA-256 {converted}, '{arguments.src}' has {digest}",
             BAD_INPUT,
         )
-    argv = ["--src", arguments.src, "--config", config, "--out", directory]
-    for image in arguments.image or [f"{PHOTOS / name}" for name in DEFAULT_IMAGES]:
-        argv += ["--case", image]
+    argv = ["--src", arguments.src, "--config", config]
     for name in ("maskformer", "detectron2"):
         if getattr(arguments, name):
             argv += [f"--{name}", getattr(arguments, name)]
     stdout, sys.stdout = sys.stdout, sys.stderr  # the path of a temporary folder is no result
+    images = arguments.image or [f"{PHOTOS / name}" for name in DEFAULT_IMAGES]
     try:
-        return _record(argv)
+        failed = _record([*argv, "--out", directory, *(part for image in images for part in ("--case", image))])
+        if failed or arguments.no_gradients:
+            return failed
+        step = ["--steps", "1", "--training", "plain", "--case", images[0], "--out", str(Path(directory) / "steps")]
+        return _record_steps([*argv, *step])
     finally:
         sys.stdout = stdout
 
@@ -395,8 +406,8 @@ def _manifest(checkpoint: str) -> dict[str, Any]:
 
 
 def _check_writable(path: str | None) -> None:
-    """Raises OSError where a report could not be written, before anything is run."""
-    if path is None:
+    """Raises OSError where a report could not be written, before anything is run; "-" is stdout."""
+    if path is None or path == "-":
         return
     parent = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
     if not parent.is_dir() and parent != Path(path).absolute():

@@ -14,6 +14,7 @@ import numpy as np
 
 from parity import compare, tap_rules
 from parity.compare import AssignmentComparison, Comparison
+from parity.sampling import contiguous
 from parity.tensorflow_run import CaseInputs, CaseResults
 from parity.trace import POSITION_EMBEDDING, Case, Record, Trace, relative_error, statistics
 from tfmaskformer.config import CriterionConfig, MaskFormerConfig
@@ -50,6 +51,11 @@ class Item:
     note: str = ""
     local: float = math.nan
     local_passed: bool | None = None
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is a limit to its error. To that of a gradient in float32 there is none: only shape and finiteness are judged."""
+        return self.tolerance != math.inf
 
     @property
     def inherited(self) -> bool:
@@ -225,7 +231,7 @@ def _alone(run: CaseRun, group: str, name: str, note: str) -> Item | Exemption:
 def _judge_one(run: CaseRun, results: CaseResults, group: str, name: str, partner: str) -> Item:
     case, dtype, record = run.case, run.dtype, run.case.reference[group, name]
     try:
-        actual = np.asarray(results.official(group, partner), order="C")
+        actual = contiguous(np.asarray(results.official(group, partner)))
     except tap_rules.TapRuleError as error:
         return Item(group, name, False, comparison=compare.incomparable(str(error)), note=str(error))
     if group == "matcher" and name.endswith("/assignment"):

@@ -19,7 +19,7 @@ from parity.report_text import text, verdict
 __all__ = ["FILES", "FORMAT", "SCHEMA", "VERSION", "as_dict", "as_json", "text", "write"]
 
 FORMAT = "tfmaskformer-parity-report"
-VERSION = 2
+VERSION = 3
 """Of the JSON report; another number for any change of ``report.schema.json``."""
 
 SCHEMA = Path(__file__).parent / "report.schema.json"

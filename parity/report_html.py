@@ -17,9 +17,9 @@ from parity import compare, report_evidence
 from parity.check import LEDGER, CaseCheck, Check, Item
 from parity.evidence import Evidence, Overlay
 from parity.report_figures import Picture
-from parity.report_text import KINDS, RATIO_FROM, facts, title, told, verdict
+from parity.report_text import KINDS, RATIO_FROM, facts, place, title, told, verdict
 from parity.report_tree import Node, grow, share
-from parity.stages import PASSED
+from parity.stages import MEANINGS, PASSED
 
 TOLD = 20
 """Failures of a case that are told in words; the tree has all."""
@@ -79,7 +79,8 @@ def _stages(check: Check) -> Iterator[str]:
     for stage in check.stages:
         words = [stage.verdict] if stage.verdict != PASSED else []
         words += [f"{stage.failed} of {stage.judged} fail" if stage.failed else f"{stage.judged}"] if stage.judged else []
-        hint = "; ".join([*([f"first {stage.first}"] if stage.first else []), *(f"not judged: {case}" for case in stage.not_judged)])
+        hints = filter(None, (MEANINGS.get(stage.verdict), stage.first and f"first {stage.first}"))
+        hint = "; ".join([*hints, *(f"not judged: {case}" for case in stage.not_judged)])
         kind = stage.verdict.replace(" ", "-")
         yield f'<li class="{kind}" title="{escape(hint)}"><b>{escape(stage.name)}</b><small>{escape(", ".join(words))}</small></li>'
     yield "</ol>"
@@ -128,7 +129,8 @@ def _failures(check: Check) -> Iterator[str]:
             seen += len(found)
             state = " open" if first and item is first[1] else ""
             yield f"<details{state}><summary>{escape(item.group)} <b>{escape(item.name)}</b>{_hint(found)}</summary>"
-            yield "<pre>" + escape("\n".join(told(item))) + "</pre>"
+            where = place(case, item) if first and item is first[1] else ()
+            yield "<pre>" + escape("\n".join((*told(item), *where))) + "</pre>"
             for each in found:
                 yield from report_evidence.figure_of(each)
             yield "</details>"
@@ -174,7 +176,8 @@ def _ranked(check: Check) -> Iterator[str]:
     ]
     rows.sort(key=lambda row: -row[0])
     if rows:
-        yield "<p>By the part of the error that arises there, with recorded inputs; what is only inherited is small here.</p>"
+        yield "<p>By the part of the error that arises there, or in what is computed between the recorded taps and it. "
+        yield "What is only inherited is small here.</p>"
         heads = ("tap", "case", "dtype", "local error", "error", "allowed", "local / allowed")
         cells = [
             (item.name, case.case, case.dtype, _number(item.local), _number(item.error), _number(item.tolerance), format(times, ".3g"))
@@ -315,7 +318,8 @@ summary { cursor: pointer; }
 .stages li { border: 1px solid var(--line); border-left: 5px solid var(--grey); border-radius: 4px; padding: 3px 10px; min-width: 120px; }
 .stages b, .stages small { display: block; font-size: 12px; } .stages .passed { border-left-color: var(--good); }
 .stages .broken { border-left-color: var(--red); background: var(--raised); } .stages .broken b { color: var(--red); }
-.stages .inherits { border-left-color: var(--amber); } .stages .not-judged, .stages .nothing-to-judge { opacity: .65; }
+.stages .inherits { border-left-color: var(--amber); }
+.stages .not-judged, .stages .not-recorded, .stages .nothing-to-judge { opacity: .65; }
 .finding { background: var(--raised); border-left: 5px solid var(--blue); padding: 8px 14px; border-radius: 4px; }
 b.bug { color: var(--red); } b.noise { color: var(--amber); } b.match { color: var(--good); }
 svg { background: var(--raised); display: block; } svg text { font: 10px ui-monospace, monospace; fill: var(--faint); }

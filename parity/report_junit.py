@@ -15,7 +15,7 @@ from parity import compare
 from parity.check import LEDGER, CaseCheck, Check, Item
 from parity.report_text import SHOWN, heading, told, verdict
 from parity.report_tree import block
-from parity.stages import BROKEN, EMPTY, PASSED
+from parity.stages import BROKEN, EMPTY, MEANINGS, PASSED
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -54,6 +54,8 @@ def _suite(case: CaseCheck) -> ET.Element:
             test = _test(suite, f"{case.case}.{case.dtype}.{group}", name)
             if failed := [item for item in items if not item.passed]:
                 _fail(test, failed, len(items))
+            elif not any(item.judged for item in items):
+                ET.SubElement(test, "skipped", message="not judged: there is no limit to the error in this dtype")
         compared = {item.name for items in blocks.values() for item in items}
         for exemption in case.exempted:
             if exemption.group == group and exemption.name not in compared:
@@ -63,7 +65,7 @@ def _suite(case: CaseCheck) -> ET.Element:
 
 
 def _stages(suite: ET.Element, check: Check) -> None:
-    """A stage that has nothing to judge is no test; one that only inherits its error is skipped, like one that was not reached."""
+    """A stage that the model does not have is no test; one that only inherits its error is skipped, like one that was not judged."""
     for stage in check.stages:
         if stage.verdict == EMPTY:
             continue
@@ -72,7 +74,7 @@ def _stages(suite: ET.Element, check: Check) -> None:
             message = f"{stage.failed} of {stage.judged} differ; first {stage.first}"
             ET.SubElement(test, "failure", type="mismatch", message=message)
         elif stage.verdict != PASSED:
-            ET.SubElement(test, "skipped", message=f"{stage.verdict}: an earlier stage is broken")
+            ET.SubElement(test, "skipped", message=f"{stage.verdict}: {MEANINGS[stage.verdict]}")
 
 
 def _add_suite(root: ET.Element, name: str) -> ET.Element:

@@ -10,6 +10,7 @@ from parity.check import LEDGER, CaseCheck, Check, Item
 from parity.compare import AssignmentComparison, Comparison
 from parity.judge import COVERAGE
 from parity.report_tree import Node, grow
+from parity.stages import EMPTY
 
 SHOWN = 5
 """Nodes below one that fails, and failures, that are shown; the other reports have all."""
@@ -31,7 +32,7 @@ def text(check: Check, colour: bool = False) -> str:
     for case in check.cases:
         told_of = _case(case, first if case is first_case else None)
         lines += [paint(title(case), "bold"), *(printable(f"  {line}".rstrip()) for line in told_of), ""]
-    lines += [printable(f"not checked: case {exemption.name}: {exemption.reason}") for exemption in check.left_out]
+    lines += [printable(f"not checked: {KIND_OF[left.group]} {left.name}: {left.reason}") for left in check.left_out]
     line, *more = verdict(check)
     return "\n".join([*lines, *map(printable, more), *[""][: len(more)], paint(line, "green" if check.passed else "red")])
 
@@ -44,9 +45,10 @@ def printable(words: str) -> str:
 def verdict(check: Check) -> list[str]:
     """The result in one line, which says what was asserted in :attr:`parity.check.Check.passed`, and lines that tell more of a mismatch."""
     if check.passed:
-        compared = sum(item.comparison is not None for case in check.cases for item in case.items if item.group not in COVERAGE)
-        cases = len({case.case for case in check.cases})
-        return [f"match: all {compared} comparisons of {cases} case{'s' * (cases != 1)} in {' and '.join(check.settings.dtypes)} hold"]
+        compared = [item for case in check.cases for item in case.items if item.group not in COVERAGE and item.comparison is not None]
+        held, cases = sum(item.judged for item in compared), len({case.case for case in check.cases})
+        line = f"match: all {held} comparisons of {cases} case{'s' * (cases != 1)} in {' and '.join(check.settings.dtypes)} hold"
+        return [line + f"; {len(compared) - held} more are told, not judged" * (held < len(compared))]
     lines = []
     if (first := check.first_failure) is not None:
         case, item = first
@@ -59,7 +61,7 @@ def verdict(check: Check) -> list[str]:
             f"mismatch: first in {item.group} '{item.name}' (case {case.case}, {case.dtype}); {count}: {KINDS[check.verdict_kind]}",
             f"{check.verdict_kind}: {check.verdict_reason}",
             f"first: {item.group} '{item.name}'",
-            *(f"  {line}" for line in told(item)),
+            *(f"  {line}" for line in (*told(item), *place(case, item))),
         ]
         lines += [
             f"diagnosis: {line}" for finding in check.findings for line in (finding.statement, *(f"or {other}" for other in finding.others))
@@ -71,8 +73,20 @@ def verdict(check: Check) -> list[str]:
     return lines or ["mismatch: nothing was compared"]
 
 
+def place(case: CaseCheck, item: Item) -> Iterator[str]:
+    """Where the error of a first failure may arise: a tap shows what is computed between the recorded taps and it, too."""
+    if item.group == "taps" and not item.inherited:
+        taps = [each.name for each in case.items if each.group == "taps"]
+        before = taps[: taps.index(item.name)][-1:]
+        behind = f"; the tap before it is '{before[0]}'" if before else ""
+        yield f"it arises in '{item.name.partition('#')[0]}', or in what is computed between the recorded taps and it{behind}"
+
+
 KINDS = {"match": "a match", "bug": "a bug", "noise": "noise"}
 """What a check came to, in words."""
+
+KIND_OF = {"cases": "case", "steps": "training step"}
+"""What was left out, in words."""
 
 
 def told(item: Item) -> Iterator[str]:
@@ -87,8 +101,9 @@ def told(item: Item) -> Iterator[str]:
         floor = "" if math.isnan(item.floor) else f", floor {item.floor:.2e}"
         yield f"error {item.error:.2e}, tolerance {item.tolerance:.2e}{times}{floor}"
         if not math.isnan(item.local):
+            here = "here, or between the recorded taps and this one" if item.group == "taps" else "here"
             whole = item.local > 0.99 * item.error
-            yield "all of it arises here" if whole else f"of it {item.local:.2e} arises here, the rest is inherited"
+            yield f"all of it arises {here}" if whole else f"of it {item.local:.2e} arises {here}; the rest is inherited"
         place = "sample" if found.compared < found.elements else "index"
         yield (
             f"largest difference {found.max_difference:.3e} at {place} {found.max_index}: "
@@ -130,10 +145,10 @@ def heading(check: Check) -> Iterator[str]:
 
 
 def _stages(check: Check) -> Iterator[str]:
-    """A line for each stage that has something to tell."""
+    """A line for each stage that the model has."""
     yield f"{'stage':26} {'verdict':12} {'judged':>8} {'failed':>8}  first"
     for stage in check.stages:
-        if stage.judged or stage.not_judged:
+        if stage.verdict != EMPTY:
             yield f"{stage.name:26} {stage.verdict:12} {stage.judged:8} {stage.failed:8}  {stage.first}"
 
 
@@ -152,9 +167,10 @@ def _case(case: CaseCheck, first: Item | None) -> Iterator[str]:
             yield f"{group:12} " + " ".join(f"{count:10}" for count in counts.values())
     yield ""
     yield from _trees(case, first)
-    if case.dtype == "float32":
+    if case.tap_ratios and case.dtype == "float32":
         yield f"median over taps of error / floor: {case.median_ratio:.3f}; of all cases together {compare.MEDIAN_FACTOR} is allowed"
-        yield "gradients: in float32 shape and finiteness are judged, the error is judged in float64"
+    if not all(item.judged for item in case.items):
+        yield "not judged: the error of single gradients in float32, of which shape and finiteness are; in float64 it is judged"
     if assignments := _assignments(case):
         yield f"assignments: {assignments}"
     for exemption in case.exempted:

@@ -60,14 +60,24 @@ def sketch(name: str, tensor: np.ndarray, count: int) -> np.ndarray:
     words = hashed_numbers(f"{name}{list(tensor.shape)} signs", -(-tensor.size // 64)).astype("<u8")
     sums = np.zeros(count)
     for start, values in blocks(tensor, 64 * count):
-        values[~np.isfinite(values)] = 0
         bits = words[start // 64 : -(-(start + values.size) // 64)].view(np.uint8)
         sign_bits = values.view(np.uint64)
         sign_bits ^= np.unpackbits(bits, count=values.size).astype(np.uint64) << np.uint64(63)
-        whole = values.size // count * count
-        sums += values[:whole].reshape(-1, count).sum(0)
-        sums[: values.size - whole] += values[whole:]
+        with np.errstate(invalid="ignore"):
+            of_block = _dealt(values, count)
+        if not np.isfinite(of_block).all():
+            of_block = _dealt(np.where(np.isfinite(values), values, 0), count)
+        sums += of_block
     return sums
+
+
+def _dealt(values: np.ndarray, count: int) -> np.ndarray:
+    """Sums of every ``count``-th element, from each of the first ``count`` on; taken in long rows, which is faster."""
+    row = count * max(_ROW // count, 1)
+    whole = values.size // row * row
+    sums = values[:whole].reshape(-1, row).sum(0)
+    sums[: values.size - whole] += values[whole:]
+    return sums.reshape(-1, count).sum(0)
 
 
 def blocks(tensor: np.ndarray, multiple: int = 1) -> Iterator[tuple[int, np.ndarray]]:
@@ -83,4 +93,15 @@ def blocks(tensor: np.ndarray, multiple: int = 1) -> Iterator[tuple[int, np.ndar
         yield start, flat[start : start + length].astype(np.float64)
 
 
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The same in row-major order. Of a map whose channels came last, one row after the other: its copy stays in a processor's cache."""
+    if array.ndim != 4 or array.flags.c_contiguous:
+        return np.asarray(array, order="C")
+    copy = np.empty(array.shape, array.dtype)
+    for row in range(array.shape[2]):
+        copy[:, :, row] = array[:, :, row]
+    return copy
+
+
 _BLOCK = 1 << 16
+_ROW = 1 << 10

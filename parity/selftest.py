@@ -252,7 +252,6 @@ class Bench:
     def _trial_of_a_step(self, fault: Fault) -> Trial:
         """The first step of a training, with the losses and gradients of the unbroken model: what comes behind them is broken."""
         from parity import trajectory
-        from parity.diagnose_steps import examine_training
         from tfmaskformer.criterion import SetCriterion
         from tfmaskformer.module import named_variables
         from tfmaskformer.training.step import TrainStep
@@ -266,7 +265,6 @@ class Bench:
             return honest.gradients
 
         start = time.perf_counter()
-        finding = None
         with (
             fault.apply(model),
             _kept(named_variables(model)) as restore,
@@ -275,14 +273,11 @@ class Bench:
             mock.patch.object(TrainStep, "gradients", gradients),
         ):
             [found] = trajectory.check(checkpoint, reference, names=[fault.case], dtypes=["float64"], steps=1, mode="eager")
-            if not found.passed:
-                with trajectory.open_training(reference, fault.case) as case:
-                    finding = examine_training(checkpoint, case)
         seconds = time.perf_counter() - start
         item = found.first_failure
         if item is None:
             return Trial(fault, False, seconds=seconds)
-        cause, statement = (finding.cause, finding.statement) if finding else ("", "")
+        cause, statement = (found.finding.cause, found.finding.statement) if found.finding else ("", "")
         return Trial(fault, True, (item.group, item.name), is_at(model, fault, item.group, item.name), cause, statement, seconds)
 
     def _first_step(self, model_name: str) -> _Step:

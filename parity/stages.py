@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,7 +49,11 @@ PLACES: tuple[tuple[str, str, str], ...] = (
     ("matcher", r".*", "cost terms"),
     ("losses", r".*", "losses"),
     ("gradients|tap_gradients", r".*", "gradients"),
+    ("steps", r"\d+/assignment", "assignment"),
+    ("steps", r"\d+/losses/.*", "losses"),
+    ("steps", r"\d+/gradient_norm", "gradients"),
     ("clipped", r".*", "clipped gradients"),
+    ("steps", r"\d+/clipped/.*", "clipped gradients"),
     ("steps", r".*", "optimizer step"),
     ("inference", r".*", "post-processing"),
     ("metrics", r".*", "evaluation metric"),
@@ -57,8 +61,20 @@ PLACES: tuple[tuple[str, str, str], ...] = (
 """Groups, names and the stage to which they belong: the first line that fits."""
 # fmt: on
 
-PASSED, BROKEN, INHERITS, NOT_JUDGED, EMPTY = "passed", "broken", "inherits", "not judged", "nothing to judge"
-"""Verdicts. "inherits": what fails is right by itself and computed from something that is not; "not judged": an earlier stage is broken."""
+MAY_BE_ABSENT = ("transformer", "cost terms", "assignment")
+"""What a model, a per-pixel baseline, may not have."""
+
+PASSED, BROKEN, INHERITS = "passed", "broken", "inherits"
+NOT_JUDGED, NOT_RECORDED, EMPTY = "not judged", "not recorded", "nothing to judge"
+"""Verdicts."""
+
+MEANINGS = {
+    INHERITS: "what fails is right by itself, and computed from something that is not",
+    NOT_JUDGED: "an earlier stage is broken, the check was asked to leave it out, or there is no limit to its errors in this dtype",
+    NOT_RECORDED: "the reference has nothing to judge it by",
+    EMPTY: "the model has no such thing",
+}
+"""Of verdicts that do not speak for themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +84,12 @@ class Plan:
     Attributes:
         stages: in the order of computation.
         places: as :data:`PLACES`.
+        may_be_absent: stages that the model may not have.
     """
 
     stages: tuple[str, ...]
     places: tuple[tuple[str, str, str], ...]
+    may_be_absent: tuple[str, ...] = ()
 
     @functools.cache  # noqa: B019 there is one plan for each model
     def stage_of(self, group: str, name: str) -> str:
@@ -98,7 +116,7 @@ class Plan:
         return min((self.place(item) for item in items if not item.passed and not item.inherited), default=None)
 
 
-MASKFORMER = Plan(STAGES, PLACES)
+MASKFORMER = Plan(STAGES, PLACES, MAY_BE_ABSENT)
 
 
 def stage_of(group: str, name: str) -> str:
@@ -124,7 +142,7 @@ def plan_of(modules: Mapping[str, Sequence[str]]) -> Plan:
         ("losses", ".*", "losses"),
         ("(tap_)?gradients", ".*", "gradients"),
     ]
-    return Plan((STAGES[0], *names, "outputs", "losses", "gradients"), (*lines, *last))
+    return Plan((STAGES[0], *names, "outputs", "losses", "gradients"), (*lines, *last), (*names, "outputs", "losses"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +151,8 @@ class Stage:
 
     Attributes:
         name: one of :data:`STAGES`.
-        verdict: "passed", "broken", "inherits", "not judged" or "nothing to judge".
-        judged, failed: how many names were, of all cases.
+        verdict: "passed", "broken", "inherits", "not judged", "not recorded" or "nothing to judge".
+        judged, failed: how many names were, of all cases; to the error of a judged one there is a limit.
         first: the first failure, as "group 'name'"; "" without one.
         not_judged: the cases that stopped before it.
     """
@@ -147,15 +165,30 @@ class Stage:
     not_judged: tuple[str, ...]
 
 
-def verdicts(plan: Plan, cases: Sequence[CaseCheck], probes: int) -> tuple[Stage, ...]:
-    """A verdict for each stage; ``probes``: of the environment, all of which passed, or nothing would have been judged."""
+LEFT_OUT = ("gradients", "clipped gradients", "optimizer step")
+"""What a check without gradients does not judge."""
+
+
+def verdicts(plan: Plan, cases: Sequence[CaseCheck], probes: int, left_out: Collection[str] = ()) -> tuple[Stage, ...]:
+    """A verdict for each stage.
+
+    Args:
+        probes: of the environment, all of which passed, or nothing would have been judged.
+        left_out: stages that the check was asked to leave out.
+    """
     found = [Stage(plan.stages[0], PASSED, probes, 0, "", ())]
     for place, name in enumerate(plan.stages[1:], start=1):
         items = [item for case in cases for item in case.items if plan.place(item) == place]
         failures = [item for case in cases for item in case.failures if plan.place(item) == place]
         own = [item for item in failures if not item.inherited]
         stopped = tuple(f"{case.case}, {case.dtype}" for case in cases if case.stopped and plan.stages.index(case.stopped) < place)
-        verdict = BROKEN if own else INHERITS if failures else PASSED if items else NOT_JUDGED if stopped else EMPTY
+        judged = sum(item.judged or not item.passed for item in items)
+        if judged:
+            verdict = BROKEN if own else INHERITS if failures else PASSED
+        elif items or stopped or name in left_out:
+            verdict = NOT_JUDGED
+        else:
+            verdict = EMPTY if name in plan.may_be_absent else NOT_RECORDED
         first = next(iter(own or failures), None)
-        found.append(Stage(name, verdict, len(items), len(failures), f"{first.group} '{first.name}'" if first else "", stopped))
+        found.append(Stage(name, verdict, judged, len(failures), f"{first.group} '{first.name}'" if first else "", stopped))
     return tuple(found)

@@ -182,15 +182,16 @@ def record_tensorflow(
 
 def _results(model: Any, case: Case, precision: Precision, mode: str, gradients: bool, memory_budget: int | None) -> CaseResults:
     inputs = judge.case_inputs(case, "float64" if precision.dtype == "float64" else "float32", every_assignment=precision.is_low)
-    [results] = run(model, [inputs], mode=mode, gradients="all" if gradients else "none", memory_budget=memory_budget)
+    of_taps, is_eager = "all" if gradients else "none", mode == "eager"
+    [results] = run(model, [inputs], mode=mode, gradients=of_taps, memory_budget=memory_budget, results=is_eager)
     bits = record.Bits(lambda *_: None, f"{case.name}, {precision}, {mode}")
-    if mode == "eager":
+    if is_eager:
         for group in UNTAPPED:
             for name, tensor in results.groups.get(group, {}).items():
                 bits.remember(group, name, tensor)
     of_parameters = "parameters" if gradients else "none"
     [alone] = run(model, [inputs], mode=mode, gradients=of_parameters, memory_budget=memory_budget, tapped=False)
-    if mode != "eager":
+    if not is_eager:
         return dataclasses.replace(
             alone, groups={**results.groups, **{group: alone.groups[group] for group in UNTAPPED & alone.groups.keys()}}
         )

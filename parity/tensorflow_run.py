@@ -97,6 +97,7 @@ def run(
     memory_budget: int | None = None,
     substitute: Substitute | None = None,
     tapped: bool = True,
+    results: bool = True,
 ) -> list[CaseResults]:
     """Runs the model with taps; one result for each case.
 
@@ -112,6 +113,7 @@ def run(
         substitute: is given every tap and returns what the model goes on with (:func:`tfmaskformer.record_taps`); the results then have
             no taps. Only where TensorFlow runs eagerly.
         tapped: False leaves the model alone: what comes out is what it computes when nobody looks, without taps.
+        results: False tells of taps and gradients alone, and computes nothing else besides.
     """
     import tensorflow as tf
 
@@ -130,29 +132,33 @@ def run(
     targets = [task.targets(case, height, width) for case in cases]
     arguments = tf.nest.map_structure(tf.constant, (padded_images(images, canvas), sizes, targets))
     spool = None if memory_budget is None else Spool(memory_budget // KEPT_SHARE)
-    step: Any = _step(model, task, padding, gradients, spool, substitute, tapped)
+    step: Any = _step(model, task, padding, gradients, spool, substitute, tapped, results)
     if mode != "eager":
         step = tf.function(step, jit_compile=mode == "xla")
     with _given_position_embeddings(cases):
         taps, outputs, matchings, losses, exact_losses, of_parameters, of_taps = step(*arguments)
 
-    whole = {"taps": _numpy(taps) if spool is None else spool.group("taps"), "outputs": _numpy(dict(_flat_outputs(outputs, task.outputs)))}
-    results = []
+    whole: dict[str, Mapping[str, np.ndarray]] = {"taps": _numpy(taps) if spool is None else spool.group("taps")}
+    if results:
+        whole["outputs"] = _numpy(dict(_flat_outputs(outputs, task.outputs)))
+    found = []
     for index, case in enumerate(cases):
         view, own_outputs = None, outputs
         if padding == "masked":
             own_outputs = _of_image(outputs, index)
             valid_height, valid_width = own_outputs["valid_sizes"][0].numpy().tolist()
             view = View(index, (height, width), (valid_height, valid_width))
-        own: dict[str, Mapping[str, np.ndarray]] = {
-            "matcher": dict(task.matcher_records(matchings[index], case)),
-            "losses": _numpy(losses[index]),
-            "inference": _kept(spool, f"inference/{index}", _semantic(own_outputs, model.config, case)),
-        }
+        own: dict[str, Mapping[str, np.ndarray]] = {}
         if gradients != "none":
             own["gradients"] = official_gradients(_numpy(of_parameters[index]), model.config)
         if gradients == "all":
             own["tap_gradients"] = _numpy(of_taps[index]) if spool is None else spool.group(_of_case(index))
+        if not results:
+            found.append(CaseResults({**whole, **own}, tap_rules.names(model.config), view))
+            continue
+        own["matcher"] = dict(task.matcher_records(matchings[index], case))
+        own["losses"] = _numpy(losses[index])
+        own["inference"] = _kept(spool, f"inference/{index}", _semantic(own_outputs, model.config, case))
         panoptic = None
         if model.config.test.panoptic_on:
             panoptic = functools.partial(_panoptic, own_outputs, model.config, case)
@@ -162,8 +168,8 @@ def run(
             exact_inference = _kept(spool, f"exact/{index}", _semantic(_in_float64(own_outputs), model.config, case))
             exact = {"losses": _numpy(exact_losses[index]), "inference": exact_inference}
         losses_under = functools.partial(_losses_under, task, own_outputs, case, (height, width)) if own["matcher"] else None
-        results.append(CaseResults({**whole, **own}, tap_rules.names(model.config), view, exact, panoptic, losses_under))
-    return results
+        found.append(CaseResults({**whole, **own}, tap_rules.names(model.config), view, exact, panoptic, losses_under))
+    return found
 
 
 def _losses_under(
@@ -189,6 +195,7 @@ def _step(
     spool: Spool | None,
     substitute: Substitute | None,
     tapped: bool,
+    results: bool,
 ) -> Callable[..., tuple[Any, ...]]:
     """The function to trace: a forward pass for the batch, then costs, losses and gradients for each case apart."""
     import tensorflow as tf
@@ -222,7 +229,7 @@ def _step(
                 totals.append(weighted_total(case_losses))
                 losses.append(case_losses | {"total": totals[-1]})
                 exact_losses.append({})
-                if model.compute_dtype == "float32":
+                if results and model.compute_dtype == "float32":
                     with contextlib.nullcontext() if tape is None else tape.stop_recording():
                         exact = losses_of(_in_float64(own))
                         exact_losses[-1] = exact | {"total": weighted_total(exact)}
@@ -429,4 +436,5 @@ def _inferences(case: CaseInputs) -> Any:
 
 
 def _numpy(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
+    """The tensors' own memory, where it is this machine's."""
+    return {name: np.asarray(tensor) for name, tensor in tensors.items()}

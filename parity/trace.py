@@ -109,12 +109,15 @@ def statistics(array: np.ndarray) -> Statistics:
     """
     square, total, smallest, largest, nonfinite = 0.0, 0.0, math.inf, -math.inf, 0
     for _, values in blocks(array):
-        finite = np.isfinite(values)
-        if missing := values.size - int(np.count_nonzero(finite)):
-            nonfinite += missing
+        with np.errstate(invalid="ignore"):
+            of_block = float(values.sum())
+        if not math.isfinite(of_block):
+            finite = np.isfinite(values)
+            nonfinite += values.size - int(np.count_nonzero(finite))
             values = values[finite]
+            of_block = float(values.sum())
         square += float(np.dot(values, values))
-        total += float(values.sum())
+        total += of_block
         smallest, largest = float(values.min(initial=smallest)), float(values.max(initial=largest))
     if smallest > largest:
         return Statistics(0.0, 0.0, 0.0, 0.0, nonfinite)

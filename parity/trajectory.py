@@ -1,8 +1,9 @@
 """Training parity: K steps of the TensorFlow port against K recorded steps of the official Trainer, quantity by quantity.
 
-A recording (:mod:`parity.trajectory_record`) is a directory with two files, as of a case of a trace (:class:`parity.trace.Case`), for each
-training: ``plain``, without dropout and stochastic depth, and ``dropout``, with masks that both sides compute from the same hash
-(:func:`kept`). The facts of a file say with what recipe, on which images and in how many steps. Its records:
+A recording (:mod:`parity.trajectory_record`) is a directory, maybe the folder :data:`FOLDER` of a trace, with two files for each training,
+as of a case of a trace (:class:`parity.trace.Case`): ``plain``, without dropout and stochastic depth, and ``dropout``, with masks that both
+sides compute from the same hash (:func:`kept`). The facts of a file say with what recipe, on which images and in how many steps. Its
+records:
 
 ``inputs``, ``taps``  images, targets and position embeddings, as of a trace; the images of all batches in a row
 ``scalars``           ``decay`` and, of each step, ``{step}/lr``: float64, one for each parameter in the order of the fact ``parts``;
@@ -41,12 +42,16 @@ import numpy as np
 
 from converters.tables.maskformer import transforms
 from parity import compare, tensorflow_run
+from parity.judge import Item
 from parity.trace import Case, Record, TraceError, file_path, statistics
 
 if TYPE_CHECKING:
-    from parity.check import Item
+    from parity.diagnose import Finding
     from tfmaskformer.model import MaskFormer
     from tfmaskformer.training.step import TrainStep
+
+FOLDER = "steps"
+"""Where a trace has a recording of trainings, whose first step is a part of a check."""
 
 TRAININGS = ("plain", "dropout")
 """Names of the files of a recording: without dropout and stochastic depth, and with shared masks."""
@@ -298,13 +303,11 @@ def judge(checkpoint: str | Path, case: Case, dtype: str, *, steps: int | None =
 
     The clipped gradients of each parameter in the first step are the group ``clipped``, everything else is the group ``steps``.
     """
-    from parity.check import Item
-
     file = case.baseline if dtype == "float32" else case.reference
     expected: dict[int, list[tuple[str, str]]] = collections.defaultdict(list)
     for group, name in case.reference.records:
         if group in ("scalars", "steps"):
-            expected[1 if name == "decay" else int(name.partition("/")[0])].append((group, name))
+            expected[_step_of(name)].append((group, name))
     drift: dict[str, float] = collections.defaultdict(float)
     parting = Parting() if dtype == "float32" else None
     for number, found in enumerate(steps_of(checkpoint, case, dtype, steps=steps, mode=mode), start=1):
@@ -371,8 +374,6 @@ def _largest(floors: Sequence[float]) -> float:
 
 def _judge_rates(case: Case, name: str, actual: np.ndarray) -> Item:
     """Learning rates and decays of all parameters: equal, but for what compilers do to the last bit."""
-    from parity.check import Item
-
     expected, names = case.reference.read("scalars", name), list(case.reference.facts["parts"])
     tolerance = LR_RESOLUTION if name != "decay" else 0.0
     difference = np.abs(actual - expected)
@@ -388,8 +389,6 @@ def _judge_rates(case: Case, name: str, actual: np.ndarray) -> Item:
 
 
 def _judge_assignment(case: Case, name: str, actual: np.ndarray) -> Item:
-    from parity.check import Item
-
     comparison = compare.compare(actual, case.reference.read("scalars", name), 0.0)
     wrong = 0 if comparison.fault else int(np.count_nonzero(actual != case.reference.read("scalars", name)))
     note = comparison.fault or (f"{wrong} of {actual.size} objects of all layers have another query" if wrong else "")
@@ -397,8 +396,6 @@ def _judge_assignment(case: Case, name: str, actual: np.ndarray) -> Item:
 
 
 def _judge_floats(case: Case, record: Record, actual: np.ndarray, group: str, dtype: str, drift: float) -> Item:
-    from parity.check import Item
-
     tolerance = _tolerance(record, dtype, drift, by_itself=".each/" in record.name)
     if tuple(actual.shape) != record.shape:
         fault = f"shape {actual.shape}, expected {record.shape}"
@@ -439,6 +436,7 @@ class TrainingCheck:
         training: of :data:`TRAININGS`.
         steps: how many were judged.
         items: see :func:`judge`.
+        finding: the diagnosis of the first step, where it fails in float64; None without one.
     """
 
     training: str
@@ -446,6 +444,7 @@ class TrainingCheck:
     mode: str
     steps: int
     items: tuple[Item, ...]
+    finding: Finding | None = None
 
     @property
     def passed(self) -> bool:
@@ -496,17 +495,38 @@ def check(
     for name in names or recorded:
         with open_training(reference, name) as case:
             facts = case.reference.facts
-            _check_same_weights(checkpoint, facts)
+            check_same_weights(checkpoint, facts)
             if steps is not None and steps > facts["steps"]:
                 raise StepsError(f"'{reference}' has {facts['steps']} steps of '{name}', {steps} were asked for; record more")
             for dtype in dtypes:
                 progress(f"{name}: {dtype}")
                 items = tuple(judge(checkpoint, case, dtype, steps=steps, mode=mode))
-                checks.append(TrainingCheck(name, dtype, mode, steps or facts["steps"], items))
+                finding = diagnosis(checkpoint, case, dtype, items)
+                checks.append(TrainingCheck(name, dtype, mode, steps or facts["steps"], items, finding))
     return checks
 
 
-def _check_same_weights(checkpoint: str | Path, facts: Mapping[str, Any]) -> None:
+def diagnosis(checkpoint: str | Path, case: Case, dtype: str, items: Sequence[Item]) -> Finding | None:
+    """Why the first step fails, by trying (:mod:`parity.diagnose_steps`), if it does in float64."""
+    if dtype != "float64" or all(item.passed for item in items if _step_of(item.name) == 1):
+        return None
+    from parity.diagnose import Finding
+    from parity.diagnose_steps import examine_training
+
+    try:
+        return examine_training(checkpoint, case)
+    except Exception as error:  # the judgement stands without it
+        words = f"steps: the diagnosis itself failed ({type(error).__name__}: {error})"
+        return Finding("steps", "", "", words, math.nan, math.nan, math.nan)
+
+
+def _step_of(name: str) -> int:
+    """``decay`` is of the first step."""
+    return 1 if name == "decay" else int(name.partition("/")[0])
+
+
+def check_same_weights(checkpoint: str | Path, facts: Mapping[str, Any]) -> None:
+    """Raises StepsError unless a checkpoint was converted from the file that a recorded training began with."""
     path = Path(checkpoint) / "manifest.json"
     try:
         source = json.loads(path.read_text(encoding="utf-8"))["source"]
@@ -537,6 +557,8 @@ def text(checks: Sequence[TrainingCheck]) -> str:
             lines.append(f"{step:5}" + "".join(f"{cell:>20}" for cell in cells))
         if (failure := of.first_failure) is not None:
             lines.append(f"  first failure: {describe(failure)}")
+            if of.finding is not None:
+                lines += [f"  diagnosis: {words}" for words in (of.finding.statement, *(f"or {other}" for other in of.finding.others))]
         lines.append("")
     passed = bool(checks) and all(of.passed for of in checks)
     failed = [of for of in checks if not of.passed]
@@ -551,7 +573,6 @@ def text(checks: Sequence[TrainingCheck]) -> str:
 def describe(item: Item) -> str:
     """A failed item in words.
 
-    >>> from parity.check import Item
     >>> describe(Item("steps", "3/weights/backbone.norm", False, 1e-3, 0.0, 1e-9))
     'step 3, weights of backbone.norm: error 1.0e-03, allowed 1.0e-09'
     """
@@ -584,6 +605,9 @@ def as_json(checks: Sequence[TrainingCheck], checkpoint: str, reference: str) ->
     def number(value: float) -> float | None:
         return value if math.isfinite(value) else None
 
+    def told(finding: Finding) -> dict[str, Any]:
+        return {key: number(value) if isinstance(value, float) else value for key, value in vars(finding).items()}
+
     runs = [
         {
             "training": of.training,
@@ -592,6 +616,7 @@ def as_json(checks: Sequence[TrainingCheck], checkpoint: str, reference: str) ->
             "steps": of.steps,
             "passed": of.passed,
             "first_failure": None if of.first_failure is None else describe(of.first_failure),
+            "finding": None if of.finding is None else told(of.finding),
             "items": [
                 {
                     "group": item.group,
@@ -608,7 +633,7 @@ def as_json(checks: Sequence[TrainingCheck], checkpoint: str, reference: str) ->
     ]
     content = {
         "format": "tfmaskformer-steps",
-        "version": 1,
+        "version": 2,
         "passed": bool(checks) and all(of.passed for of in checks),
         "checkpoint": checkpoint,
         "reference": reference,

@@ -39,8 +39,9 @@ def test_an_unbroken_port_matches_in_graph_mode(checkpoint, tmp_path, capsys):
     assert [(case["case"], case["dtype"]) for case in found["cases"]] == [("even", "float32"), ("even", "float64")]
     for case in found["cases"]:
         ledger = case["ledger"]
-        assert ledger["taps"] == {"compared": 337, "passed": 337, "failed": 0, "no partner": 0, "exempted": 1}
-        assert ledger["gradients"]["passed"] == ledger["gradients"]["compared"] > 200
+        assert ledger["taps"] == {"compared": 337, "passed": 337, "not judged": 0, "failed": 0, "no partner": 0, "exempted": 1}
+        judged = "not judged" if case["dtype"] == "float32" else "passed"
+        assert ledger["gradients"][judged] == ledger["gradients"]["compared"] > 200
         assert ledger["variables"]["passed"] == 481
         assert ledger["losses"]["passed"] == 3 * 6 + 1
 

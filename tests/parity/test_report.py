@@ -43,7 +43,7 @@ def rows(check):
 
 def test_a_passing_check_is_folded_and_ends_with_the_verdict():
     text = report.text(passing())
-    assert re.fullmatch(r"match: all 36 comparisons of 1 case in float32 and float64 hold", text.splitlines()[-1])
+    assert text.splitlines()[-1] == "match: all 32 comparisons of 1 case in float32 and float64 hold; 4 more are told, not judged"
     found = rows(passing())
     assert found[:5] == [
         (0, "taps", "(9 pass)"),
@@ -81,7 +81,7 @@ def test_both_errors_are_beside_each_other_and_what_is_inherited_is_only_counted
     lines = report.text(failing()).splitlines()
     [inherits] = [line for line in lines if line.endswith("← inherits")]
     assert inherits.split()[:2] == ["2.0e-03", "1.0e-07"]
-    assert "    all of it arises here" in lines
+    assert "    all of it arises here, or between the recorded taps and this one" in lines
     assert "  … and 2 that only inherit their error" in lines
     assert not [line for line in lines if line.startswith("  failed: taps 'backbone.res2.1")]
 
@@ -89,11 +89,19 @@ def test_both_errors_are_beside_each_other_and_what_is_inherited_is_only_counted
 def test_stages_verdict_and_diagnosis_are_told_in_words():
     check = failing()
     lines = report.text(check).splitlines()
-    rows = {line[:26].strip(): line[26:].split(maxsplit=3) for line in lines if re.match(r"[a-z -]{25,26} (passed|broken)", line)}
+    rows = {
+        found[1].strip(): [found[2], *found[3].split(maxsplit=2)]
+        for line in lines
+        if (found := re.match(r"([a-z -]{26}) (passed|broken|not recorded|not judged|nothing to judge) (.*)", line))
+    }
     assert rows["normalise and pad"] == ["passed", "2", "0"]
     assert rows["backbone"] == ["broken", "16", "3", f"taps '{FIRST}'"]
     assert rows["assignment"][:3] == ["broken", "2", "1"]
-    assert "clipped gradients" not in rows  # nothing to judge
+    assert rows["clipped gradients"] == rows["optimizer step"] == ["not recorded", "0", "0"]
+    assert rows["gradients"] == ["not judged", "0", "0"]  # in both dtypes there is no limit to the error
+    assert "transformer" not in rows  # the model has none
+    where = "'backbone.res2.0.conv2', or in what is computed between the recorded taps and it"
+    assert f"  it arises in {where}; the tap before it is 'backbone.res2.0.conv1#0'" in lines
     assert f"bug: {check.verdict_reason}" in lines
     at = lines.index("diagnosis: conv2: kernel transposed; 1.3 → 2e-7")
     assert lines[at + 1].startswith("diagnosis: or <script>")
@@ -197,6 +205,11 @@ def test_the_schema_notices_what_is_missing_new_or_of_another_kind():
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
             yield from places(inner, (*path, key))
 
+    # One item of each kind stands for all.
+    right["cases"] = right["cases"][-1:]
+    items = right["cases"][0]["items"]
+    right["cases"][0]["items"] = list({item["comparison"] and tuple(item["comparison"]): item for item in items}.values())
+    assert VALIDATOR.is_valid(right)
     free = ("provenance", "source", "versions", "threads", "ledger")
     seen = set()
     for path in places(right):
@@ -215,6 +228,17 @@ def test_the_schema_notices_what_is_missing_new_or_of_another_kind():
             assert not VALIDATOR.is_valid(broken), path
     assert len(seen) > 60
     assert not VALIDATOR.is_valid(right | {"new": 1})
+
+
+def test_the_ledger_tells_what_was_compared_without_a_judgement(written):
+    check, _, page = written
+    for row in report.as_dict(check)["cases"]:
+        assert [name for name, count in row["ledger"]["gradients"].items() if count] == ["compared", "not judged"]
+        for group, counts in row["ledger"].items():
+            judged = counts["passed"] + counts["not judged"] + counts["failed"]
+            assert judged == counts["compared"] + counts["no partner"] == sum(item["group"] == group for item in row["items"])
+    assert "not judged" in page.words
+    assert re.search(r"^ +compared +passed +not judged +failed +no partner +exempted$", report.text(check), re.M)
 
 
 # --- JUnit
@@ -264,6 +288,9 @@ def test_junit_has_a_suite_for_each_case_and_a_test_for_each_block():
     assert failure.get("message").startswith(f"2 of 3 differ; first '{FIRST}': error 3.00e-03, tolerance 2.00e-06")
     assert "actual 3.009, expected 3" in failure.text
     assert "taps 'backbone.res2.0.conv3#0'" in failure.text
+    unjudged = {name: test.find("skipped").get("message") for (owner, name), test in tests.items() if owner == "odd.float64.gradients"}
+    assert all(message.startswith("not judged: ") for message in unjudged.values())
+    assert len(unjudged) == 2
     failed = {key for key, test in tests.items() if test.find("failure") is not None}
     assert {name for _, name in failed} == {"backbone.res2.0", "backbone.res2.1", "outputs", "final/0", "losses", "0"}
     assert root[3].find("testcase/skipped").get("message") == "it has two images"
@@ -273,12 +300,19 @@ def test_junit_has_a_test_for_each_stage():
     check = failing()
     check = dataclasses.replace(check, cases=tuple(dataclasses.replace(case, stopped="losses") for case in check.cases))
     stages = {test.get("name"): [child.tag for child in test] for test in ET.fromstring(report_junit.as_xml(check))[0]}
-    assert list(stages)[:4] == ["environment self-test", "normalise and pad", "backbone", "heads"]
+    assert list(stages)[:4] == ["environment self-test", "image reading and resize", "normalise and pad", "backbone"]
+    assert "transformer" not in stages
     assert stages["backbone"] == stages["losses"] == ["failure"]
     assert stages["normalise and pad"] == stages["cost terms"] == []
     assert stages["optimizer step"] == ["skipped"]
     inherited = with_items(passing(), FAULTS[1:2])
-    assert [child.tag for child in ET.fromstring(report_junit.as_xml(inherited))[0].find("*[@name='backbone']")] == ["skipped"]
+    found = {
+        name: ET.fromstring(report_junit.as_xml(inherited))[0].find(f"*[@name='{name}']/skipped").get("message")
+        for name in ("backbone", "gradients", "optimizer step")
+    }
+    assert found["backbone"].startswith("inherits: ")
+    assert found["gradients"].startswith("not judged: ")
+    assert found["optimizer step"] == "not recorded: the reference has nothing to judge it by"
 
 
 def test_junit_tells_a_median_that_is_too_large():
@@ -396,6 +430,7 @@ def test_the_page_has_stages_and_what_was_found(written):
     words = "".join(page.words)
     assert f"{report_text.KINDS[check.verdict_kind]}: {check.verdict_reason}." in words
     assert (FINDING.statement in words) is not check.passed
+    assert ("or in what is computed between the recorded taps and it" in words) is not check.passed
     assert ("Where errors arise" in words) is not check.passed
 
 
@@ -477,7 +512,7 @@ def test_the_guide_tells_what_is_written_and_the_rules_of_compare():
 def test_a_broken_port_is_reported_in_every_format(converted, tmp_path, monkeypatch, capsys):
     name, culprit = "tiny_per_pixel", "backbone.res3.0.conv2.norm"
     trace = Path(__file__).parents[1] / "golden" / name
-    options = ("--dtype", "float64", "--all-stages", "--no-gradients", "--report", str(tmp_path))
+    options = ("--dtype", "float64", "--no-gradients", "--report", str(tmp_path))
     code, found = run_broken(weight(f"{culprit}.bias", lambda value: value + 0.1), converted(name), trace, monkeypatch, capsys, *options)
     assert code == cli.MISMATCH
     jsonschema.validate(found, SCHEMA)

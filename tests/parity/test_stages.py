@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import math
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,11 @@ def test_where_things_belong():
     assert stage_of("taps", "sem_seg_head.pixel_decoder.transformer.encoder#0") == "pixel decoder"
     assert stage_of("calls", "sem_seg_head.predictor.pe_layer#0") == "transformer"
     assert stage_of("taps", "sem_seg_head.predictor#0") == "heads"
-    assert stage_of("clipped", "1/clipped/x") == "clipped gradients"
+    assert stage_of("clipped", "1/clipped.each/x") == stage_of("steps", "1/clipped/backbone.norm") == "clipped gradients"
+    assert [stage_of("steps", f"1/{name}") for name in ("assignment", "losses/loss_ce", "gradient_norm", "weights/x", "lr")] == [
+        *("assignment", "losses", "gradients", "optimizer step", "optimizer step"),
+    ]
+    assert stage_of("steps", "decay") == "optimizer step"
     with pytest.raises(ValueError, match="no stage for nonsense 'x'"):
         stage_of("nonsense", "x")
     with pytest.raises(ValueError, match="no stage for taps_of 'x'"):
@@ -64,8 +70,8 @@ def case_of(*items, stopped=""):
     return CaseCheck("c", "float64", ((1, 1),), None, items, (), stopped=stopped)
 
 
-def verdicts(*cases):
-    return {stage.name: stage for stage in stages.verdicts(MASKFORMER, cases, probes=9)}
+def verdicts(*cases, left_out=()):
+    return {stage.name: stage for stage in stages.verdicts(MASKFORMER, cases, 9, left_out)}
 
 
 def test_a_stage_that_inherits_its_error_is_not_broken():
@@ -78,10 +84,10 @@ def test_a_stage_that_inherits_its_error_is_not_broken():
     )
     found = verdicts(case_of(*items))
     assert [stage.verdict for stage in found.values()] == [
-        *("passed", "nothing to judge", "passed", "broken", "inherits"),
-        *("nothing to judge" for _ in range(4)),
+        *("passed", "not recorded", "passed", "broken", "inherits"),
+        *("nothing to judge", "not recorded", "nothing to judge", "nothing to judge"),  # a model may have no transformer and no matcher
         "broken",  # nothing is known of what it inherits
-        *("nothing to judge" for _ in range(5)),
+        *("not recorded" for _ in range(5)),
     ]
     assert found["environment self-test"].judged == 9
     assert (found["backbone"].judged, found["backbone"].failed, found["backbone"].first) == (2, 2, "taps 'backbone.res2.0#0'")
@@ -91,6 +97,19 @@ def test_a_stage_that_inherits_its_error_is_not_broken():
     assert stopped["normalise and pad"].not_judged == ()
     both = verdicts(case_of(items[0], items[1], stopped="backbone"), case_of(Item("losses", "loss_ce", True)))
     assert (both["losses"].verdict, both["losses"].not_judged) == ("passed", ("c, float64",))
+
+
+def test_what_is_not_judged_has_not_passed():
+    gradient = Item("gradients", "x.weight", True, 1e-2, tolerance=math.inf)
+    assert verdicts(case_of(gradient))["gradients"].verdict == "not judged"
+    assert verdicts(case_of(gradient))["gradients"].judged == 0
+    both = verdicts(case_of(gradient), case_of(Item("gradients", "x.weight", True, 1e-12, tolerance=1e-9)))
+    assert (both["gradients"].verdict, both["gradients"].judged) == ("passed", 1)
+    wrong = verdicts(case_of(Item("gradients", "x.weight", False, tolerance=math.inf)))
+    assert (wrong["gradients"].verdict, wrong["gradients"].judged, wrong["gradients"].failed) == ("broken", 1, 1)
+    asked = verdicts(case_of(Item("losses", "loss_ce", True)), left_out=stages.LEFT_OUT)
+    assert {name for name, stage in asked.items() if stage.verdict == "not judged"} == set(stages.LEFT_OUT)
+    assert asked["post-processing"].verdict == "not recorded"
 
 
 @pytest.mark.parametrize("all_stages", [False, True])
@@ -117,5 +136,6 @@ def test_a_check_stops_behind_the_first_broken_stage(all_stages, converted, monk
 
 def test_every_group_of_a_made_check_has_a_stage():
     found = made_checks.passing()
-    assert {stage.verdict for stage in found.stages} <= {"passed", "nothing to judge"}
-    assert check.Check(Settings("", ""), made_checks.ENVIRONMENT, {}, {}, (), ()).stages[3].verdict == "nothing to judge"
+    expected = {"passed": 8, "not recorded": 5, "not judged": 1, "nothing to judge": 1}
+    assert collections.Counter(stage.verdict for stage in found.stages) == expected
+    assert check.Check(Settings("", ""), made_checks.ENVIRONMENT, {}, {}, (), ()).stages[3].verdict == "not recorded"

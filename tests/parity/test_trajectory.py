@@ -197,6 +197,17 @@ FAULTS = {
 }
 
 
+CAUSES = {
+    "Keras' epsilon": "eps",
+    "no epsilon in the clipping": "clip",
+    "decay of norms": "weight decay",
+    "no multiplier of the backbone": "learning rate",
+    "schedule a step late": "learning rate",
+    "decay in the gradient": "weight decay",
+}
+"""What the diagnosis says; it has no word for moments that are swapped."""
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_caught_and_named(fault, stage, monkeypatch):
     where, name, broken, first, quantities = FAULTS[fault]
@@ -204,6 +215,7 @@ def test_faults_are_caught_and_named(fault, stage, monkeypatch):
     found = stage.judge()
     assert not found.passed
     assert trajectory.describe(found.first_failure).startswith(first), trajectory.text([found])
+    assert fault not in CAUSES or found.finding.cause == CAUSES[fault]
     failed = {item.name for item in found.items if not item.passed}
     assert {item.partition("/")[2].partition("/")[0].removesuffix(".each") or item for item in failed} >= quantities
     assert fault.split()[0] in ("Keras'", "moments") or not any("gradient_norm" in item for item in failed)
@@ -229,7 +241,7 @@ def test_a_buffer_that_moves_is_caught(stage, monkeypatch):
 
 def test_the_honest_step_passes(stage):
     found = stage.judge()
-    assert found.passed
+    assert (found.passed, found.finding) == (True, None)
     assert max(item.error for item in found.items if item.name.startswith("1/weights/")) < 1e-11
 
 
@@ -239,9 +251,12 @@ def test_reports(stage, monkeypatch):
     text = trajectory.text([found])
     assert text.splitlines()[0] == "plain, float64, eager: MISMATCH over 1 steps"
     assert text.splitlines()[-1].startswith("MISMATCH: step 1, clipped of backbone.weight: error ")
+    assert f"  diagnosis: {found.finding.statement}" in text.splitlines()
+    assert found.finding.statement.startswith("steps/clipped: ")
     report = json.loads(trajectory.as_json([found], "a", "b"))
     assert (report["format"], report["passed"], report["trainings"][0]["training"]) == ("tfmaskformer-steps", False, "plain")
     assert report["trainings"][0]["first_failure"] in text
+    assert report["trainings"][0]["finding"]["cause"] == "clip"
     assert len(report["trainings"][0]["items"]) == len(found.items)
 
 
