@@ -58,9 +58,14 @@ def main(data: str, kills: str) -> None:
             same_bytes &= contents(out) == contents(reference)
             shutil.rmtree(out)
             before = {}
+        aim, rest_s = moments.randrange(SHARDS), moments.random() * duration_s / SHARDS
         child = start(out)
-        time.sleep(moments.random() * duration_s * 0.6)
-        if os.waitpid(child, os.WNOHANG)[0]:
+        over = False
+        while not over and len(state()[0]) < aim:  # a moment of the build, however fast the machine is just now
+            time.sleep(0.002)
+            over = os.waitpid(child, os.WNOHANG)[0] != 0
+        time.sleep(rest_s)
+        if over or os.waitpid(child, os.WNOHANG)[0]:
             continue  # it was over before
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
