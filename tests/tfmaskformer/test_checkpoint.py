@@ -34,8 +34,9 @@ def test_keys_carry_the_official_names(directory):
 def test_what_an_optimizer_trained_is_found_under_the_optimizers_keys(tmp_path):
     """TensorFlow names a variable by the first way it comes to it, and "optimizer" comes before … or after "model"."""
     config = SMALL["encoder"]
+    initial = random_values(config)
     model = MaskFormer(config)
-    model.build_parameters(random_values(config).__getitem__)
+    model.build_parameters(initial.__getitem__)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     trained = [variable for variable in named_variables(model).values() if variable.trainable]
     optimizer = keras.optimizers.AdamW(0.5)
@@ -48,7 +49,7 @@ def test_what_an_optimizer_trained_is_found_under_the_optimizers_keys(tmp_path):
     restored = named_variables(load(tmp_path))
     for name, variable in named_variables(model).items():
         np.testing.assert_array_equal(restored[name].numpy(), variable.numpy())
-        assert variable.trainable != np.array_equal(variable.numpy(), random_values(config)[name])
+        assert variable.trainable != np.array_equal(variable.numpy(), initial[name])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
