@@ -34,7 +34,7 @@ from checkpoints import registry, synthesize
 
 ENTRY = "maskformer_panoptic_R50_bs64_554k"
 LARGEST = "maskformer_panoptic_swin_large_IN21k_384_bs64_554k"
-TURNS = 5
+TURNS = 7
 LIBRARIES = {".pth": "torch", ".h5": "h5py", ".safetensors": "safetensors.numpy"}
 """The usual one of a kind."""
 FLOOR, CONVERT = "floor", "convert"
