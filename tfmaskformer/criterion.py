@@ -46,7 +46,8 @@ class SetCriterion:
 
         Args:
             outputs, targets: see :class:`~tfmaskformer.matcher.HungarianMatcher`; ``targets["masks"]`` has the padded canvas,
-                ``outputs["padded_size"]`` px.
+                ``outputs["padded_size"]`` px. ``targets["num_masks"]`` (float32 scalar) divides the mask losses; absent: the mean
+                number of objects of all replicas, at least 1.
 
         Returns:
             losses: scalars, float32 (float64 for float64 outputs), by their official keys: ``loss_ce``, ``loss_mask``,
@@ -67,10 +68,11 @@ class SetCriterion:
 
     def losses(self, outputs: Mapping[str, Any], targets: Mapping[str, tf.Tensor], assignment: tf.Tensor) -> dict[str, tf.Tensor]:
         """All losses, unweighted, under a given assignment (int32 [layers, batch, max_objects])."""
+        given = targets.get("num_masks")
         targets = _checked(outputs, targets)
         dtype = compute_dtype(outputs)
         layers = decoder_layers(outputs)
-        num_masks = tf.cast(_num_masks(targets["num_objects"]), dtype)
+        num_masks = tf.cast(_num_masks(targets["num_objects"]) if given is None else given, dtype)
         losses_mask, losses_dice = _losses_masks(outputs, targets, assignment)
         losses = {}
         for layer, (key_ce, key_mask, key_dice) in enumerate(_keys(len(layers))):

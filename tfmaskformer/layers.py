@@ -285,6 +285,32 @@ def dropout(inputs: tf.Tensor, rate: float, name: str, shape: Sequence[int | tf.
     return inputs * tf.where(keep(place, shape, rate), tf.constant(1 / (1 - rate), inputs.dtype), 0)
 
 
+def rematerialised(call: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+    """A block's call in training that keeps its arguments alone for the backward pass, which then computes the rest again.
+
+    For :func:`~tfmaskformer.module.wrap_blocks`. Dropout keeps what it kept the first time.
+    """
+
+    def again(*args: Any) -> tf.Tensor:
+        masks = [(keep, calls.copy()) for keep, calls in _masks[-1:]]
+
+        def forward(*tensors: tf.Tensor) -> tf.Tensor:
+            given = iter(tensors)
+            _masks.extend((keep, calls.copy()) for keep, calls in masks)
+            try:
+                return call(*(next(given) if _is_float(arg) else arg for arg in args), training=True)
+            finally:
+                del _masks[len(_masks) - len(masks) :]
+
+        return tf.recompute_grad(forward)(*filter(_is_float, args))
+
+    return again
+
+
+def _is_float(argument: Any) -> bool:
+    return isinstance(argument, tf.Tensor) and argument.dtype.is_floating
+
+
 class Dropout(Module):
     """``nn.Dropout``: the identity unless the model runs with ``training=True``."""
 

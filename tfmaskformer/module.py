@@ -34,6 +34,8 @@ class Module(keras.layers.Layer):
     """
 
     built: bool
+    is_block = False
+    """Whether it is one of the many blocks of which a network consists; see :func:`wrap_blocks`."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -61,7 +63,10 @@ class Module(keras.layers.Layer):
         self.built = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return tap(self.official_name, super().__call__(*args, **kwargs))
+        call = super().__call__
+        if self.is_block and _wrappers:
+            call = _wrappers[-1](call)
+        return tap(self.official_name, call(*args, **kwargs))
 
 
 class ModuleSequence(Module):
@@ -132,6 +137,19 @@ def build_parameters(root: keras.layers.Layer, value_of: Callable[[str], Any] | 
 
 def _constant(value: Any) -> Callable[..., tf.Tensor]:
     return lambda shape, dtype=None: tf.cast(tf.ensure_shape(value, shape), dtype)
+
+
+_wrappers: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = []
+
+
+@contextlib.contextmanager
+def wrap_blocks(wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside, eagerly or while a ``tf.function`` is traced, each block's call is what ``wrapper`` makes of it."""
+    _wrappers.append(wrapper)
+    try:
+        yield
+    finally:
+        _wrappers.pop()
 
 
 Substitute: TypeAlias = Callable[[str, tf.Tensor], tf.Tensor]

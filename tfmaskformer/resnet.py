@@ -68,6 +68,8 @@ STEMS: dict[str, type[BasicStem] | type[DeepLabStem]] = {"basic": BasicStem, "de
 class BottleneckBlock(Module):
     """1×1, 3×3 (with the stride and the dilation) and 1×1 convolutions around a shortcut, projected where the channels change."""
 
+    is_block = True
+
     def __init__(self, in_channels: int, out_channels: int, bottleneck_channels: int, stride: int, dilation: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.shortcut = _conv(in_channels, out_channels, 1, stride) if in_channels != out_channels else None

@@ -142,6 +142,8 @@ class WindowAttention(Module):
 class SwinTransformerBlock(Module):
     """Window attention and an MLP, each behind a norm and beside a residual connection."""
 
+    is_block = True
+
     def __init__(
         self,
         channels: int,

@@ -49,6 +49,8 @@ class PositionEmbeddingSine(Module):
 class TransformerEncoderLayer(Module):
     """Self-attention and feed-forward, each with a residual connection and a norm behind it."""
 
+    is_block = True
+
     def __init__(self, channels: int, num_heads: int, dim_feedforward: int, dropout: float, **kwargs: Any):
         super().__init__(**kwargs)
         self.self_attn = MultiheadAttention(channels, num_heads, dropout)
@@ -70,6 +72,8 @@ class TransformerEncoderLayer(Module):
 
 class TransformerDecoderLayer(Module):
     """Self-attention over the queries, cross-attention to the memory, feed-forward."""
+
+    is_block = True
 
     def __init__(self, channels: int, num_heads: int, dim_feedforward: int, dropout: float, **kwargs: Any):
         super().__init__(**kwargs)

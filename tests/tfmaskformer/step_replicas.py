@@ -1,6 +1,7 @@
 """Run by test_training_step.py: a step on two replicas on two logical CPUs, against what upstream makes of two processes.
 
-Each takes the weighted mean of its own cross-entropies; the mask losses are divided by the number of masks, averaged over both.
+Each takes the weighted mean of its own cross-entropies; the mask losses are divided by the number of masks, averaged over both. One replica
+that takes the batch in two parts does the same.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def main():
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
         strategy = tf.distribute.get_strategy()
         mirrored = common.build(common.QUIET)
+    parts = common.build(common.QUIET, parts=2)
 
     def part(index):
         return tf.nest.map_structure(lambda tensor: tensor[index : index + 1], (images, sizes, targets))
@@ -54,6 +56,10 @@ def main():
         for key in losses[0]:
             np.testing.assert_allclose(found.losses[key], (losses[0][key] + losses[1][key]) / 2, rtol=1e-11, err_msg=key)
         np.testing.assert_allclose(found.gradient_norm, global_norm(mean), rtol=1e-10)
+    in_parts = tf.function(parts)(images, sizes, targets)  # of one replica
+    for key, loss in in_parts.losses.items():
+        np.testing.assert_allclose(loss, (losses[0][key] + losses[1][key]) / 2, rtol=1e-11, err_msg=key)
+    np.testing.assert_allclose(in_parts.gradient_norm, global_norm(mean), rtol=1e-10)
     one.apply(mean)
     for variable, other in zip(one.variables, mirrored.variables, strict=True):
         for value in other.value.values:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import importlib.util
 import re
 import subprocess
 import sys
@@ -12,7 +14,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from checkpoints import registry, synthesize
+from converters.convert import convert
 from tests.tfmaskformer.conftest import SMALL, random_values
+from tfmaskformer.checkpoint import load
 from tfmaskformer.config import MaskFormerConfig, SwinConfig
 from tfmaskformer.criterion import SetCriterion
 from tfmaskformer.layers import Dropout, dropout_masks
@@ -22,6 +27,7 @@ from tfmaskformer.training.optimizer import build_optimizer, global_norm
 from tfmaskformer.training.recipe import Recipe
 from tfmaskformer.training.step import TrainStep
 
+RECORDED = Path(__file__).parents[1] / "golden" / "training" / "processes.npz"
 RECIPE = Recipe(base_lr=1e-3, max_iter=10, lr_scheduler_name="WarmupPolyLR", warmup_iters=4, clip_norm=0.01)
 
 
@@ -144,7 +150,7 @@ def test_attention_and_every_dropout_take_the_given_masks(step):
         seen.append(place)
         return tf.fill(shape, True)
 
-    loud.keep = lambda: keep
+    loud.keep = lambda part: keep
     with_masks, without = loud.gradients(images, sizes, targets)[0], build(QUIET).gradients(images, sizes, targets)[0]
     layers = LOUD.predictor.dec_layers
     assert len(seen) == len(set(seen)) == 2 * 4 + layers * 6 + 3 * 2  # of encoder and decoder layers, and of blocks with a rate above 0
@@ -160,6 +166,80 @@ def test_per_pixel_baselines_train_too():
     images = tf.zeros([1, 40, 52, 3], tf.uint8)
     losses = [float(step(images, None, {"sem_seg": labels}).losses["total_loss"]) for _ in range(4)]
     assert losses[-1] < losses[0]
+
+
+def test_two_parts_equal_two_official_processes(tmp_path):
+    """A recording over gloo (tests/golden/training/record_processes.py), each process with an image of its own size."""
+    spec = importlib.util.spec_from_file_location("record_processes", RECORDED.with_name("record_processes.py"))
+    record = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(record)
+    entry = registry.entry(record.NAME)
+    synthesize.write_pickle(synthesize.synthesize(entry), tmp_path / "model_final.pkl")
+    convert(tmp_path / "model_final.pkl", tmp_path / "tf_ckpt", record.NAME)
+    config = MaskFormerConfig.from_dict(entry.config)
+    model = load(tmp_path / "tf_ckpt", "float64", config.replace(predictor=dataclasses.replace(config.predictor, dropout=0.0)))
+    step = TrainStep(model, build_optimizer(RECIPE, model), padding="masked", parts=2)
+
+    canvas, most = np.max(record.SIZES, 0), max(record.OBJECTS)
+    images, labels = np.zeros([2, *canvas, 3], np.uint8), np.zeros([2, most], np.int64)
+    masks = np.zeros([2, most, *canvas], bool)
+    for index, (image, own_labels, own_masks) in enumerate(record.images_and_targets()):
+        height, width = record.SIZES[index]
+        images[index, :height, :width] = image
+        labels[index, : len(own_labels)] = own_labels
+        masks[index, : len(own_labels), :height, :width] = own_masks
+    targets = {"labels": tf.constant(labels), "masks": tf.constant(masks), "num_objects": tf.constant(record.OBJECTS)}
+    losses, gradients = tf.function(step.gradients)(tf.constant(images), tf.constant(record.SIZES), targets)
+
+    with np.load(RECORDED) as official:
+        for key, loss in losses.items():
+            if key != "total_loss":
+                assert float(loss) == pytest.approx(float(official[f"loss/{key}"]), rel=1e-5), key
+        names = [parameter.name for parameter in step.optimizer.parameters]
+        assert sorted(names) == sorted(official["names"])
+        found = {name: gradient.numpy() for name, gradient in zip(names, gradients, strict=True)}
+        for name, norm, total in zip(official["names"], official["norms"], official["sums"], strict=True):
+            assert np.linalg.norm(found[name].ravel()) == pytest.approx(norm, rel=1e-4, abs=1e-12), name
+            assert found[name].sum() == pytest.approx(total, rel=1e-3, abs=1e-4 * norm * found[name].size ** 0.5), name
+
+
+def test_parts_are_added_up_and_blocks_computed_again():
+    """With dropout. Four parts in which blocks are computed again, against each part by itself."""
+    images, sizes, targets = batch(counts=(2, 1, 3, 0))
+    plain, step = build(LOUD), build(LOUD, parts=4, rematerialise=True)
+    losses, gradients = tf.function(step.gradients)(images, sizes, targets)
+    expected = []
+    for part in range(4):
+        own = tf.nest.map_structure(lambda values, part=part: values[part : part + 1], (images, sizes, targets))
+        own[2]["num_masks"] = tf.constant(6 / 4)
+        plain.keep = lambda _, part=part: TrainStep.keep(plain, part)
+        expected.append(plain.gradients(*own))
+    for key, loss in losses.items():
+        assert float(loss) == pytest.approx(np.mean([float(own[key]) for own, _ in expected]), rel=1e-6), key
+    for index, gradient in enumerate(gradients):
+        mean = np.mean([own[index].numpy() for _, own in expected], axis=0)
+        np.testing.assert_allclose(gradient.numpy(), mean, rtol=1e-6, atol=1e-9 * np.abs(mean).max() + 1e-15)
+
+
+def test_blocks_are_computed_again():
+    """In the backward pass, each once, and nothing changes."""
+    images, sizes, targets = batch(counts=(2,))
+    plain, step = build(LOUD), build(LOUD, rematerialise=True)
+    calls = collections.Counter()
+    keep = step.keep()
+
+    def counting(place, shape, rate):
+        calls[place] += 1
+        return keep(place, shape, rate)
+
+    expected, expected_gradients = plain.gradients(images, sizes, targets)
+    step.keep = lambda part: counting
+    losses, gradients = step.gradients(images, sizes, targets)
+    assert set(calls.values()) == {2}
+    for key, loss in expected.items():
+        assert float(losses[key]) == float(loss), key
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient.numpy(), other.numpy(), rtol=1e-9, atol=1e-12)
 
 
 def test_two_replicas_equal_the_official_rule():
