@@ -164,6 +164,11 @@ def from_disk(dataset: DataSet) -> tf.data.Dataset:
 
     Bad data raises ``tf.errors.OpError`` with the problem as its message.
     """
+    return tf.data.Dataset.range(len(dataset.records)).map(reader(dataset), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def reader(dataset: DataSet) -> Callable[[tf.Tensor], dict[str, Any]]:
+    """What reads one sample, by its number in ``dataset.records`` (int64 scalar), inside a ``tf.data`` pipeline; see :func:`from_disk`."""
     spec = examples.element_spec(dataset.layout)
 
     def load(index):
@@ -173,7 +178,7 @@ def from_disk(dataset: DataSet) -> tf.data.Dataset:
         values = tf.numpy_function(load, [index], [leaf.dtype for leaf in tf.nest.flatten(spec)])
         return tf.nest.map_structure(lambda value, leaf: tf.ensure_shape(value, leaf.shape), tf.nest.pack_sequence_as(spec, values), spec)
 
-    return tf.data.Dataset.range(len(dataset.records)).map(element, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return element
 
 
 @dataclasses.dataclass(frozen=True)

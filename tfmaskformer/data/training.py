@@ -12,11 +12,20 @@ batches, and the shards of a batch, take one after the other.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import tensorflow as tf
 
+from tfmaskformer.config import ConfigError, MaskFormerConfig
+from tfmaskformer.data import augmentation, tfrecords
+from tfmaskformer.data.augmentation import NO_SEGMENT, Mapper, draw, mapper_of, pad_to
 from tfmaskformer.data.datasets import DataSet
+from tfmaskformer.data.records import DataError, Problem
+from tfmaskformer.official_config import config_of
 from tfmaskformer.official_yaml import Tree
+
+SAMPLER = "TrainingSampler"
+"""``DATALOADER.SAMPLER_TRAIN``: the only one supported, which all official configs have."""
 
 
 def training_dataset(
@@ -56,10 +65,141 @@ def training_dataset(
         :func:`step_arguments` makes the step's arguments of them: masks are N times as large as ``segments`` and better made on the device.
 
     Raises:
-        ConfigError: a value of ``INPUT`` that is not supported.
-        ValueError: a canvas that cannot hold what the config makes, a batch that has no such parts, a data set without the ground truth.
+        ConfigError: a value of the config that is not supported.
+        DataError: a data set without images or without the ground truth that the config wants. Bad files raise ``tf.errors.OpError``.
+        ValueError: a canvas that cannot hold what the config makes, or a batch that has no such parts.
     """
-    raise NotImplementedError
+    model, mapper = config_of(config, dataset.name), mapper_of(config, dataset.info.ignore_label)
+    if config["DATALOADER"]["SAMPLER_TRAIN"] != SAMPLER:
+        raise ConfigError(f"config: 'DATALOADER.SAMPLER_TRAIN' is {config['DATALOADER']['SAMPLER_TRAIN']!r}, supported: {SAMPLER!r}")
+    _check_dataset(dataset, mapper, model)
+    size = _canvas(mapper, model, canvas)
+    index, count = shard
+    if batch % count or not 0 <= index < count:
+        raise ValueError(f"training data: shard is {shard} of a batch of {batch} images, expected an index and a count that divides them")
+    read = tfrecords.reader(dataset)
+
+    def example(epoch: tf.Tensor, number: tf.Tensor) -> dict[str, tf.Tensor]:
+        element = read(number)
+        draws = draw(tf.stack([tf.constant(seed, tf.int64), epoch * len(dataset.records) + number]))
+        if model.head == "MaskFormerHead":
+            made = padded_objects(mapper, draws, element, size, max_objects)
+        else:
+            made = padded_sem_seg(mapper, draws, element, size)
+        return {"image_id": element["image_id"], **made}
+
+    part = batch // count
+    order = training_order(len(dataset.records), seed, start * batch).batch(batch)
+    mine = order.map(lambda epochs, numbers: (epochs[index * part : (index + 1) * part], numbers[index * part : (index + 1) * part]))
+    examples = mine.unbatch().map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return examples.batch(part, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+
+
+def training_order(length: int, seed: int, start: int = 0) -> tf.data.Dataset:
+    """Endless ``(epoch, number)``, int64: a permutation of ``range(length)`` for each epoch; the first ``start`` are left out."""
+
+    def shuffled(epoch: tf.Tensor) -> tf.data.Dataset:
+        # Negative, so that no draw of an image has the same seed.
+        numbers = tf.random.experimental.stateless_shuffle(tf.range(length, dtype=tf.int64), tf.stack([seed, -1 - epoch]), alg="philox")
+        return tf.data.Dataset.from_tensor_slices((tf.repeat(epoch, length), numbers))
+
+    return tf.data.Dataset.range(start // length, tf.int64.max).flat_map(shuffled).skip(start % length)
+
+
+def padded_objects(
+    mapper: Mapper, draws: augmentation.Draws, element: Mapping[str, Any], canvas: tuple[int, int], max_objects: int
+) -> dict[str, tf.Tensor]:
+    """``image``, ``size``, ``labels``, ``num_objects``, ``segments`` and ``dropped`` of one image; see :func:`training_dataset`.
+
+    Args:
+        element: a sample (:func:`~tfmaskformer.data.examples.element_spec`).
+    """
+    if mapper.name == augmentation.SEMANTIC:
+        augmented = mapper(draws, element["image"], sem_seg=element["sem_seg"])
+        labels, segments = semantic_objects(augmented.sem_seg, mapper.ignore_label)
+    else:
+        labels, segments = panoptic_objects(element["panoptic_seg"], element["segments"])
+        augmented = mapper(draws, element["image"], segments, element.get("sem_seg") if mapper.single_category_max_area < 1 else None)
+        segments = augmented.segments
+    total = tf.shape(labels)[0]
+    kept, segments = largest_objects(total, segments, max_objects)
+    labels, num_objects = tf.gather(labels, kept), tf.shape(kept)[0]
+    return {
+        **_image(augmented.image, canvas),
+        "labels": tf.ensure_shape(tf.pad(labels, [[0, max_objects - num_objects]]), [max_objects]),
+        "num_objects": num_objects,
+        "dropped": total - num_objects,
+        "segments": pad_to(segments, canvas, NO_SEGMENT),
+    }
+
+
+def padded_sem_seg(mapper: Mapper, draws: augmentation.Draws, element: Mapping[str, Any], canvas: tuple[int, int]) -> dict[str, tf.Tensor]:
+    """``image``, ``size`` and ``sem_seg`` of one image; see :func:`training_dataset`."""
+    augmented = mapper(draws, element["image"], sem_seg=element["sem_seg"])
+    return {**_image(augmented.image, canvas), "sem_seg": pad_to(augmented.sem_seg, canvas, mapper.ignore_value)}
+
+
+def _image(image: tf.Tensor, canvas: tuple[int, int]) -> dict[str, tf.Tensor]:
+    return {"image": pad_to(image, canvas, 0), "size": tf.shape(image)[:2]}
+
+
+def panoptic_objects(panoptic_seg: tf.Tensor, segments: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+    """Segments that are no crowds, in the JSON's order: its class, int32 [objects]; and the object of each pixel, int32 [height, width]."""
+    ours = tf.boolean_mask(tf.stack([segments["id"], segments["category_id"]]), segments["iscrowd"] == 0, axis=1)
+    order = tf.argsort(ours[0])
+    ids = tf.concat([tf.gather(ours[0], order), [tf.int32.max]], 0)  # one more, for pixels behind the last
+    place = tf.reshape(tf.searchsorted(ids, tf.reshape(panoptic_seg, [-1])), tf.shape(panoptic_seg))
+    objects = tf.gather(tf.concat([order, [NO_SEGMENT]], 0), place)
+    return ours[1], tf.where(tf.gather(ids, place) == panoptic_seg, objects, NO_SEGMENT)
+
+
+def semantic_objects(sem_seg: tf.Tensor, ignore_label: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Every class of a map, in ascending order, int32 [objects]; and the object of each pixel, int32 [height, width]."""
+    has_class = sem_seg != ignore_label
+    present = tf.math.bincount(tf.boolean_mask(sem_seg, has_class), minlength=1) > 0
+    objects = tf.cumsum(tf.cast(present, tf.int32)) - 1
+    segments = tf.where(has_class, tf.gather(objects, tf.where(has_class, sem_seg, 0)), NO_SEGMENT)
+    return tf.cast(tf.where(present)[:, 0], tf.int32), segments
+
+
+def largest_objects(count: tf.Tensor, segments: tf.Tensor, max_objects: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Which of ``count`` objects are kept, the largest ``max_objects`` in their order, int32 [kept], and the map of these alone.
+
+    As upstream, an object of which the crop left nothing is one all the same; such are dropped first.
+    """
+    areas = tf.math.bincount(tf.reshape(segments + 1, [-1]), minlength=count + 1)[1:]
+    kept = tf.sort(tf.math.top_k(areas, tf.minimum(count, max_objects)).indices)
+    renamed = tf.tensor_scatter_nd_update(tf.fill([count + 1], NO_SEGMENT), kept[:, tf.newaxis] + 1, tf.range(tf.shape(kept)[0]))
+    return kept, tf.gather(renamed, segments + 1)
+
+
+def _check_dataset(dataset: DataSet, mapper: Mapper, model: MaskFormerConfig) -> None:
+    layout = dataset.layout
+    panoptic = mapper.name != augmentation.SEMANTIC
+    wanted = {"panoptic maps": layout.panoptic or not panoptic or model.head != "MaskFormerHead"}
+    wanted["semantic maps"] = layout.semantic or (panoptic and model.head == "MaskFormerHead" and mapper.single_category_max_area >= 1)
+    next_step = "choose another data set, or another config"
+    for kind, there in wanted.items():
+        if not there:
+            raise DataError(Problem("no such ground truth", dataset.root, f"{kind}, for the mapper {mapper.name}", "none"), next_step)
+    if len(dataset.info.class_names) != model.num_classes:
+        expected = f"the {model.num_classes} classes of the config"
+        raise DataError(Problem("other classes", dataset.root, expected, str(len(dataset.info.class_names))), next_step)
+    if not dataset.records:
+        raise DataError(Problem("empty data set", dataset.root, f"images of {dataset.split}", "none"))
+
+
+def _canvas(mapper: Mapper, model: MaskFormerConfig, canvas: tuple[int, int] | None) -> tuple[int, int]:
+    """The canvas, checked, or the smallest there is."""
+    divisibility = max(model.size_divisibility, 1)
+    smallest = tuple(-(-side // divisibility) * divisibility for side in mapper.canvas()) if canvas is None or mapper.bounded else (0, 0)
+    chosen = smallest if canvas is None else canvas
+    if any(side < least or side % divisibility for side, least in zip(chosen, smallest, strict=True)):
+        raise ValueError(
+            f"training data: the canvas is {chosen[0]}×{chosen[1]} px, expected at least {smallest[0]}×{smallest[1]} and multiples of "
+            f"{divisibility}\n  a smaller 'INPUT.MAX_SIZE_TRAIN' makes smaller images"
+        )
+    return chosen[0], chosen[1]
 
 
 def step_arguments(batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, dict[str, tf.Tensor]]:
