@@ -108,6 +108,11 @@ class CaseCheck:
     overlays: tuple[Overlay, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     @property
+    def is_step(self) -> bool:
+        """Whether this is a step of a training."""
+        return self.case.startswith(f"{trajectory.FOLDER}/")
+
+    @property
     def failures(self) -> tuple[Item, ...]:
         """What failed, earliest first; see :meth:`place`."""
         return tuple(sorted((item for item in self.items if not item.passed), key=self.place))
@@ -410,6 +415,7 @@ def _check_batch(
         found = _run(functools.partial(run, model, inputs), dtype, limits | in_mode)
         for case, results in zip(cases, found, strict=True):
             how: dict[str, Any] = {"padding": settings.padding, "pad_to": pad_to, "gradients": gradients != "none"}
+            how["memory_budget"] = settings.memory_budget
             local, replayed = _local(case, dtype, functools.partial(replay, model, case, **how))
             manifest = _manifest(Path(settings.checkpoint))
             one = CaseRun(case, results, dtype, loss_floors, model, model.config, trace, manifest, replayed)

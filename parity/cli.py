@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -215,6 +216,7 @@ def _check(argv: Sequence[str]) -> int:
     if arguments.reference == "official" and arguments.port:
         parser.error("--port needs a trace: parity-check record --port …")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # that every case is traced anew is no fault
     from parity.inputs import InputError
     from parity.spool import prepare
 

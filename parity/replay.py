@@ -232,6 +232,7 @@ def replay(
     padding: str = "official",
     pad_to: tuple[int, int] | None = None,
     gradients: bool = False,
+    memory_budget: int | None = None,
 ) -> Replay:
     """Runs the model, with every tap replaced by what was recorded.
 
@@ -241,6 +242,7 @@ def replay(
         capture: taps whose calls are kept, to be done again.
         padding, pad_to: as of :func:`parity.tensorflow_run.run`; masked padding takes cases of one image.
         gradients: whether to go backwards too, if the trace has the gradients of the taps, whole. All activations are in memory then.
+        memory_budget: as of :func:`parity.tensorflow_run.run`: bounds what is kept of the inference results.
 
     Raises:
         ReplayError: the trace has samples of the taps only.
@@ -272,6 +274,7 @@ def replay(
             padding=padding,
             pad_to=pad_to,
             gradients="none" if of_taps is None else "parameters",
+            memory_budget=memory_budget,
             substitute=recorded.forced(see, of_taps),
         )
     return Replay(errors, _with_parameters(of_taps, results, recorded, case), results, captured.calls(recorded))

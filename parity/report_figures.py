@@ -72,16 +72,17 @@ def _drawn(caption: str, rows: int, columns: int, height: float, draw: Callable[
 
 def error_along_depth(check: Check) -> Picture:
     """The error of every tap in the order of computation, with the floor and the tolerance; one panel for each case and dtype."""
+    cases = [case for case in check.cases if not case.is_step] or check.cases
 
     def draw(figure: Any, axes: Any) -> None:
         figure.suptitle("Error of TensorFlow against the official model in float64, along the computation", fontsize=13)
-        for axis, case in zip(axes[:, 0], check.cases, strict=True):
+        for axis, case in zip(axes[:, 0], cases, strict=True):
             _draw_depth(axis, case)
 
     caption = "Noise grows slowly and stays within the band of the official runs; a fault is a step."
     if any(not math.isnan(item.local) for case in check.cases for item in case.items if item.group == "taps"):
         caption += " Violet: the part of an error that arises in that place itself, with recorded inputs."
-    return _drawn(caption, len(check.cases), 1, 3.4, draw)
+    return _drawn(caption, len(cases), 1, 3.4, draw)
 
 
 def _draw_depth(axis: Any, case: CaseCheck) -> None:
@@ -177,7 +178,7 @@ def histograms(check: Check) -> Picture:
         for (left, right), case in zip(axes, check.cases, strict=True):
             taps = [item for item in case.items if item.group == "taps"]
             _draw_histogram(left, "error / floor of taps", _groups(taps, lambda item: item.ratio))
-            if case.dtype == "float32":
+            if case.dtype == "float32" and taps:
                 left.axvline(compare.MEDIAN_FACTOR, color=_GREY, linewidth=1, linestyle="--")
                 left.set_title(f"median {case.median_ratio:.3f}", loc="right", fontsize=8)
             judged = [item for item in case.items if math.isfinite(item.tolerance)]
@@ -185,7 +186,8 @@ def histograms(check: Check) -> Picture:
             right.axvline(1, color=_RED, linewidth=1, linestyle="--")
             left.set_title(f"{case.case}, {case.dtype}", loc="left", fontsize=9, **_colour(case))
 
-    caption = "Left: how many taps have which error, in units of the floor. Right: everything that is judged; 1 is the limit."
+    caption = "Left: how many taps have which error, in units of the floor (1.1: what their median may have). "
+    caption += "Right: everything that is judged; 1 is the limit."
     return _drawn(caption, len(check.cases), 2, 2.7, draw)
 
 
@@ -197,6 +199,8 @@ def _groups(items: Sequence[Item], figure: Callable[[Item], float]) -> dict[str,
 
 
 def _draw_histogram(axis: Any, label: str, groups: dict[str, list[float]]) -> None:
+    from matplotlib import ticker
+
     exponents = {group: [math.log10(value) for value in values] for group, values in groups.items()}
     if exponents:
         flat = [exponent for values in exponents.values() for exponent in values]
@@ -205,7 +209,12 @@ def _draw_histogram(axis: Any, label: str, groups: dict[str, list[float]]) -> No
         colours = [_GROUPS[LEDGER.index(group) % len(_GROUPS)] for group in groups]
         axis.hist(list(groups.values()), bins=edges, stacked=True, histtype="stepfilled", color=colours, label=list(groups))
         axis.set_xscale("log")
+        if high - low <= 2:
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.legend(fontsize=7, ncols=2)
+    else:
+        axis.set_yticks([])
     axis.set_xlabel(label, fontsize=8)
     axis.tick_params(labelsize=8)

@@ -15,6 +15,9 @@ from parity.stages import EMPTY
 SHOWN = 5
 """Nodes below one that fails, and failures, that are shown; the other reports have all."""
 
+NAMED = 3
+"""Of the names that are exempted for one reason."""
+
 RATIO_FROM = 1e-9
 """The least floor for which error / floor is shown: below it, in float64, both are the last bits."""
 
@@ -75,7 +78,7 @@ def verdict(check: Check) -> list[str]:
 
 def place(case: CaseCheck, item: Item) -> Iterator[str]:
     """Where the error of a first failure may arise: a tap shows what is computed between the recorded taps and it, too."""
-    if item.group == "taps" and not item.inherited:
+    if item.group == "taps" and item.comparison is not None and not item.inherited:
         taps = [each.name for each in case.items if each.group == "taps"]
         before = taps[: taps.index(item.name)][-1:]
         behind = f"; the tap before it is '{before[0]}'" if before else ""
@@ -173,8 +176,12 @@ def _case(case: CaseCheck, first: Item | None) -> Iterator[str]:
         yield "not judged: the error of single gradients in float32, of which shape and finiteness are; in float64 it is judged"
     if assignments := _assignments(case):
         yield f"assignments: {assignments}"
+    alike: dict[tuple[str, str], list[str]] = {}
     for exemption in case.exempted:
-        yield f"exempted: {exemption.group} '{exemption.name}': {exemption.reason}"
+        alike.setdefault((exemption.group, exemption.reason), []).append(f"'{exemption.name}'")
+    for (group, reason), names in alike.items():
+        more = f" and {len(names) - NAMED} more, which the other reports name" * (len(names) > NAMED)
+        yield f"exempted: {group} {', '.join(names[:NAMED])}{more}: {reason}"
     if case.local:
         yield f"local errors: {case.local}"
     if case.stopped:

@@ -309,3 +309,11 @@ def test_the_layouts_of_both_sides_are_each_others_inverse(layout, shape, view):
     assert np.count_nonzero(other != actual) == official.size  # and nothing else
     with pytest.raises(TapRuleError, match="no place"):
         tensorflow_layout(official[..., :-1], layout, actual, view)
+
+
+def test_a_memory_budget_changes_nothing(model_of, case_of):
+    model, case = model_of("tiny_per_pixel"), case_of("tiny_per_pixel")
+    kept, spooled = replay(model, case), replay(model, case, memory_budget=8)
+    assert spooled.errors == kept.errors
+    for name, scores in kept.results.groups["inference"].items():
+        np.testing.assert_array_equal(spooled.results.groups["inference"][name], scores)

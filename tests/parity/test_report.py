@@ -14,8 +14,8 @@ import jsonschema
 import numpy as np
 import pytest
 
-from parity import cli, compare, evidence, regression, report, report_html, report_junit, report_text
-from parity.check import LEDGER, Item
+from parity import cli, compare, evidence, regression, report, report_figures, report_html, report_junit, report_text
+from parity.check import LEDGER, Exemption, Item
 from parity.report_tree import block, grow, share
 from parity.tap_rules import Layout
 
@@ -106,6 +106,24 @@ def test_stages_verdict_and_diagnosis_are_told_in_words():
     at = lines.index("diagnosis: conv2: kernel transposed; 1.3 → 2e-7")
     assert lines[at + 1].startswith("diagnosis: or <script>")
     assert not [line for line in report.text(passing()).splitlines() if line.startswith(("diagnosis", "bug"))]
+
+
+def test_what_is_exempted_for_one_reason_is_one_line():
+    for count, names in ((3, "'a0#0', 'a1#0', 'a2#0'"), (5, "'a0#0', 'a1#0', 'a2#0' and 2 more, which the other reports name")):
+        exempted = tuple(Exemption("calls", f"a{index}#0", "nobody calls it") for index in range(count))
+        lines = [line for line in report.text(passing(exempted=exempted)).splitlines() if "exempted:" in line]
+        assert lines == [f"  exempted: calls {names}: nobody calls it"] * 2
+
+
+def test_a_training_step_has_no_depth():
+    check = passing()
+    step = dataclasses.replace(check.cases[0], case="steps/plain", items=(item("steps", "1/weights/backbone.norm"),))
+    with_step = dataclasses.replace(check, cases=(*check.cases, step))
+    depths = [report_figures.error_along_depth(each).png for each in (check, with_step)]
+    assert depths[0] == depths[1]
+    assert "steps/plain (75×101 px), float32" in report.text(with_step)
+    heights = [int.from_bytes(report_figures.histograms(each).png[20:24]) for each in (check, with_step)]
+    assert heights[1] > 1.3 * heights[0]
 
 
 def test_many_failures_are_few_lines_and_the_first_is_among_them():

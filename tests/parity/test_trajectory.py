@@ -46,6 +46,7 @@ def test_twenty_steps(name, training, dtype, converted):
 def test_masks_of_numpy_and_of_the_step_are_the_same():
     step = TrainStep.__new__(TrainStep)
     step.seed, step.optimizer = 5, types.SimpleNamespace(iterations=types.SimpleNamespace(value=tf.constant(3)))
+    step.parts = 1
     expected = kept(5, 4, "a.b#1", 77, 0.3).reshape(7, 11)
     assert 0.5 < expected.mean() < 0.9
     for run in (
