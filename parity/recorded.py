@@ -28,6 +28,9 @@ EXACT = {"losses": "losses_float64", "inference": "inference_float64"}
 
 CPU_RUN = "a CPU run of the same precision"
 
+OUTPUTS_ALONE = "an export gives its final outputs alone (parity.exported)"
+"""Why everything else of a trace is exempted, by name."""
+
 
 def check_recorded(
     actual: str,
@@ -77,7 +80,16 @@ def check_recorded(
     asked = dataclasses.replace(
         asked, checkpoint=actual, reference=reference, dtypes=(str(recorded.precision),), mode=recorded.provenance["mode"]
     )
-    return Check(asked, recorded.environment, recorded.provenance["checkpoint"], official.provenance, tuple(checked), left_out)
+    kind = _OfOutputs if recorded.outputs_alone else Check
+    return kind(asked, recorded.environment, recorded.provenance["checkpoint"], official.provenance, tuple(checked), left_out)
+
+
+class _OfOutputs(Check):
+    """A median is one of taps."""
+
+    @property
+    def median_passed(self) -> bool:
+        return True
 
 
 class Recording:
@@ -104,6 +116,11 @@ class Recording:
     def is_low(self) -> bool:
         """Whether no official run computes in its precision."""
         return self.precision not in ("float32", "float64")
+
+    @property
+    def outputs_alone(self) -> bool:
+        """Whether it is one of an export (:mod:`parity.exported`)."""
+        return bool(self.provenance.get("outputs_alone"))
 
     @property
     def options(self) -> str:
@@ -233,7 +250,9 @@ def _check_case(
     judges: dict[str, check.Judge] = {group: functools.partial(_judge_computed, judge_of) for group, judge_of in COMPUTED.items()}
     judges["variables"] = lambda run, found: judge.variables_of(recorded.provenance["variables"], found)
     judges["sources"] = judge.judge_sources
-    if without := _why_no_gradients(recorded, official, settings):
+    if recorded.outputs_alone:
+        judges = {group: functools.partial(_judge_outputs_alone, group, judge_of) for group, judge_of in judges.items()}
+    elif without := _why_no_gradients(recorded, official, settings):
         judges = check.without_gradients(judges, without)
     judged, _ = check.judge_case(one, judges, all_stages=settings.all_stages)
     sizes = tuple((image.shape[0], image.shape[1]) for image in case.images)
@@ -257,6 +276,16 @@ def _judge_computed(judge_of: check.Judge, run: CaseRun, found: Found) -> Iterat
             yield Exemption(one.group, one.name, reason)
         else:
             yield one
+
+
+def _judge_outputs_alone(group: str, judge_of: check.Judge, run: CaseRun, found: Found) -> Iterator[Any]:
+    """Final outputs and results as ever; what an export cannot show is exempted by name."""
+    if group not in ("outputs", "inference"):
+        yield from (Exemption(group, name, OUTPUTS_ALONE) for name in run.case.reference.group(group))
+        return
+    for one in judge_of(run, found):
+        is_inner = isinstance(one, Item) and one.name.startswith("aux_outputs.") and one.comparison is None
+        yield Exemption(group, one.name, OUTPUTS_ALONE) if is_inner else one
 
 
 def _unstable(floors: _Floors, item: Item) -> str | None:

@@ -28,6 +28,7 @@ PADDINGS = ("official", "masked")
 BACKBONES: dict[type, Callable[[Any], Module]] = {ResNetConfig: ResNet, SwinConfig: D2SwinTransformer}
 
 
+@keras.saving.register_keras_serializable("tfmaskformer")
 class MaskFormer(keras.Model):
     """The model. Its constructor names every module and parameter; :meth:`build_parameters` or ``load`` makes the variables.
 
@@ -45,6 +46,17 @@ class MaskFormer(keras.Model):
             self.backbone = BACKBONES[type(config.backbone)](config.backbone)
             self.sem_seg_head = HEADS[config.head](config)
         assign_official_names(self)
+
+    def get_config(self) -> dict[str, Any]:
+        """For Keras, which saves it in a ``.keras`` file: the constructor's arguments, as JSON."""
+        return {"config": self.config.to_dict(), "dtype": self.dtype_policy.name}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MaskFormer:
+        """The inverse of :meth:`get_config`, with variables, without which Keras reads none from the file."""
+        model = cls(MaskFormerConfig.from_dict(config["config"]), config["dtype"])
+        model.build_parameters()
+        return model
 
     def build_parameters(self, value_of: Callable[[str], Any] | None = None) -> None:
         """Creates all variables, at the official initial distributions or at ``value_of(official name)`` (array or tensor)."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from tfmaskformer.config import MaskFormerConfig
     from tfmaskformer.model import MaskFormer
 
 OK, BAD_INPUT, COULD_NOT_RUN = 0, 2, 3
@@ -65,6 +66,11 @@ class Predictor:
 
         self._model, self._max_size = model, max_size
         self._step = tf.function(lambda images, sizes: model(images, sizes, padding="masked"))
+
+    @property
+    def config(self) -> MaskFormerConfig:
+        """Of the model."""
+        return self._model.config
 
     def __call__(self, photograph: np.ndarray) -> Prediction:
         """``photograph``: uint8 [height, width, 3] RGB."""
@@ -208,7 +214,7 @@ def _predict_all(
             reason = "it is of no kind that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
             yield f"cannot read '{file}' as an image: {reason}"
             continue
-        _write_all(predictor(photograph), predictor._model.config, file, out / name, kinds)
+        _write_all(predictor(photograph), predictor.config, file, out / name, kinds)
     progress(len(todo), len(todo))
 
 

@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.inference import MASK_STRIDE, _at_least_float32
-from tfmaskformer.resize import bilinear_taps, bilinear_weights, resize_bilinear, valid_pixels
+from tfmaskformer.resize import bilinear_taps, bilinear_weights, resize_bilinear, static_shape, valid_pixels
 
 
 class PanopticSegments(NamedTuple):
@@ -76,7 +76,7 @@ def static_semantic_inference(
         config: of the model.
         image_sizes: int32 [batch, 2], (height, width) of each image as given to the model, without padding, px.
         output_sizes: int32 [batch, 2], (height, width) of each result, px. Upstream: the original image's.
-        output_canvas: (height, width), at least the largest of ``output_sizes``, px.
+        output_canvas: (height, width), at least the largest of ``output_sizes``, px; ints, or scalar tensors where shapes are dynamic.
         postprocess_before_inference: see :func:`tfmaskformer.inference.semantic_inference`.
 
     Returns:
@@ -86,7 +86,7 @@ def static_semantic_inference(
     if "sem_seg" in outputs:
         scores = _resized(*_masks_and_weights(outputs, "sem_seg", image_sizes, output_sizes, output_canvas))
     else:
-        image_canvas = [MASK_STRIDE * length for length in outputs["pred_masks"].shape[2:]]
+        image_canvas = [MASK_STRIDE * length for length in static_shape(outputs["pred_masks"])[2:]]
         size = (output_sizes, output_canvas) if before else (image_sizes, image_canvas)
         masks = tf.sigmoid(_resized(*_masks_and_weights(outputs, "pred_masks", image_sizes, *size)))
         probabilities = tf.nn.softmax(_at_least_float32(outputs["pred_logits"]))[..., :-1]
@@ -117,7 +117,7 @@ def static_panoptic_inference(
     overlap_threshold = test.overlap_threshold if overlap_threshold is None else overlap_threshold
     masks, rows, columns = _masks_and_weights(outputs, "pred_masks", image_sizes, output_sizes, output_canvas)
     inside = valid_pixels(output_sizes, output_canvas)
-    batch, num_queries = masks.shape[:2]
+    batch, num_queries = static_shape(masks)[:2]
 
     # Classes of the probabilities, not of the logits: rounding can make two of them equal, and the first one counts.
     probabilities = tf.nn.softmax(_at_least_float32(outputs["pred_logits"]))
@@ -147,7 +147,7 @@ def static_panoptic_inference(
     _, areas = tf.while_loop(not_done, count, (0, no_areas), maximum_iterations=num_queries)
 
     isthing = tf.gather(tf.constant(np.isin(np.arange(config.num_classes + 1), config.thing_classes)), labels)
-    found = kept & (areas > 0) & (mask_areas > 0) & ~_below(areas, mask_areas, overlap_threshold, output_canvas[0] * output_canvas[1])
+    found = kept & (areas > 0) & (mask_areas > 0) & ~_below(areas, mask_areas, overlap_threshold, tf.int32.max)
     # Queries of one stuff class become one segment, that of the first of them.
     alike = found[:, tf.newaxis] & (labels[:, tf.newaxis] == labels[..., tf.newaxis]) & ~isthing[..., tf.newaxis]
     own = tf.range(num_queries)[tf.newaxis]
@@ -189,9 +189,9 @@ def _masks_and_weights(outputs, name, image_sizes, output_sizes, output_canvas):
 
     Outside the output's size the result is arbitrary."""
     masks = _at_least_float32(outputs[name])
-    canvases = outputs["valid_sizes"] if "valid_sizes" in outputs else tf.broadcast_to(outputs["padded_size"], [masks.shape[0], 2])
+    canvases = outputs["valid_sizes"] if "valid_sizes" in outputs else tf.broadcast_to(outputs["padded_size"], [static_shape(masks)[0], 2])
     weights = []
-    for axis, length in enumerate(masks.shape[2:]):
+    for axis, length in enumerate(static_shape(masks)[2:]):
         valid_length = -(-canvases[:, axis] // MASK_STRIDE)
         # The logits of the per-pixel baselines are enlarged by 4, those of masks to the canvas.
         canvas = canvases[:, axis] if name == "pred_masks" else MASK_STRIDE * valid_length
@@ -205,6 +205,6 @@ def _masks_and_weights(outputs, name, image_sizes, output_sizes, output_canvas):
 
 
 def _resized(masks, rows, columns):
-    batch, number, height, width = masks.shape
-    wide = tf.reshape(tf.reshape(masks, [batch, number * height, width]) @ columns, [batch, number, height, columns.shape[-1]])
+    batch, number, height, width = static_shape(masks)
+    wide = tf.reshape(tf.reshape(masks, [batch, number * height, width]) @ columns, [batch, number, height, static_shape(columns)[-1]])
     return rows[:, tf.newaxis] @ wide

@@ -1,0 +1,240 @@
+"""Exports are what the package computes: reloaded where it cannot be imported, folded, through Keras, and refused where they must be."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from checkpoints import registry, synthesize
+from converters.convert import convert
+from tfmaskformer import export
+from tfmaskformer.checkpoint import load
+from tfmaskformer.data import shapes
+from tfmaskformer.folding import FoldingError, fold, relative_error
+from tfmaskformer.predict import Predictor
+
+SOURCE = Path(registry.__file__).parent / "small" / "shapes_panoptic.pkl"
+OUTPUTS = ("pred_logits", "pred_masks")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """``shapes``, as trained; ``resized``, whose config resizes images."""
+    folder = tmp_path_factory.mktemp("export")
+    convert(SOURCE, folder / "shapes", "shapes_panoptic")
+    convert(SOURCE, folder / "resized", "shapes_panoptic")
+    config = json.loads((folder / "resized" / "config.json").read_text())
+    config["test"] |= {"min_size": 112, "max_size": 160}
+    (folder / "resized" / "config.json").write_text(json.dumps(config))
+    export.export(folder / "resized", folder / "any")
+    export.export(folder / "shapes", folder / "fixed", size=(160, 160), fold_batch_norm=True)
+    return folder
+
+
+def photograph(index, kind):
+    file = io.BytesIO()
+    Image.fromarray(shapes.sample("val", index).image).save(file, format=kind)
+    return file.getvalue()
+
+
+SERVE = """
+import sys
+sys.modules.update(dict.fromkeys(("tfmaskformer", "converters", "parity", "checkpoints", "keras", "PIL")))
+import numpy as np, tensorflow as tf
+model = tf.saved_model.load(sys.argv[1])
+found = {}
+for path in sys.argv[3:]:
+    data = tf.constant(open(path, "rb").read())
+    for name in ("panoptic", "semantic"):
+        for key, value in model.signatures[name](image_bytes=data).items():
+            found[f"{path} {key}"] = value.numpy()
+np.savez(sys.argv[2], **found)
+"""
+
+
+@pytest.mark.parametrize(("name", "source"), [("any", "resized"), ("fixed", "shapes")])
+def test_serves_files_where_the_package_is_not(folder, tmp_path, name, source):
+    paths = [tmp_path / f"{index}.{kind}" for index, kind in ((0, "png"), (1, "jpeg"))]
+    for path in paths:
+        path.write_bytes(photograph(int(path.stem), path.suffix[1:]))
+    command = [sys.executable, "-c", SERVE, folder / name, tmp_path / "found.npz", *paths]
+    done = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    predictor = Predictor(load(folder / source))
+    with np.load(tmp_path / "found.npz") as found:
+        for path in paths:
+            image = np.asarray(Image.open(path).convert("RGB"))
+            expected = predictor(image)
+            ids, segments = expected.panoptic
+            assert segments
+            np.testing.assert_array_equal(found[f"{path} panoptic_seg"], ids)
+            np.testing.assert_array_equal(found[f"{path} sem_seg"], expected.semantic)
+            for key in ("id", "category_id", "isthing"):
+                assert found[f"{path} {key}"].tolist() == [segment[key] for segment in segments]
+            assert (found[f"{path} score"] > 0.8).all()
+
+
+def test_logits_are_the_models_at_any_size_and_in_any_canvas(folder):
+    images = [shapes.sample("val", index).image for index in (2, 3)]
+    sizes = [image.shape[:2] for image in images]
+    batch = np.zeros((2, *np.max(sizes, axis=0), 3), np.uint8)
+    for index, image in enumerate(images):
+        batch[index, : sizes[index][0], : sizes[index][1]] = image
+    model = load(folder / "shapes")
+    for name in ("any", "fixed"):
+        found = export.Exported(folder / name)(batch, np.array(sizes))
+        for index, image in enumerate(images):
+            expected = model(image[np.newaxis])
+            rows, columns = (-(-side // 4) for side in sizes[index])
+            masks = found["pred_masks"][index, :, :rows, :columns]
+            assert relative_error(masks.numpy(), expected["pred_masks"][0].numpy()) < 2e-6
+            assert relative_error(found["pred_logits"][index].numpy(), expected["pred_logits"][0].numpy()) < 2e-6
+
+
+def test_what_cannot_be_segmented_is_told(folder):
+    import tensorflow as tf
+
+    model = tf.saved_model.load(str(folder / "fixed"))
+    large = io.BytesIO()
+    Image.new("RGB", (200, 20)).save(large, format="PNG")
+    for data, message in (
+        (b"no image", "neither a JPEG nor a PNG file"),
+        (photograph(0, "png")[:200], "PNG"),
+        (photograph(0, "jpeg")[:10], "JPEG"),
+        (large.getvalue(), "canvas is"),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            model.signatures["panoptic"](image_bytes=tf.constant(data))
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    def make(name):
+        folder = tmp_path_factory.mktemp(name)
+        synthesize.write_pickle(synthesize.synthesize(registry.entry(name)), folder / "model.pkl")
+        return convert(folder / "model.pkl", folder / "ckpt", name).destination
+
+    return make
+
+
+def test_folding_is_exact_but_for_rounding(converted, tmp_path):
+    path = converted("tiny_deeplab")
+    manifest = export.export(path, tmp_path / "out", "keras", fold_batch_norm=True)
+    told = manifest["export"]["fold_batch_norm"]
+    exact, rounded = told["float64"], told["float32"]
+    assert 0 < exact["worst_tap"]["error"] < 1e-12
+    assert exact["unfolded"]["worst_tap"]["error"] == 0
+    assert 1e-9 < rounded["worst_tap"]["error"] < 2 * rounded["unfolded"]["worst_tap"]["error"]
+    assert set(rounded["outputs"]) == set(OUTPUTS)
+
+    model, folded = load(path, "float64"), fold(load(path, "float64"))
+    norms = sum(name.endswith("running_var") for name in (variable.path.rpartition("/")[2] for variable in model.variables))
+    assert len(model.variables) - len(folded.variables) == 3 * norms > 0
+    image = shapes.sample("val", 0).image[np.newaxis]
+    assert relative_error(export.Exported(tmp_path / "out")(image)["pred_masks"].numpy(), model(image)["pred_masks"].numpy()) < 1e-4
+
+
+def test_keras_reads_it_in_a_new_process(folder, tmp_path):
+    export.export(folder / "shapes", tmp_path / "out", "keras")
+    image = shapes.sample("val", 5).image
+    np.save(tmp_path / "image.npy", image)
+    code = (
+        "import sys, numpy, keras, tfmaskformer.model; model = keras.models.load_model(sys.argv[1]);"
+        "numpy.save(sys.argv[3], model(numpy.load(sys.argv[2])[None])['pred_masks'])"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "out" / "model.keras", tmp_path / "image.npy", tmp_path / "masks.npy"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = load(folder / "shapes")(image[np.newaxis])["pred_masks"].numpy()
+    np.testing.assert_array_equal(np.load(tmp_path / "masks.npy"), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "onnx"], "invalid choice: 'onnx'"),
+        (["--size", "0", "64"], "--size takes positive numbers"),
+        (["--format", "litert"], "give --size HEIGHT WIDTH"),
+        (["--format", "keras", "--size", "64", "64"], "leave --size out"),
+        (["--dtype", "int8"], "--dtype int8 is not for saved_model"),
+        (["--ckpt", "{tmp}"], "cannot read config.json"),
+        (["--dst", "{tmp}/none/out"], "does not exist"),
+        (["--dst", "{tmp}/file/out"], "does not exist"),
+        (["--dst", "{tmp}/file", "--force"], "exists and is no export"),
+        (["--dst", "{folder}/shapes", "--force"], "exists and is no export"),
+        (["--dst", "{folder}/any"], "add --force to replace it"),
+        (["--dst", "/proc/out"], "choose another --dst"),
+    ],
+)
+def test_bad_usage(folder, tmp_path, capsys, options, message):
+    (tmp_path / "file").touch()
+    given = [option.format(tmp=tmp_path, folder=folder) for option in options]
+    try:
+        code = export.main(["--ckpt", str(folder / "shapes"), "--dst", str(tmp_path / "out"), *given])
+    except SystemExit as exited:
+        code = exited.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert not list(folder.glob(".*"))
+
+
+def test_nothing_to_fold(converted, tmp_path):
+    path = converted("tiny_swin")
+    with pytest.raises(export.ExportError, match="no frozen batch norm to fold"):
+        export.export(path, tmp_path / "out", fold_batch_norm=True)
+    with pytest.raises(FoldingError):
+        fold(load(path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_force_replaces_and_a_killed_run_leaves_nothing_half_written(folder, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "tfmaskformer.export", "--ckpt", str(folder / "shapes"), "--dst", str(out), "--format", "keras"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        for _ in range(3000):
+            if (tmp_path / ".out.exporting").exists():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+    assert not out.exists()
+    assert (tmp_path / ".out.exporting").exists()
+    export.export(folder / "shapes", out, "keras")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(export.ExportError, match="add --force"):
+        export.export(folder / "shapes", out, "keras", dtype="float64")
+    export.export(folder / "shapes", out, "keras", dtype="float64", force=True)
+    assert export.Exported(out).dtype == "float64"
+    # Killed between the two renames of a replacement: the old one comes back.
+    out.rename(tmp_path / ".out.replaced")
+    with pytest.raises(export.ExportError, match="add --force"):
+        export.export(folder / "shapes", out, "keras")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ai_edge_litert") is None, reason="needs the extra 'litert'")
+@pytest.mark.parametrize(("dtype", "least", "most"), [("float32", 0, 1e-5), ("int8", 1e-3, 0.3)])
+def test_litert(folder, tmp_path, dtype, least, most):
+    export.export(folder / "shapes", tmp_path / "out", "litert", dtype=dtype, size=(160, 160))
+    image = shapes.sample("val", 4).image
+    found = export.Exported(tmp_path / "out")(image[np.newaxis])
+    expected = load(folder / "shapes")(image[np.newaxis])
+    rows, columns = expected["pred_masks"].shape[2:]
+    assert least <= relative_error(found["pred_masks"][:, :, :rows, :columns].numpy(), expected["pred_masks"].numpy()) < most
+
+
+def test_an_operation_that_litert_lacks_is_named(converted, tmp_path):
+    with pytest.raises(export.ExportError, match=r"no operation for BatchMatMulV2 in 'backbone.layers.\d.blocks.\d.attn'"):
+        export.export(converted("tiny_swin"), tmp_path / "out", "litert", size=(96, 96))
+    assert not os.listdir(tmp_path)
