@@ -89,18 +89,19 @@ def read_config(directory: str | os.PathLike[str]) -> MaskFormerConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def load(directory: str | os.PathLike[str], dtype: str = "float32") -> MaskFormer:
+def load(directory: str | os.PathLike[str], dtype: str = "float32", config: MaskFormerConfig | None = None) -> MaskFormer:
     """The model in a checkpoint directory, with its weights.
 
     Args:
         directory: written by ``convert`` or by ``tf.train.CheckpointManager`` on ``Checkpoint(model=model)`` beside a config; local or
             on any file system of TensorFlow (``gs://…``).
         dtype: "float32", "float64" (variables and computation, for parity) or "mixed_bfloat16" (float32 variables).
+        config: of the model, in the place of the directory's.
 
     Raises:
         CheckpointError: something is missing, left over or misshapen; all of it is listed.
     """
-    model = MaskFormer(read_config(directory), dtype)
+    model = MaskFormer(config or read_config(directory), dtype)
     prefix = tf.train.latest_checkpoint(str(directory))
     if prefix is None:
         raise CheckpointError(f"{directory}: no TensorFlow checkpoint in it; convert the source again")
@@ -131,4 +132,4 @@ def _check(directory: str | os.PathLike[str], model: MaskFormer, stored: dict[st
     ]
     if problems:
         listing = "\n  ".join(sorted(problems))
-        raise CheckpointError(f"{directory}: the checkpoint does not fit its {CONFIG_FILE}\n  {listing}")
+        raise CheckpointError(f"{directory}: the checkpoint does not fit the config of {model.config.name}\n  {listing}")
