@@ -105,8 +105,8 @@ class Proof:
         return self.back and all(check.passed for check in self.checks)
 
     def cases(self, dtype: str) -> list[CaseCheck]:
-        """Every case in one dtype, with either padding."""
-        return [case for check in self.checks for case in check.cases if case.dtype == dtype]
+        """Every case in one dtype, with either padding; training steps are none."""
+        return [case for check in self.checks for case in check.cases if case.dtype == dtype and not case.is_step]
 
 
 def prove(entry: registry.Entry, paddings: Sequence[str] = ("official", "masked"), traces: Path = TRACES) -> Proof:
