@@ -12,9 +12,11 @@ import fcntl
 import functools
 import json
 import os
+import posixpath
 import re
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -105,7 +107,7 @@ def export(
             saved_model = directory if format == "saved_model" else directory / "saved_model"
             signatures = _save(*_serving(model, size, format == "litert"), saved_model)
         if format == "litert":
-            (directory / LITERT_FILE).write_bytes(_litert(saved_model, dtype, model))
+            (directory / LITERT_FILE).write_bytes(_litert(saved_model, dtype, model, size))
             shutil.rmtree(saved_model)
         try:
             converted = json.loads((Path(checkpoint) / MANIFEST).read_text(encoding="utf-8"))
@@ -230,7 +232,7 @@ def _by_name(function: Any) -> dict[str, Any]:
     return {spec.name: spec for spec in function.structured_input_signature[0]}
 
 
-def _litert(saved_model: Path, dtype: str, model: MaskFormer) -> bytes:
+def _litert(saved_model: Path, dtype: str, model: MaskFormer, size: Sequence[int] | None) -> bytes:
     """A LiteRT model of the signature "logits".
 
     Raises:
@@ -243,40 +245,65 @@ def _litert(saved_model: Path, dtype: str, model: MaskFormer) -> bytes:
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if dtype == "float16":
         converter.target_spec.supported_types = [tf.float16]
-    try:
-        with _quiet():
+    with _quiet() as log:
+        try:
             return converter.convert()
-    except Exception as error:  # the converter's own class is private
-        raise _no_counterpart(error, model) from error
+        except Exception as error:  # the converter's own class is private
+            raise _no_counterpart(error, log(), model, size) from error
 
 
-def _no_counterpart(error: Exception, model: MaskFormer) -> ExportError:
-    from tfmaskformer.module import named_modules
-
-    names = {module.name: path for path, module in named_modules(model)}
+def _no_counterpart(error: Exception, log: str, model: MaskFormer, size: Sequence[int] | None) -> ExportError:
+    """Operations are told by the error; the names of nodes, which tell their layers, stand in the log alone."""
     operations = sorted(set(re.findall(r"'tf\.(\w+)' op is neither", str(error))))
     if not operations:
         return ExportError(f"LiteRT cannot convert the model: {str(error).splitlines()[0][:500]}")
-    scopes = re.findall(r'"((?:[\w.]+/)+)(?:\w+)@', getattr(error, "log", "") or str(error))
-    layers = dict.fromkeys(names[scope] for path in scopes if (scope := path.rstrip("/").rpartition("/")[2]) in names)
-    where = f" in '{next(iter(layers))}'" + f" and {len(layers) - 1} more layers" * (len(layers) > 1) if layers else ""
+    scopes = _scopes(model, size)
+    found = re.findall(r'"([\w./]+)/\w+@', log)
+    layers = list(dict.fromkeys(layer for scope in found if (layer := _layer(scope, scopes))))
+    where = f" in '{layers[0]}'" + f" and {len(layers) - 1} more layers" * (len(layers) > 1) if layers else ""
     return ExportError(
         f"LiteRT has no operation for {' and '.join(operations)}{where} of {model.config.name}\n  export it with --format saved_model"
     )
 
 
+def _layer(scope: str, scopes: Mapping[str, str]) -> str:
+    """The module of a scope: what the names of the modules in it begin with."""
+    inside = [name.replace(".", "/") for known, name in scopes.items() if f"{known}/".startswith(f"{scope}/")]
+    return posixpath.commonpath(inside).replace("/", ".") if inside else ""
+
+
+def _scopes(model: MaskFormer, size: Sequence[int] | None) -> dict[str, str]:
+    """Scope of the names of nodes, of a graph in which the model alone was traced → official name of the module."""
+    import tensorflow as tf
+
+    from tfmaskformer.module import record_taps
+
+    found: dict[str, str] = {}
+
+    def trace(images: tf.Tensor, image_sizes: tf.Tensor) -> tf.Tensor:
+        with record_taps() as taps:
+            outputs = model(images, image_sizes, padding="masked")
+        for tap, tensor in taps.items():
+            found.setdefault(tensor.op.name.rpartition("/")[0], tap.partition("#")[0])
+        return outputs["valid_sizes"]
+
+    specs = tf.TensorSpec([1, *(size or (None, None)), 3], tf.uint8), tf.TensorSpec([1, 2], tf.int32)
+    tf.function(trace, autograph=False).get_concrete_function(*specs)
+    return found
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, nothing comes to stderr: the converter's C++ writes hundreds of lines before it raises them again."""
+def _quiet() -> Iterator[Callable[[], str]]:
+    """Inside, nothing comes to stderr, where LiteRT's C++ writes hundreds of lines; gives what tells them."""
     sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            yield lambda: os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 class Exported:
@@ -336,7 +363,7 @@ class Exported:
 
     def _litert(self) -> Callable[..., Mapping[str, Any]]:
         try:
-            from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-not-found]
+            from ai_edge_litert.interpreter import Interpreter
         except ImportError as error:
             raise ExportError(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[litert]'") from error
         with _quiet():

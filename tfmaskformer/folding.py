@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from tfmaskformer.config import MaskFormerConfig
-from tfmaskformer.layers import Conv2d, FrozenBatchNorm2d
+from tfmaskformer.layers import EPSILON, Conv2d, FrozenBatchNorm2d
 from tfmaskformer.model import MaskFormer
 from tfmaskformer.module import named_modules, named_variables, record_taps
 
@@ -48,11 +48,11 @@ def fold(model: MaskFormer) -> FoldedMaskFormer:
     """
     folded = FoldedMaskFormer(model.config, model.dtype_policy.name)
     values: dict[str, Any] = {name: variable.numpy() for name, variable in named_variables(model).items()}
-    for path, convolution in _with_frozen_norm(model):
+    for path, _ in _with_frozen_norm(model):
         weight, bias, mean, variance = (
             values[f"{path}.norm.{name}"].astype(np.float64) for name in ("weight", "bias", "running_mean", "running_var")
         )
-        scale = weight / np.sqrt(variance + convolution.norm.eps)
+        scale = weight / np.sqrt(variance + EPSILON)
         values[f"{path}.weight"] = values[f"{path}.weight"] * scale
         values[f"{path}.bias"] = bias - mean * scale
     folded.build_parameters(values.__getitem__)

@@ -224,17 +224,16 @@ def test_force_replaces_and_a_killed_run_leaves_nothing_half_written(folder, tmp
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ai_edge_litert") is None, reason="needs the extra 'litert'")
-@pytest.mark.parametrize(("dtype", "least", "most"), [("float32", 0, 1e-5), ("int8", 1e-3, 0.3)])
-def test_litert(folder, tmp_path, dtype, least, most):
-    export.export(folder / "shapes", tmp_path / "out", "litert", dtype=dtype, size=(160, 160))
+def test_litert_with_int8_weights(folder, tmp_path):  # in float32: tests/parity/test_export.py
+    export.export(folder / "shapes", tmp_path / "out", "litert", dtype="int8", size=(160, 160))
     image = shapes.sample("val", 4).image
     found = export.Exported(tmp_path / "out")(image[np.newaxis])
     expected = load(folder / "shapes")(image[np.newaxis])
     rows, columns = expected["pred_masks"].shape[2:]
-    assert least <= relative_error(found["pred_masks"][:, :, :rows, :columns].numpy(), expected["pred_masks"].numpy()) < most
+    assert 1e-3 < relative_error(found["pred_masks"][:, :, :rows, :columns].numpy(), expected["pred_masks"].numpy()) < 0.3
 
 
 def test_an_operation_that_litert_lacks_is_named(converted, tmp_path):
-    with pytest.raises(export.ExportError, match=r"no operation for BatchMatMulV2 in 'backbone.layers.\d.blocks.\d.attn'"):
+    with pytest.raises(export.ExportError, match=r"no operation for BatchMatMulV2 in 'backbone\.layers\.0\.blocks\.0\.attn' and 7 more"):
         export.export(converted("tiny_swin"), tmp_path / "out", "litert", size=(96, 96))
     assert not os.listdir(tmp_path)
