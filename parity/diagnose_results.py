@@ -556,21 +556,25 @@ class GradientSite(ResultSite):
             yield Hypothesis("derivative", self.where, words, "its derivative", lambda: relative(self.actual * (values > 0), self.expected))
 
     def _of_code(self) -> Iterator[Hypothesis]:
-        """Each place where the code has its own way back: where it stops gradients, and where it replaces them."""
-        places: dict[str, None] = {}
-        with _passing(lambda place: bool(places.setdefault(place))):
+        """Each place where the code has its own way back, where it stops gradients or replaces them; then all of one function."""
+        functions: dict[str, list[str]] = {}
+
+        def seen(function: str, place: str) -> bool:
+            places = functions.setdefault(function, [])
+            if place not in places:
+                places.append(place)
+            return False
+
+        with _passing(seen):
             self._rerun()
-        for place in places:
-            with _passing(lambda other, place=place: other == place):  # type: ignore[misc]
+        alone = [[place] for own in functions.values() for place in own]
+        for places in [*alone, *(own for own in functions.values() if len(own) > 1)]:
+            with _passing(lambda _, place, places=places: place in places) as lost:  # type: ignore[misc]
                 passed = self._rerun()
-            cause, said, undone = "missing term", f"{place} cuts its path", "the gradient passing there"
-            if place.startswith(CUSTOM):
-                lost = int(np.count_nonzero((self.actual == 0) & (passed != 0))) if passed.shape == self.actual.shape else 0
-                cause = "missing term" if lost else "derivative"
-                said = (
-                    f"{place} is not the derivative of what it is for"
-                    + f", and leaves out {lost} of {self.actual.size} elements" * bool(lost)
-                )
+            cause, said, undone = "missing term", f"{' and '.join(places)} cuts its path", "the gradient passing there"
+            if places[0].startswith(CUSTOM):
+                cause = "missing term" if any(lost) else "derivative"
+                said = f"{places[0]} is not the derivative of what it is for" + f": {max(lost)} elements are left out" * any(lost)
                 undone = "TensorFlow's own derivative there"
             yield Hypothesis(cause, self.where, said, undone, functools.partial(relative, passed, self.expected))
 
@@ -581,31 +585,62 @@ class GradientSite(ResultSite):
         return Finding(self.where, said, "missing term", f"{self.where}: {said}", self.residual(), math.nan, self.floor)
 
 
-CUSTOM = "tf.custom_gradient"
+STOP, CUSTOM = "tf.stop_gradient", "tf.custom_gradient"
 
 
 @contextlib.contextmanager
-def _passing(passes: Callable[[str], bool]) -> Iterator[None]:
-    """Inside, ``tf.stop_gradient`` lets gradients pass, and ``tf.custom_gradient`` leaves them to TensorFlow, where they are called from a
-    place ("tf.stop_gradient in file:line") that ``passes`` says yes to.
+def _passing(passes: Callable[[str, str], bool]) -> Iterator[list[int]]:
+    """Inside, ``tf.stop_gradient`` lets gradients pass, and ``tf.custom_gradient`` leaves them to TensorFlow, where they are called from
+    a function and place ("tf.stop_gradient in file:line") that ``passes`` says yes to. Yields of each custom gradient that was called how
+    many elements it leaves out, 0 where it is the derivative not, if all others are right.
     """
     import tensorflow as tf
 
     stop, custom = tf.stop_gradient, tf.custom_gradient
 
-    def place(function: str) -> str:
+    def called(what: str) -> tuple[str, str]:
         frame = inspect.currentframe()
-        caller = frame.f_back.f_back if frame and frame.f_back else None
-        return f"{function} in {Path(caller.f_code.co_filename).name}:{caller.f_lineno}" if caller else ""
+        while frame and (frame.f_code.co_filename == __file__ or "/tensorflow/" in frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is None:
+            return "", what
+        file, function = Path(frame.f_code.co_filename).name, frame.f_code.co_name
+        if file.startswith("__autograph"):  # what a loop made of it
+            file = f"{function.removeprefix('tf__')}()"
+        return f"{frame.f_code.co_filename}:{frame.f_code.co_firstlineno}", f"{what} in {file}:{frame.f_lineno}"
 
+    @tf.autograph.experimental.do_not_convert
     def stopped(tensor: Any, name: str | None = None) -> Any:
-        return tf.identity(tensor) if passes(place("tf.stop_gradient")) else stop(tensor, name)
+        return tf.identity(tensor) if passes(*called(STOP)) else stop(tensor, name)
 
     def customised(function: Callable[..., Any]) -> Callable[..., Any]:
-        return (lambda *arguments: function(*arguments)[0]) if passes(place(CUSTOM)) else custom(function)
+        if not passes(*called(CUSTOM)):
+            return custom(function)
 
+        @custom
+        def derived(*arguments: Any) -> Any:
+            with tf.GradientTape() as tape:
+                tape.watch(arguments)
+                outputs, backward = function(*arguments)
+
+            def derivative(*upstream: Any) -> Any:
+                arriving = upstream if isinstance(outputs, list | tuple) else upstream[0]
+                found = tape.gradient(outputs, arguments, output_gradients=arriving)
+                found = [right if right is None else tf.convert_to_tensor(right) for right in found]  # that of a look-up is sparse
+                for own, right in zip(tf.nest.flatten(backward(*upstream)), found, strict=True):
+                    if own is not None and right is not None:
+                        own, right = own.numpy(), right.numpy()
+                        others_right = relative(own, np.where(own == 0, 0, right)) <= FLOOR
+                        lost.append(int(np.count_nonzero((own == 0) & (right != 0))) if others_right else 0)
+                return found
+
+            return outputs, derivative
+
+        return derived
+
+    lost: list[int] = []
     with mock.patch.object(tf, "stop_gradient", stopped), mock.patch.object(tf, "custom_gradient", customised):
-        yield
+        yield lost
 
 
 def _of_other_taps(site: TapSite) -> ResultSite | None:
@@ -687,12 +722,15 @@ def _gradient_site(model: MaskFormer, case: Case, group: str, name: str) -> Resu
 
     def rerun() -> np.ndarray:
         [results] = run(model, [inputs], mode="eager", gradients="all" if group == "tap_gradients" else "parameters")
+        if name not in results.groups[group]:  # nothing that is computed of it has a gradient
+            return np.zeros_like(expected)
         return np.asarray(record.select(np.ascontiguousarray(results.official(group, name))))
 
+    expected = case.reference.read(group, name)
     values = None
     if group == "tap_gradients" and record.samples is None and ("taps", name) in case.reference.records and not why_not(case):
         values = case.reference.read("taps", name)
-    return GradientSite(name, rerun(), case.reference.read(group, name), rerun, values)
+    return GradientSite(name, rerun(), expected, rerun, values)
 
 
 def _padded(case: Case) -> tuple[Any, Any]:

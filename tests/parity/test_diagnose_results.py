@@ -331,12 +331,33 @@ def constant_factor(x):
     return tf.reduce_sum(x**2 * tf.stop_gradient(x))
 
 
+def two_constants(x):
+    mean = tf.stop_gradient(x)
+    return tf.reduce_sum(x * mean * tf.stop_gradient(x))
+
+
+def looked_up(x):
+    @tf.custom_gradient
+    def picked(x):
+        return tf.gather(x**3, range(6)), lambda upstream: 2.9 * upstream * x**2
+
+    return tf.reduce_sum(picked(x))
+
+
 def noisy(x):
     return tf.reduce_sum(x**3) + 1e-3 * tf.reduce_sum(tf.sin(9 * x))
 
 
 @pytest.mark.parametrize(
-    ("function", "cause"), [(overwritten, "derivative"), (cut_short, "missing term"), (constant_factor, "missing term"), (noisy, None)]
+    ("function", "cause"),
+    [
+        (overwritten, "derivative"),
+        (cut_short, "missing term"),
+        (constant_factor, "missing term"),
+        (two_constants, "missing term"),
+        (looked_up, "derivative"),
+        (noisy, None),
+    ],
 )
 def test_gradients(function, cause):
     expected = 3 * np.linspace(-1, 1, 6) ** 2
