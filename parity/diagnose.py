@@ -5,6 +5,8 @@ the wrong one what TensorFlow computed; or a change of TensorFlow's own variable
 residual down to the floor. Which of the two is tried is not guessed either: a module that gives what its formula says, with the weights
 that it has, is coded right, so its weights are wrong or its inputs; the first caller whose formula gives the official result is where the
 code is wrong.
+
+With masked padding all this is done with the image alone, cut out of its canvas: there everything must be as if the image were the canvas.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,9 +25,9 @@ import numpy as np
 import parity.formulas_model  # noqa: F401  registers its formulas
 from parity import hypotheses
 from parity.diagnose_samples import SampledCall
-from parity.formulas import CHOICES, Choice, Reference, UnsupportedError
+from parity.formulas import CHOICES, ON_CANVAS, ZEROS_AROUND, Choice, Reference, UnsupportedError
 from parity.hypotheses import Hypothesis, Trial
-from parity.tap_rules import TapRuleError, layout_of, official_layout
+from parity.tap_rules import MAP, MEMORY, Layout, TapRuleError, View, cropped, layout_of, official_layout
 from parity.trace import POSITION_EMBEDDING, Case, TraceError, relative_error
 
 if TYPE_CHECKING:
@@ -147,6 +150,8 @@ class Level:
         floor: see :data:`FLOOR`.
 
     Attributes:
+        view: of masked padding: where in its canvas the image is.
+        tensors: tap → what was computed and what was recorded, of the image alone, in TensorFlow's layout.
         called: names of modules that have a tap.
         modules: what is judged here: the called module, and those on the way to the tap that have no call of their own in the replay.
         failing: taps of the call that differ, ``tap`` first.
@@ -157,8 +162,10 @@ class Level:
     def __init__(self, call: Call, tap: str, floor: float, inner: set[str]):
         self.call, self.tap, self.floor = call, tap, floor
         self.name = call.module.official_name
+        self.view: View | None = getattr(call._recorded, "_view", None)
         self.modules = [call.module, *_on_the_way(call.module, tap, inner)]
-        self.tensors = call.tensors()
+        self._on_canvas = call.tensors()
+        self.tensors = self._alone(self._on_canvas)
         self.called = {name.partition("#")[0] for name in self.tensors}
         self.failing = [name for name in self.tensors if self.off_record(name, self.tensors[name][0]) > floor_of(name)]
         self.failing.sort(key=lambda name: name != tap)
@@ -166,7 +173,7 @@ class Level:
             self.failing = [tap]  # what comes behind it is not right by itself
         self.follows = self.official = None
         with contextlib.suppress(UnsupportedError):
-            value = self.formula([tap]).get(tap)
+            value = self.formula([tap]).computed.get(tap)
             self.follows = self.off_actual(tap, value) <= floor
             self.official = self.off_record(tap, value) <= floor
 
@@ -190,8 +197,7 @@ class Level:
         """The tap, where what was recorded of it is samples, or has another shape: it cannot be laid out as TensorFlow's."""
         if isinstance(self.call, SampledCall):
             return {self.tap}
-        view = getattr(self.call._recorded, "_view", None)  # of masked padding
-        own = official_layout(self.tensors[self.tap][0], layout_of("taps", self.tap), view)
+        own = official_layout(self.tensors[self.tap][0], layout_of("taps", self.tap))
         return {self.tap} if own.shape != self.call.expected[self.tap].shape else set()
 
     def _shown(self, tap: str, value: np.ndarray) -> np.ndarray:
@@ -206,17 +212,100 @@ class Level:
     def _recorded(self, tap: str) -> np.ndarray:
         return self.call.expected[tap] if tap in self._unplaced else self.tensors[tap][1]
 
-    def formula(self, wanted: Sequence[str], where: str = "", choices: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
-        """What the formula makes of recorded inputs, for each wanted tap."""
-        recorded = {name: forced for name, (_, forced) in self.tensors.items()}
-        reference = Reference(recorded, wanted, where, choices or {})
+    def _alone(self, tensors: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Taps, of the image without its padding."""
+        return {tap: (self._cut(tap, own), self._cut(tap, recorded)) for tap, (own, recorded) in tensors.items()}
+
+    def _cut(self, tap: str, tensor: np.ndarray) -> np.ndarray:
+        with contextlib.suppress(TapRuleError):  # it has another shape than it should have
+            return tensor if self.view is None else cropped(tensor, layout_of("taps", tap), self.view)
+        return tensor
+
+    def arguments(self, alone: bool = True) -> tuple[list[Any], dict[str, Any]]:
+        """What the module was called with; with masked padding of the image ``alone`` or of the canvas, without sizes and masks of keys."""
         args, kwargs = _numpy(self.call.args), _numpy(self.call.kwargs)
+        return (args, kwargs) if self.view is None else (self._argument(args, alone), self._argument(kwargs, alone))
+
+    def _argument(self, value: Any, alone: bool) -> Any:
+        if isinstance(value, Mapping):
+            return {name: self._argument(item, alone) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self._argument(item, alone) for item in value]
+        if not isinstance(value, np.ndarray):
+            return value
+        if value.dtype.kind != "f":
+            return None
+        assert self.view is not None
+        return cropped(value, self._layout(value.shape), self.view) if alone and value.ndim > 2 else value
+
+    def _layout(self, shape: tuple[int, ...]) -> Layout:
+        """Of an argument: that of a tap of the same shape but for its channels, else the one that fits.
+
+        Raises:
+            UnsupportedError: there is none.
+        """
+        assert self.view is not None
+        layouts = {tap: layout_of("taps", tap) for tap in self._on_canvas}
+        for tap, layout in layouts.items():
+            if self._on_canvas[tap][0].shape[:-1] == shape[:-1]:
+                return layout
+        if len(shape) == 3:
+            positions = math.prod(-(-side // MEMORY.stride) for side in self.view.canvas_px)
+            return MEMORY if shape[1] == positions else Layout("BQC", "QBC")
+        if len(shape) == 4:
+            return MAP
+        for layout in layouts.values():
+            if "Y" in layout.actual:
+                return Layout("BYXAPO" if len(shape) == 6 else "BYXPC", "", layout.stride)
+        raise UnsupportedError(f"nothing is known of the axes of an argument of shape {shape}")
+
+    def formula(self, wanted: Sequence[str], where: str = "", choices: Mapping[str, Any] | None = None) -> Reference:
+        """Runs the formula on recorded inputs, for some taps; in ``computed`` of what it returns they are of the image alone."""
+        choices = dict(choices or {})
+        canvas = choices.pop(ON_CANVAS.keyword, ON_CANVAS.values[0])
+        alone = canvas == ON_CANVAS.values[0]
+        recorded = {name: forced for name, (_, forced) in (self.tensors if alone else self._on_canvas).items()}
+        reference = Reference(recorded, wanted, where, choices, self._zeros_around if canvas == ZEROS_AROUND else lambda grid: grid)
+        try:
+            args, kwargs = self.arguments(alone)
+        except TapRuleError as error:
+            raise UnsupportedError(str(error)) from None
         reference.tap(self.name, reference.run(self.call.module, *args, **kwargs))
-        return reference.computed
+        if not alone:
+            reference.computed = {tap: self._cut(tap, value) for tap, value in reference.computed.items()}
+        return reference
+
+    def _zeros_around(self, grid: np.ndarray) -> np.ndarray:
+        assert self.view is not None
+        height, width = cropped(grid, MAP, self.view).shape[1:3]
+        outside = np.ones(grid.shape[1:3], bool)
+        outside[:height, :width] = False
+        return np.where(outside[..., np.newaxis], 0.0, grid)
+
+    @functools.cached_property
+    def first_call(self) -> str:
+        """What the call is called: ``<official name>#<call>``."""
+        return next(tap for tap in self._on_canvas if tap.startswith(f"{self.name}#")).partition("[")[0]
+
+    def of_masks(self) -> Iterator[Hypothesis]:
+        """Which positions exist, the other way round."""
+        for index, value in enumerate(self.call.args):
+            if getattr(value, "dtype", None) == "bool":
+                yield Hypothesis(
+                    "mask polarity",
+                    self.name,
+                    f"argument {index}, which positions exist, is negated",
+                    "the mask turned round",
+                    functools.partial(self._off_with_arguments, [*self.call.args[:index], ~value, *self.call.args[index + 1 :]]),
+                )
+
+    def _off_with_arguments(self, args: Sequence[Any]) -> float:
+        tensors = self._alone(dataclasses.replace(self.call, args=tuple(args)).tensors())
+        return max(self.off_record(tap, tensors[tap][0]) for tap in self.failing)
 
     def of_code(self) -> Iterator[Hypothesis]:
         """The formula with something wrong in it, against what TensorFlow computed."""
-        right = self.formula(self.failing)
+        right = self.formula(self.failing).computed
         wanted = [tap for tap in self.failing if self.off_record(tap, right.get(tap)) <= floor_of(tap)]
         for where, kind, choice, value in self._choices():
             said = f"{choice.words} {told(value)} instead of {told(choice.values[0])}"
@@ -230,7 +319,7 @@ class Level:
 
     def of_settings(self) -> Iterator[Hypothesis]:
         """The formula with another number than the module has, against what PyTorch recorded."""
-        ours = self.formula(self.failing) if self.follows else {}
+        ours = self.formula(self.failing).computed if self.follows else {}
         wanted = [tap for tap in self.failing if self.off_actual(tap, ours.get(tap)) <= floor_of(tap)]
         for where, kind, choice, value in self._choices(every=True) if wanted else ():
             yield Hypothesis(
@@ -244,7 +333,13 @@ class Level:
     def _choices(self, every: bool = False) -> Iterator[tuple[str, str, Choice, Any]]:
         for module in self.modules:
             kind = type(module).__name__
-            for choice in CHOICES.get(kind, ()):
+            of_canvas = [choice for choice in CHOICES.get(kind, ()) if choice.keyword == ON_CANVAS.keyword]
+            others = [choice for choice in CHOICES.get(kind, ()) if choice.keyword != ON_CANVAS.keyword]
+            if self.view is None:
+                of_canvas = []
+            elif module is self.call.module:
+                of_canvas = of_canvas or [ON_CANVAS]
+            for choice in (*of_canvas, *others):  # with masked padding first what only that gets wrong
                 where = ".".join(filter(None, (module.official_name, choice.within)))
                 for value in choice.values if every else choice.values[1:]:
                     yield where, kind, choice, value
@@ -253,7 +348,7 @@ class Level:
         self, wanted: Sequence[str], off: Callable[[str, np.ndarray | None], float], where: str, keyword: str, value: Any
     ) -> float:
         """How far the formula is off with one choice."""
-        return self._worst(wanted, self.formula(wanted, where, {keyword: value}), off)
+        return self._worst(wanted, self.formula(wanted, where, {keyword: value}).computed, off)
 
     @staticmethod
     def _owner(where: str, choice: Choice) -> str:
@@ -271,14 +366,14 @@ class Level:
             return {tap: self._shown(tap, tensors[tap]) for tap in self.failing}
 
         def rerun() -> dict[str, np.ndarray]:
-            return shown({tap: own for tap, (own, _) in self.call.tensors().items()})
+            return shown({tap: own for tap, (own, _) in self._alone(self.call.tensors()).items()})
 
         def confirm() -> float:
             found = rerun()
             return max(relative(found[tap], expected[tap]) for tap in self.failing)
 
-        fast = self.follows and self._worst(self.failing, self.formula(self.failing), self.off_actual) <= self.floor
-        run = (lambda: shown(self.formula(self.failing))) if fast else rerun
+        fast = self.follows and self._worst(self.failing, self.formula(self.failing).computed, self.off_actual) <= self.floor
+        run = (lambda: shown(self.formula(self.failing).computed)) if fast else rerun
         return Trial(lambda: _flat(run(), self.failing), _flat(expected, self.failing), confirm, self.floor)
 
 
@@ -360,10 +455,12 @@ class TapSite:
     def hypotheses(self) -> Iterator[Iterable[Hypothesis]]:
         own, forced = self.levels[0].tensors[self.tap]
         if (culprit := self._culprit) is not None:
-            yield culprit.of_code()
+            yield itertools.chain(*(level.of_masks() for level in self.levels[: self.levels.index(culprit) + 1]), culprit.of_code())
             yield self._of_attributes(culprit)
-            yield self._wrong_places(culprit)
+            yield self._of_arguments(culprit)
         else:
+            yield self._exchanged()
+            yield self._left_out()
             siblings = {}
             if self._root is not None:
                 from tfmaskformer.module import named_variables
@@ -384,26 +481,56 @@ class TapSite:
         for module in level.modules:
             yield from hypotheses.of_attributes(module, level.trial(), level.called)
 
-    def _wrong_places(self, culprit: Level) -> Iterator[Hypothesis]:
-        """An input that is another tap's output."""
+    def _exchanged(self) -> Iterator[Hypothesis]:
+        """A number that belongs to a module beside it, which fails too and has this one's."""
+        inner, *outer = self.levels
+        for sibling in vars(outer[0].call.module).values() if outer else ():
+            if type(sibling) is not type(inner.call.module) or sibling is inner.call.module:
+                continue
+            if not any(tap.startswith((f"{sibling.official_name}.", f"{sibling.official_name}#")) for tap in outer[0].failing):
+                continue
+            for name, value in hypotheses.settings(inner.call.module):
+                if (other := getattr(sibling, name)) != value:
+                    yield Hypothesis(
+                        "layer order",
+                        inner.name,
+                        f"{name} is {value!r} here and {other!r} in {sibling.official_name}",
+                        "these exchanged",
+                        functools.partial(self._off_exchanged, outer[0], sibling, name),
+                    )
+
+    def _off_exchanged(self, parent: Level, sibling: Any, name: str) -> float:
+        module = self.levels[0].call.module
+        ours, theirs = getattr(module, name), getattr(sibling, name)
+        with hypotheses.attribute(module, name, theirs), hypotheses.attribute(sibling, name, ours):
+            return parent.trial().confirm()
+
+    def _left_out(self) -> Iterator[Hypothesis]:
+        """A norm that PyTorch calls here, and TensorFlow nowhere."""
+        level = self.levels[0]
         if self._case is None:
             return
-        for level in self.levels[: self.levels.index(culprit)]:
-            inputs = [
-                value
-                for value in _numpy([*level.call.args, *level.call.kwargs.values()])
-                if isinstance(value, np.ndarray) and value.ndim > 2
-            ]
-            for tap, record in self._case.reference.group("taps").items():
-                for value in inputs:
-                    if value.size == record.size:
+        recorded = {tap.partition("#")[0] for tap in self._case.reference.group("taps")}
+        for name in sorted(name for name in recorded - level.called if name.startswith(f"{level.name}.")):
+            yield from hypotheses.of_missing_norm(name, *level.tensors[self.tap])
+
+    def _of_arguments(self, culprit: Level) -> Iterator[Hypothesis]:
+        """What is handed on in the culprit is not what its formula hands on: another tap, or the same in another form."""
+        given = culprit.formula([self.tap]).given
+        for level in reversed(self.levels[: self.levels.index(culprit)]):
+            for ours, theirs in zip(level.arguments()[0], given.get(level.first_call, ()), strict=False):
+                if not (isinstance(ours, np.ndarray) and isinstance(theirs, np.ndarray)) or relative(ours, theirs) <= self.floor:
+                    continue
+                for tap, record in self._case.reference.group("taps").items() if self._case is not None and ours.ndim > 2 else ():
+                    if ours.size == record.size:
                         yield Hypothesis(
                             "layer order",
                             culprit.name,
                             f"{level.name} is given what {tap} gives",
                             f"that for what {culprit.name} should have given it",
-                            functools.partial(self._off_tap, value, tap),
+                            functools.partial(self._off_tap, ours, tap),
                         )
+                yield from hypotheses.of_outputs(culprit.name, ours, theirs, f"what it gives to {level.name}")
 
     def _off_tap(self, value: np.ndarray, tap: str) -> float:
         assert self._case is not None

@@ -5,7 +5,8 @@ choices it must give what PyTorch recorded, with the wrong one what TensorFlow c
 (:mod:`parity.diagnose`). Arrays have TensorFlow's layouts (NHWC, ``[batch, length, channels]``; kernels HWIO, linear
 weights ``[in, out]``).
 
-Formulas are found by the name of the module's class. They hold for maps without masked padding (``sizes`` is None).
+Formulas are found by the name of the module's class. They know no masked padding: with it, they are given the image alone, cut out of its
+canvas, or for a wrong choice (:data:`ON_CANVAS`) the whole canvas.
 """
 
 from __future__ import annotations
@@ -57,6 +58,13 @@ class Choice:
         return self.causes.get(value, self.cause)
 
 
+ON_CANVAS = Choice("canvas", ("the image", "its canvas"), "mask missing", "computed over")
+"""Of every formula with masked padding: what stands outside of the image is taken for a part of it."""
+
+ZEROS_AROUND = "its canvas, zeros around it"
+"""The same of a formula that begins with setting to zero what is outside, by :attr:`Reference.inside`."""
+
+
 class Reference:
     """Runs formulas of a module and what lies below it, every module on recorded inputs.
 
@@ -65,14 +73,24 @@ class Reference:
         wanted: taps to compute; others are taken as recorded.
         where: official name of the module that ``choices`` are for.
         choices: keywords of its formula.
+        inside: sets what is outside of the image to zero, in a map or grid of the canvas, where :data:`ZEROS_AROUND` is chosen.
 
     Attributes:
         computed: tap → array, what the formulas made of recorded inputs.
+        given: call (``<official name>#<call>``) → what its caller's formula gave to it, of calls on the way to what is wanted.
     """
 
-    def __init__(self, recorded: Mapping[str, np.ndarray], wanted: Collection[str], where: str, choices: Mapping[str, Any]):
-        self.recorded, self.wanted, self.where, self.choices = recorded, set(wanted), where, choices
+    def __init__(
+        self,
+        recorded: Mapping[str, np.ndarray],
+        wanted: Collection[str],
+        where: str,
+        choices: Mapping[str, Any],
+        inside: Callable[[np.ndarray], np.ndarray] = lambda grid: grid,
+    ):
+        self.recorded, self.wanted, self.where, self.choices, self.inside = recorded, set(wanted), where, choices, inside
         self.computed: dict[str, np.ndarray] = {}
+        self.given: dict[str, tuple[Any, ...]] = {}
         # The record begins where the module is called: a shared norm's first tap there may be its fourth.
         self._count: dict[str, int] = {}
         for tap in recorded:
@@ -82,10 +100,13 @@ class Reference:
 
     def __call__(self, module: Any, *inputs: Any, **keywords: Any) -> Any:
         """What ``module`` gave, by the record; what its formula gives is computed if anybody wants it."""
-        name = module.official_name
+        name = getattr(module, "official_name", None)
+        if name is None:
+            raise UnsupportedError(f"{module!r} stands in the place of a module")
         index = self._count.get(name, 0)
         prefix = f"{name}#{index}"
         if any(tap.startswith((prefix, f"{name}.")) for tap in self.wanted) or not self._is_recorded(prefix):
+            self.given[prefix] = inputs
             return self.tap(name, self.run(module, *inputs, **keywords))
         self._count[name] = index + 1
         return _structured({tap[len(prefix) :]: value for tap, value in self.recorded.items() if _of(tap, prefix)})
@@ -157,10 +178,10 @@ def parameter(module: Any, name: str) -> Any:
     return None if variable is None else np.asarray(variable, np.float64)
 
 
-def unpadded(sizes: Any) -> None:
-    """Refuses masked padding."""
-    if sizes is not None:
-        raise UnsupportedError("formulas know no masked padding")
+BIASES = {"added": 1, "left out": 0, "added twice": 2, "subtracted": -1}
+"""What is done with a bias: how often it is added."""
+
+_BIAS = Choice("bias", tuple(BIASES), "bias", "bias")
 
 
 def softmax(scores: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -221,11 +242,11 @@ def convolution(inputs: np.ndarray, kernel: np.ndarray, stride: int = 1, dilatio
 
 @formula(
     "Conv2d",
-    Choice("padding", ("symmetric", "same", "none", "top left", "bottom right"), "padding", "padding"),
+    Choice("padding", ("symmetric", "same", "none", "top left", "bottom right"), "padding side", "padding", causes={"none": "padding"}),
     Choice("eps", EPS, "eps", "the frozen norm's eps", "norm"),
-    Choice("dilation", (1, 2, 4, 8), "scale", "dilation"),
-    Choice("stride", (1, 2, 4), "scale", "stride"),
-    Choice("bias", ("added", "left out", "added twice", "subtracted"), "bias", "bias"),
+    Choice("dilation", (1, 2, 4, 8), "dilation", "dilation"),
+    Choice("stride", (1, 2, 4), "stride", "stride"),
+    _BIAS,
     Choice("flipped", ("", "kernel turned by 180°"), "axis flip", "kernel"),
     Choice(
         "norm",
@@ -235,6 +256,7 @@ def convolution(inputs: np.ndarray, kernel: np.ndarray, stride: int = 1, dilatio
         "norm",
     ),
     Choice("activation", tuple(ACTIVATIONS), "missing term", "activation"),
+    dataclasses.replace(ON_CANVAS, values=(*ON_CANVAS.values, ZEROS_AROUND)),
 )
 def _conv2d(
     reference: Reference,
@@ -251,13 +273,12 @@ def _conv2d(
     norm: str = "scale and shift",
     activation: str = "",
 ) -> np.ndarray:
-    unpadded(sizes)
     kernel, added = parameter(module, "weight"), parameter(module, "bias")
     if flipped:
         kernel = kernel[::-1, ::-1]
-    outputs = convolution(inputs, kernel, stride or module.stride, dilation or module.dilation, padding)
+    outputs = convolution(reference.inside(inputs), kernel, stride or module.stride, dilation or module.dilation, padding)
     if added is not None:
-        outputs = outputs + {"added": 1, "left out": 0, "added twice": 2, "subtracted": -1}[bias] * added
+        outputs = outputs + BIASES[bias] * added
     if type(module.norm).__name__ == "FrozenBatchNorm2d":
         weight, shift, mean, variance = (parameter(module.norm, name) for name in ("weight", "bias", "running_mean", "running_var"))
         scale = weight / (variance + eps if norm == "variance for deviation" else np.sqrt(variance + eps))
@@ -271,11 +292,18 @@ def _conv2d(
     return ACTIVATIONS[activation or ("none" if module.activation is None else "ReLU")](outputs)
 
 
-_AFFINE = Choice("affine", ("", "weight left out", "bias left out", "weight of 1 + w"), "bias", "affine part")
-_VARIANCE = Choice("variance", ("biased", "unbiased", "second moment"), "normaliser", "variance")
+_NORM = (
+    Choice("eps", EPS, "eps", "eps"),
+    Choice("variance", ("biased", "unbiased", "second moment"), "normaliser", "variance"),
+    Choice("affine", ("", "weight left out", "bias left out", "weight of 1 + w"), "bias", "affine part"),
+    Choice("placed", ("under the root", "behind the root"), "eps", "eps"),
+)
 
 
-def _normalised(values: np.ndarray, axes: tuple[int, ...], eps: float, variance: str, placed: str) -> np.ndarray:
+def normalised(
+    values: np.ndarray, axes: tuple[int, ...], eps: float = EPS[0], variance: str = "biased", placed: str = "under the root"
+) -> np.ndarray:
+    """Mean 0 and variance 1 over ``axes``."""
     centred = values - values.mean(axes, keepdims=True)
     count = math.prod(values.shape[axis] for axis in axes)
     moment = {
@@ -292,32 +320,17 @@ def _affine(module: Any, values: np.ndarray, affine: str) -> np.ndarray:
     return values * weight + (0 if affine == "bias left out" else bias)
 
 
-_PLACED = Choice("placed", ("under the root", "behind the root"), "eps", "eps")
-
-
-@formula("LayerNorm", Choice("eps", EPS, "eps", "eps"), _VARIANCE, _AFFINE, _PLACED)
-def _layer_norm(
-    reference: Reference,
-    module: Any,
-    inputs: np.ndarray,
-    *,
-    eps: float = 1e-5,
-    variance: str = "biased",
-    affine: str = "",
-    placed: str = "under the root",
-) -> np.ndarray:
-    return _affine(module, _normalised(inputs, (inputs.ndim - 1,), eps, variance, placed), affine)
+@formula("LayerNorm", *_NORM)
+def _layer_norm(reference: Reference, module: Any, inputs: np.ndarray, *, affine: str = "", **choices: Any) -> np.ndarray:
+    return _affine(module, normalised(inputs, (inputs.ndim - 1,), **choices), affine)
 
 
 @formula(
     "GroupNorm",
-    Choice("eps", EPS, "eps", "eps"),
+    *_NORM,
     Choice("groups", (32, 1, 2, 4, 8, 16, 64), "normaliser", "groups"),
     Choice("interleaved", (False, True), "axis order", "channels of a group interleaved"),
     Choice("over", ("each image", "the batch"), "normaliser", "statistics over"),
-    _VARIANCE,
-    _AFFINE,
-    _PLACED,
 )
 def _group_norm(
     reference: Reference,
@@ -325,28 +338,25 @@ def _group_norm(
     inputs: np.ndarray,
     sizes: Any = None,
     *,
-    eps: float = 1e-5,
     groups: int = 32,
     interleaved: bool = False,
     over: str = "each image",
-    variance: str = "biased",
     affine: str = "",
-    placed: str = "under the root",
+    **choices: Any,
 ) -> np.ndarray:
-    unpadded(sizes)
     *leading, channels = inputs.shape
     if channels % groups:
         raise UnsupportedError(f"{channels} channels in {groups} groups")
     split = (channels // groups, groups) if interleaved else (groups, channels // groups)
     axes = (1, 2, 3 if interleaved else 4)
-    grouped = _normalised(inputs.reshape(*leading, *split), axes if over == "each image" else (0, *axes), eps, variance, placed)
+    grouped = normalised(inputs.reshape(*leading, *split), axes if over == "each image" else (0, *axes), **choices)
     return _affine(module, grouped.reshape(inputs.shape), affine)
 
 
-@formula("Linear", Choice("bias", ("added", "left out", "added twice", "subtracted"), "bias", "bias"))
+@formula("Linear", _BIAS)
 def _linear(reference: Reference, module: Any, inputs: np.ndarray, *, bias: str = "added") -> np.ndarray:
     outputs, added = inputs @ parameter(module, "weight"), parameter(module, "bias")
-    return outputs if added is None else outputs + {"added": 1, "left out": 0, "added twice": 2, "subtracted": -1}[bias] * added
+    return outputs if added is None else outputs + BIASES[bias] * added
 
 
 @formula("Identity")
@@ -473,7 +483,7 @@ def positions(
     axes: str = "y, x",
     waves: str = "sine, cosine alternating",
     normalised: str = "to 2π",
-    start: int = 1,
+    start: str = "1",
     temperature: float = 10000.0,
     eps: float = 1e-6,
     exponent: str = "2⌊i/2⌋",
@@ -483,14 +493,16 @@ def positions(
     power = {"2⌊i/2⌋": 2 * (index // 2), "i": index, "⌊i/2⌋": index // 2}[exponent] / channels
     parts = []
     for length in size:
-        along = np.arange(start, length + start, dtype=np.float64)
+        first = int(start[0])
+        last = length if start.endswith("of the length") else length - 1 + first
+        along = np.arange(first, length + first, dtype=np.float64)
         scale = {"to 2π": 2 * math.pi, "to 1": 1.0, "to π": math.pi}.get(normalised)
         if normalised == "by the length − 1":
             along, scale = (along - 1) / max(length - 1, 1) * 2 * math.pi, None
         if normalised == "half a step off":
             along, scale = (along - 0.5) / (length + eps) * 2 * math.pi, None
         if scale is not None:
-            along = along / (length - 1 + start + eps) * scale
+            along = along / (last + eps) * scale
         angles = along[:, None] / temperature**power
         sines, cosines = np.sin(angles[:, 0::2]), np.cos(angles[:, 1::2])
         if waves == "cosine, sine alternating":
@@ -508,7 +520,7 @@ def positions(
     Choice("axes", ("y, x", "x, y"), "axis order", "order of the axes"),
     Choice("waves", ("sine, cosine alternating", "cosine, sine alternating", "sines, then cosines"), "axis order", "waves"),
     Choice("normalised", ("to 2π", "to 1", "to π", "not at all", "by the length − 1", "half a step off"), "normaliser", "normalised"),
-    Choice("start", (1, 0, 2), "shift", "counted from"),
+    Choice("start", ("1", "0", "0, in parts of the length", "2"), "shift", "counted from"),
     Choice("temperature", (10000.0, 20.0, 1000.0, 100000.0), "scale", "temperature"),
     Choice("eps", (1e-6, 1e-3, 1.0), "eps", "eps"),
     Choice("exponent", ("2⌊i/2⌋", "i", "⌊i/2⌋"), "scale", "exponent"),
@@ -517,7 +529,6 @@ def positions(
 def _position_embedding_sine(
     reference: Reference, module: Any, features: np.ndarray, sizes: Any = None, *, flipped: str = "", **choices: Any
 ) -> np.ndarray:
-    unpadded(sizes)
     grid = positions((features.shape[1], features.shape[2]), len(module.dim_t), **choices)
     if flipped:
         grid = grid[::-1] if flipped == "up and down" else grid[:, ::-1]

@@ -5,6 +5,7 @@ See :mod:`parity.formulas`. A child is called through the reference, which goes 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,19 +13,22 @@ import numpy as np
 
 from checkpoints.registry import relative_position_index
 from parity.formulas import (
+    BIASES,
     HEAD_ORDERS,
+    ON_CANVAS,
     SCALES,
+    ZEROS_AROUND,
     Choice,
     Reference,
     convolution,
     formula,
     gelu,
     merge_heads,
+    normalised,
     parameter,
     relu,
     scale_of,
     softmax,
-    unpadded,
 )
 
 # ResNet
@@ -48,7 +52,7 @@ def max_pool(inputs: np.ndarray, padding: str = "symmetric", kind: str = "larges
 
 
 _POOL = (
-    Choice("padding", ("symmetric", "same", "none"), "padding", "padding of the max pool"),
+    Choice("padding", ("symmetric", "same", "none"), "padding side", "padding of the max pool", causes={"none": "padding"}),
     Choice("kind", ("largest", "mean"), "normaliser", "pooled value"),
     Choice("activated", (True, False), "missing term", "ReLU behind the convolutions"),
 )
@@ -66,7 +70,6 @@ def _stem(
     kind: str = "largest",
     activated: bool = True,
 ) -> np.ndarray:
-    unpadded(sizes)
     outputs = inputs
     for name in ("conv1", "conv2", "conv3"):
         if hasattr(module, name):
@@ -91,7 +94,6 @@ def _bottleneck(
     last: str = "ReLU",
     inner: str = "ReLU",
 ) -> np.ndarray:
-    unpadded(sizes)
     activate = relu if inner == "ReLU" else lambda values: values
     outputs = activate(reference(module.conv1, inputs))
     outputs = reference(module.conv3, activate(reference(module.conv2, outputs)))
@@ -104,7 +106,6 @@ def _bottleneck(
 
 @formula("Stage")
 def _stage(reference: Reference, module: Any, inputs: np.ndarray, sizes: Any = None) -> np.ndarray:
-    unpadded(sizes)
     for block in module:
         inputs = reference(block, inputs)
     return inputs
@@ -112,7 +113,6 @@ def _stage(reference: Reference, module: Any, inputs: np.ndarray, sizes: Any = N
 
 @formula("ResNet", Choice("channels", ("as given", "reversed"), "BGR", "channels of the image"))
 def _resnet(reference: Reference, module: Any, images: np.ndarray, sizes: Any = None, *, channels: str = "as given") -> dict[str, Any]:
-    unpadded(sizes)
     outputs = reference(module.stem, images if channels == "as given" else images[..., ::-1])
     features = {}
     for name in ("res2", "res3", "res4", "res5"):
@@ -135,13 +135,13 @@ def _softmax(reference: Reference, module: Any, inputs: np.ndarray, *, axis: str
 
 @formula(
     "PatchProjection",
-    Choice("bias", ("added", "left out", "added twice"), "bias", "bias"),
+    Choice("bias", tuple(BIASES), "bias", "bias"),
     Choice("flipped", ("", "kernel turned by 180°"), "axis flip", "kernel"),
 )
 def _patch_projection(reference: Reference, module: Any, inputs: np.ndarray, *, bias: str = "added", flipped: str = "") -> np.ndarray:
     kernel = parameter(module, "weight")
     outputs = convolution(inputs, kernel[::-1, ::-1] if flipped else kernel, kernel.shape[0], 1, "none")
-    return outputs + {"added": 1, "left out": 0, "added twice": 2}[bias] * parameter(module, "bias")
+    return outputs + BIASES[bias] * parameter(module, "bias")
 
 
 SIDES = ("right and bottom", "left and top", "both sides")
@@ -164,7 +164,6 @@ _SIDE = Choice("side", SIDES, "padding side", "padded at")
 def _patch_embed(
     reference: Reference, module: Any, images: np.ndarray, sizes: Any = None, *, side: str = SIDES[0], channels: str = "as given"
 ) -> np.ndarray:
-    unpadded(sizes)
     images = images if channels == "as given" else images[..., ::-1]
     return reference(module.norm, reference(module.proj, pad_to_multiple(images, len(parameter(module.proj, "weight")), side)))
 
@@ -240,15 +239,17 @@ def _window_attention(
     return reference(module.proj_drop, reference(module.proj, mixed))
 
 
-def shift_mask(size: tuple[int, int], window: int, shift: int) -> np.ndarray:
+def shift_mask(size: tuple[int, int], window: int, shift: int, padded: bool = True) -> np.ndarray:
     """``[1, window rows, window columns, 1, positions, positions]``: −100 where two patches of a shifted window are no neighbours, else 0.
 
-    ``size``: rows and columns, whole windows.
+    ``size``: rows and columns; ``padded``: whether the last windows are those of the padded grid, as they should be, or of the grid without
+    its padding.
     """
     regions = []
     for length in size:
-        index = np.arange(length)
-        regions.append((index >= length - window).astype(int) + (index >= length - shift))
+        whole = -(-length // window) * window
+        index, end = np.arange(whole), whole if padded else length
+        regions.append((index >= end - window).astype(int) + (index >= end - shift))
     region = partition((3 * regions[0][:, None] + regions[1][None])[None, ..., None], window)[..., 0]
     return np.where(region[..., None, :, None] != region[..., None, None, :], -100.0, 0.0)
 
@@ -256,31 +257,49 @@ def shift_mask(size: tuple[int, int], window: int, shift: int) -> np.ndarray:
 def partition(grid: np.ndarray, window: int, order: str = "rows first") -> np.ndarray:
     """NHWC → ``[batch, window rows, window columns, positions, channels]``; ``order`` of the positions in a window."""
     batch, height, width, channels = grid.shape
+    shape = (batch, height // window, width // window, window**2, channels)
+    if order == "runs of patches":
+        return grid.reshape(shape)
     split = grid.reshape(batch, height // window, window, width // window, window, channels)
     axes = (0, 1, 3, 2, 4, 5) if order == "rows first" else (0, 1, 3, 4, 2, 5)
-    return split.transpose(axes).reshape(batch, height // window, width // window, window**2, channels)
+    return split.transpose(axes).reshape(shape)
 
 
 def unite(windows: np.ndarray, window: int, order: str = "rows first") -> np.ndarray:
     """Inverse of :func:`partition`."""
     batch, rows, columns, _, channels = windows.shape
+    shape = (batch, rows * window, columns * window, channels)
+    if order == "runs of patches":
+        return windows.reshape(shape)
     split = windows.reshape(batch, rows, columns, window, window, channels)
     axes = (0, 1, 3, 2, 4, 5) if order == "rows first" else (0, 1, 4, 2, 3, 5)
-    return split.transpose(axes).reshape(batch, rows * window, columns * window, channels)
+    return split.transpose(axes).reshape(shape)
 
 
-SHIFTS = ("up and left", "none", "down and right", "one more", "one less", "rows only", "columns only", "not back", "back twice")
+SHIFTS = (
+    "up and left",
+    "none",
+    "down and right",
+    "one more",
+    "one less",
+    "rows only",
+    "columns only",
+    "not back",
+    "back twice",
+    "without the padding",
+)
 
 
 @formula(
     "SwinTransformerBlock",
-    Choice("shift", SHIFTS, "shift", "cyclic shift"),
-    Choice("mask", ("of the padded grid", "none", "always", "of the unpadded grid"), "mask missing", "shift mask"),
+    Choice("shift", SHIFTS, "shift", "cyclic shift", causes={"without the padding": "padding"}),
+    Choice("mask", ("in every second block", "in none", "in every"), "mask missing", "shift mask"),
     Choice("norm", ("before padding", "behind padding", "left out", "behind the attention"), "padding", "norm1"),
     _SIDE,
     Choice("residual", ("both", "none", "no first", "no second"), "missing term", "residual connections"),
-    Choice("order", ("rows first", "columns first"), "axis order", "positions of a window"),
+    Choice("order", ("rows first", "columns first", "runs of patches"), "axis order", "positions of a window"),
     Choice("mlp", ("behind norm2", "without norm2"), "missing term", "MLP"),
+    dataclasses.replace(ON_CANVAS, values=(*ON_CANVAS.values, ZEROS_AROUND), causes={ZEROS_AROUND: "shift"}),
 )
 def _swin_block(
     reference: Reference,
@@ -290,35 +309,40 @@ def _swin_block(
     sizes: Any = None,
     *,
     shift: str = "up and left",
-    mask: str = "of the padded grid",
+    mask: str = "in every second block",
     norm: str = "before padding",
     side: str = SIDES[0],
     residual: str = "both",
     order: str = "rows first",
     mlp: str = "behind norm2",
 ) -> np.ndarray:
-    unpadded(sizes)
     window, by = module.window_size, module.shift_size
     height, width = inputs.shape[1:3]
+    steps = {"none": 0, "down and right": -by, "one more": by + 1, "one less": by - 1}.get(shift, by) if by else 0
+    rows, columns = (0 if shift == "columns only" else steps, 0 if shift == "rows only" else steps)
+    back = {"not back": 0, "back twice": 2}.get(shift, 1)
+
+    def padded(grid: np.ndarray) -> np.ndarray:
+        return pad_to_multiple(grid, window, side)
+
     if norm == "behind padding":
-        grid = reference(module.norm1, pad_to_multiple(inputs, window, side))
+        grid = reference.run(module.norm1, padded(inputs))  # what is recorded of it has another size
     else:
-        grid = pad_to_multiple(inputs if norm in ("left out", "behind the attention") else reference(module.norm1, inputs), window, side)
-    steps = {"none": 0, "down and right": -by, "one more": by + 1, "one less": by - 1}.get(shift, by)
-    moved = (0 if shift == "columns only" else -steps, 0 if shift == "rows only" else -steps)
-    if by:
-        grid = np.roll(grid, moved, (1, 2))
-    shown = None
-    if (by and mask != "none") or mask == "always":
-        shown = attn_mask
-        if mask == "of the unpadded grid" or mask == "always":
-            shown = shift_mask((grid.shape[1], grid.shape[2]), window, by or window // 2)
+        grid = reference.inside(inputs if norm in ("left out", "behind the attention") else reference(module.norm1, inputs))
+    if shift == "without the padding":
+        grid = padded(np.roll(grid, (-rows, -columns), (1, 2)))
+    else:
+        grid = np.roll(padded(grid), (-rows, -columns), (1, 2))
+    shown = attn_mask if by and mask != "in none" else None
+    if mask == "in every":
+        shown = shift_mask((height, width), window, by or window // 2)
     attended = unite(reference(module.attn, partition(grid, window, order), shown), window, order)
-    if by and shift != "not back":
-        times = 2 if shift == "back twice" else 1
-        attended = np.roll(attended, (-times * moved[0], -times * moved[1]), (1, 2))
     top, left = ({SIDES[0]: 0, SIDES[1]: -length % window}.get(side, (-length % window) // 2) for length in (height, width))
+    if shift != "without the padding":
+        attended = np.roll(attended, (back * rows, back * columns), (1, 2))
     attended = attended[:, top : top + height, left : left + width]
+    if shift == "without the padding":
+        attended = np.roll(attended, (rows, columns), (1, 2))
     attended = reference(module.drop_path, reference(module.norm1, attended) if norm == "behind the attention" else attended)
     outputs = attended + (0 if residual in ("none", "no first") else inputs)
     hidden = outputs if mlp == "without norm2" else reference(module.norm2, outputs)
@@ -350,7 +374,6 @@ def _patch_merging(
     side: str = SIDES[0],
     packed: str = "quarters, then channels",
 ) -> np.ndarray:
-    unpadded(sizes)
     grid = pad_to_multiple(inputs, 2, side)
     parts = [grid[:, row::2, column::2] for row, column in QUARTERS[quarters]]
     if packed == "quarters, then channels":
@@ -364,11 +387,24 @@ def _patch_merging(
     "BasicLayer",
     Choice(
         "mask",
-        ("of the padded grid", "none", "of a shift of one less", "of a shift of one more", "of the other patches"),
+        (
+            "of the padded grid",
+            "none",
+            "of the grid without its padding",
+            "of a shift of one less",
+            "of a shift of one more",
+            "of the other patches",
+        ),
         "mask missing",
         "shift mask",
-        causes={"of the other patches": "mask polarity", "of a shift of one less": "shift", "of a shift of one more": "shift"},
+        causes={
+            "of the grid without its padding": "padding",
+            "of the other patches": "mask polarity",
+            "of a shift of one less": "shift",
+            "of a shift of one more": "shift",
+        },
     ),
+    dataclasses.replace(ON_CANVAS, cause="padding"),
     Choice("output", ("before merging", "behind merging"), "layer order", "output"),
 )
 def _basic_layer(
@@ -380,10 +416,9 @@ def _basic_layer(
     mask: str = "of the padded grid",
     output: str = "before merging",
 ) -> dict[int, np.ndarray]:
-    unpadded(sizes)
     window, shift = module.window_size, module.window_size // 2
-    padded = (-(-inputs.shape[1] // window) * window, -(-inputs.shape[2] // window) * window)
-    attn_mask: Any = shift_mask(padded, window, shift + {"of a shift of one less": -1, "of a shift of one more": 1}.get(mask, 0))
+    shift += {"of a shift of one less": -1, "of a shift of one more": 1}.get(mask, 0)
+    attn_mask = shift_mask(inputs.shape[1:3], window, shift, padded=mask != "of the grid without its padding")
     if mask == "of the other patches":
         attn_mask = attn_mask.min() - attn_mask
     outputs = inputs
@@ -395,7 +430,6 @@ def _basic_layer(
 
 @formula("D2SwinTransformer", Choice("norms", ("on each output", "passed on", "left out"), "missing term", "output norms"))
 def _swin(reference: Reference, module: Any, images: np.ndarray, sizes: Any = None, *, norms: str = "on each output") -> dict[str, Any]:
-    unpadded(sizes)
     outputs = reference(module.pos_drop, reference(module.patch_embed, images))
     features = {}
     for stage, layer in enumerate(module.layers):
@@ -511,9 +545,17 @@ def _decoder_layer(
 @formula(
     "TransformerEncoder",
     Choice("positions", ("of every layer", "of the first layer alone", "added once"), "missing term", "position embedding"),
+    Choice("norm", ("none", "behind the last layer"), "extra term", "norm"),
 )
 def _encoder(
-    reference: Reference, module: Any, src: np.ndarray, pos: np.ndarray, valid_keys: Any = None, *, positions: str = "of every layer"
+    reference: Reference,
+    module: Any,
+    src: np.ndarray,
+    pos: np.ndarray,
+    valid_keys: Any = None,
+    *,
+    positions: str = "of every layer",
+    norm: str = "none",
 ) -> np.ndarray:
     if positions == "added once":
         src = src + pos
@@ -521,7 +563,7 @@ def _encoder(
         src = reference(
             layer, src, pos if positions == "of every layer" or (index == 0 and positions != "added once") else 0 * pos, valid_keys
         )
-    return src
+    return src if norm == "none" else normalised(src, (src.ndim - 1,))
 
 
 @formula(
@@ -544,9 +586,11 @@ def _decoder(
     states = []
     for layer in module.layers:
         tgt = reference(layer, tgt, memory, pos, query_pos, valid_keys)
-        normed = reference(module.norm, tgt) if module.return_intermediate or layer is module.layers[-1] else tgt
-        tgt, state = (normed if norm == "passed on" else tgt), (tgt if norm == "left out" else normed)
-        states.append(tgt if norm == "on the last output" and layer is not module.layers[-1] else state)
+        is_last = layer is module.layers[-1]
+        is_normed = is_last or (module.return_intermediate and norm != "on the last output")
+        normed = reference(module.norm, tgt) if is_normed and norm != "left out" else tgt
+        tgt = normed if norm == "passed on" else tgt
+        states.append(normed)
     if not module.return_intermediate:
         states = states[-1:]
     return np.stack(states if order == "first layer first" else states[::-1])
@@ -632,7 +676,6 @@ def _predictor(
     flipped: str = "",
     activated: str = "no",
 ) -> dict[str, Any]:
-    unpadded(sizes)
     src = reference(module.input_proj, features)
     pos = np.asarray(reference(module.pe_layer, features), np.float64) * (positions == "given")
     states = reference(module.transformer, src, parameter(module.query_embed, "weight"), pos)[0]
@@ -663,14 +706,17 @@ def resized(maps: np.ndarray, size: tuple[int, int], rule: str = "nearest") -> n
     """NHWC at another size.
 
     ``rule``: "nearest" (torch: ⌊i·in/out⌋), "half-pixel nearest" (⌊(i+½)·in/out⌋), "nearest, aligned corners", "doubled" (each pixel twice,
-    cropped or filled up with the last), "bilinear", "bilinear, aligned corners".
+    cropped or filled up with the last), "doubled, cut at the top and left", "bilinear", "bilinear, no half pixels" (at i·in/out),
+    "bilinear, aligned corners".
     """
     for axis, out in enumerate(size, start=1):
         length = maps.shape[axis]
         index = np.arange(out)
         if rule.startswith("bilinear"):
-            aligned = index * (length - 1) / max(out - 1, 1)
-            place = aligned if rule.endswith("corners") else np.clip((index + 0.5) * length / out - 0.5, 0, None)
+            if rule.endswith("corners"):
+                place = index * (length - 1) / max(out - 1, 1)
+            else:
+                place = index * length / out if rule.endswith("no half pixels") else np.clip((index + 0.5) * length / out - 0.5, 0, None)
             low = np.minimum(place.astype(int), length - 1)
             share = (place - low).reshape([-1 if each == axis else 1 for each in range(maps.ndim)])
             maps = maps.take(low, axis) * (1 - share) + maps.take(np.minimum(low + 1, length - 1), axis) * share
@@ -679,6 +725,7 @@ def resized(maps: np.ndarray, size: tuple[int, int], rule: str = "nearest") -> n
             "nearest": index * length // out,
             "half-pixel nearest": (2 * index + 1) * length // (2 * out),
             "doubled": index // 2,
+            "doubled, cut at the top and left": np.maximum(2 * length - out + index, 0) // 2,
         }.get(rule)
         if picked is None:
             picked = np.floor(index * (length - 1) / max(out - 1, 1) + 0.5).astype(int)
@@ -687,12 +734,34 @@ def resized(maps: np.ndarray, size: tuple[int, int], rule: str = "nearest") -> n
 
 
 _HEAD = (
-    Choice("upsampled", ("nearest", "half-pixel nearest", "doubled", "bilinear"), "half-pixel", "upsampling", "pixel_decoder"),
-    Choice("aligned", ("no", "nearest, aligned corners", "bilinear, aligned corners"), "align_corners", "corners aligned", "pixel_decoder"),
+    Choice(
+        "upsampled",
+        (
+            "nearest",
+            "half-pixel nearest",
+            "doubled",
+            "doubled, cut at the top and left",
+            "nearest, aligned corners",
+            "bilinear",
+            "bilinear, aligned corners",
+        ),
+        "interpolation",
+        "upsampling",
+        "pixel_decoder",
+        causes={
+            "half-pixel nearest": "half-pixel",
+            "doubled": "shift",
+            "doubled, cut at the top and left": "shift",
+            "nearest, aligned corners": "align_corners",
+        },
+    ),
     Choice("lateral", ("added", "left out", "alone", "mean"), "missing term", "lateral connection", "pixel_decoder"),
     Choice("memory", ("before the output convolution", "behind the output convolution", "res5"), "layer order", "memory", "pixel_decoder"),
     Choice("top", ("res5", "projected, not encoded"), "layer order", "top of the pixel decoder", "pixel_decoder"),
     Choice("positions", ("given", "left out"), "missing term", "position embedding", "pixel_decoder"),
+)
+_AUXILIARY = Choice(
+    "auxiliary", ("layer by layer", "backwards", "the final ones each time", "one layer early"), "layer order", "auxiliary outputs"
 )
 
 
@@ -702,7 +771,6 @@ def _pixel_decoder(
     features: dict[str, Any],
     *,
     upsampled: str = "nearest",
-    aligned: str = "no",
     lateral: str = "added",
     memory: str = "before the output convolution",
     top: str = "res5",
@@ -718,34 +786,35 @@ def _pixel_decoder(
     remembered = {"behind the output convolution": outputs, "res5": features["res5"]}.get(memory, upper)
     for index in (3, 2, 1):
         beside = reference(getattr(module, f"adapter_{index}"), features[f"res{index + 1}"])
-        above = resized(outputs, beside.shape[1:3], upsampled if aligned == "no" else aligned)
+        above = resized(outputs, beside.shape[1:3], upsampled)
         total = {"added": beside + above, "left out": above, "alone": beside, "mean": (beside + above) / 2}[lateral]
         outputs = reference(getattr(module, f"layer_{index}"), total)
     return reference(module.mask_features, outputs), remembered
 
 
-@formula("MaskFormerHead", *_HEAD)
-@formula("PerPixelBaselinePlusHead", *_HEAD)
-def _head(reference: Reference, module: Any, features: dict[str, Any], sizes: Any, **choices: str) -> dict[str, Any]:
-    for size in sizes.values():
-        unpadded(size)
+@formula("MaskFormerHead", *_HEAD, _AUXILIARY)
+@formula("PerPixelBaselinePlusHead", *_HEAD, _AUXILIARY)
+def _head(
+    reference: Reference, module: Any, features: dict[str, Any], sizes: Any, *, auxiliary: str = "layer by layer", **choices: str
+) -> dict[str, Any]:
     mask_features, top = _pixel_decoder(reference, module.pixel_decoder, features, **choices)
     memory = top if module.transformer_in_feature == "transformer_encoder" else features["res5"]
     if choices.get("memory", "") in ("behind the output convolution", "res5"):
         memory = top
     outputs = reference(module.predictor, memory, mask_features)
-    if module.mask_classification:
-        return outputs
-    found: dict[str, Any] = {"sem_seg": outputs["pred_masks"]}
-    if "aux_outputs" in outputs:
-        layers = outputs["aux_outputs"]
-        found["aux_outputs"] = [{"sem_seg": layers[index]["pred_masks"]} for index in range(len(layers))]
-    return found
+    layers = outputs.pop("aux_outputs", ())
+    layers = [layers[index] for index in range(len(layers))]
+    if not module.mask_classification:
+        outputs, *layers = ({"sem_seg": layer["pred_masks"]} for layer in (outputs, *layers))
+    layers = {
+        "backwards": layers[::-1],
+        "the final ones each time": [outputs] * len(layers),
+        "one layer early": [*layers[:1], *layers[:-1]],
+    }.get(auxiliary, layers)
+    return {**outputs, **({"aux_outputs": layers} if layers else {})}
 
 
 @formula("PerPixelBaselineHead", *_HEAD)
 def _per_pixel_head(reference: Reference, module: Any, features: dict[str, Any], sizes: Any, **choices: str) -> dict[str, Any]:
-    for size in sizes.values():
-        unpadded(size)
     mask_features, _ = _pixel_decoder(reference, module.pixel_decoder, features, **choices)
     return {"sem_seg": np.moveaxis(reference(module.predictor, mask_features), -1, 1)}

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ CAUSES = (
     "BGR",
     "padding side",
     "padding",
+    "stride",
+    "dilation",
     "mask polarity",
     "mask missing",
     "normaliser",
@@ -140,12 +143,13 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Rearrangement:
-    """A permutation of elements that ports apply by mistake. ``undo`` takes it back."""
+    """A permutation of elements that ports apply by mistake. ``undo`` takes it back; ``axis``: along which, where it is along one."""
 
     cause: str
     words: str
     undone: str
     undo: Callable[[np.ndarray], np.ndarray]
+    axis: int | None = None
 
 
 def rearrangements(shape: Sequence[int], heads: int | None = None) -> Iterator[Rearrangement]:
@@ -154,7 +158,8 @@ def rearrangements(shape: Sequence[int], heads: int | None = None) -> Iterator[R
     for first, second in itertools.combinations(range(rank), 2):
         if shape[first] == shape[second] > 1:
             words = "transposed" if rank == 2 else f"axes {first} and {second} exchanged"
-            yield Rearrangement("transpose", words, "the transpose undone", functools.partial(np.swapaxes, axis1=first, axis2=second))
+            cause = "axis order" if rank == 4 and second == 1 else "transpose"  # of a kernel: rows and columns
+            yield Rearrangement(cause, words, "the transpose undone", functools.partial(np.swapaxes, axis1=first, axis2=second))
     if rank == 4 and shape[0] == shape[1] > 1:
         yield Rearrangement("axis flip", "turned by 180°", "the turn undone", lambda x: x[::-1, ::-1])
         yield Rearrangement("transpose", "turned by 90°", "the turn undone", lambda x: np.rot90(x, 1))
@@ -164,11 +169,11 @@ def rearrangements(shape: Sequence[int], heads: int | None = None) -> Iterator[R
             continue
         # Three channels going in are colours; a step of two elements is a flip.
         cause = "BGR" if rank == 4 and axis == 2 and shape[axis] == 3 else "axis flip"
-        yield Rearrangement(cause, f"axis {axis} reversed", "the order restored", functools.partial(np.flip, axis=axis))
+        yield Rearrangement(cause, f"axis {axis} reversed", "the order restored", functools.partial(np.flip, axis=axis), axis)
         if shape[axis] > 2:
             for step in (1, -1):
                 words = f"shifted by {step:+d} along axis {axis}"
-                yield Rearrangement("shift", words, "the shift undone", functools.partial(np.roll, shift=-step, axis=axis))
+                yield Rearrangement("shift", words, "the shift undone", functools.partial(np.roll, shift=-step, axis=axis), axis)
     for axis in range(rank):
         if shape[axis] % 3 == 0 and shape[axis] > 3:
             for order in itertools.islice(itertools.permutations(range(3)), 1, None):
@@ -177,6 +182,8 @@ def rearrangements(shape: Sequence[int], heads: int | None = None) -> Iterator[R
         for count in dict.fromkeys((heads, 2, 4)):
             if count and count > 1:
                 yield from _of_heads(shape[axis], axis, count)
+        if heads and heads > 1 and shape[axis] % heads == 0 and shape[axis] > heads:
+            yield from _order_of_heads(shape[axis], axis, heads)
 
 
 def _of_heads(length: int, axis: int, heads: int) -> Iterator[Rearrangement]:
@@ -201,6 +208,16 @@ def _of_heads(length: int, axis: int, heads: int) -> Iterator[Rearrangement]:
             "the packing undone",
             functools.partial(_regrouped, axis=axis, split=split, order=order),
         )
+
+
+def _order_of_heads(length: int, axis: int, heads: int) -> Iterator[Rearrangement]:
+    """Heads, each kept as it is, in another order."""
+    channels = np.arange(length).reshape(heads, -1)
+    orders = {"reversed": channels[::-1], "shifted by +1": np.roll(channels, -1, 0), "shifted by -1": np.roll(channels, 1, 0)}
+    for name, order in list(orders.items())[: None if heads > 2 else 1]:
+        words = f"heads along axis {axis}, of {heads}, {name}"
+        undo = functools.partial(np.take, indices=order.ravel(), axis=axis)
+        yield Rearrangement("head split order", words, "the order restored", undo)
 
 
 def _parts(values: np.ndarray, axis: int, order: Sequence[int]) -> np.ndarray:
@@ -297,7 +314,7 @@ def of_variables(
         value = variable.numpy()
         for change in rearrangements(value.shape, heads):
             yield Hypothesis(
-                _cause(change.cause, where),
+                _cause(change.cause, where, change.axis == value.ndim - 1),
                 where,
                 f"{last} {change.words}",
                 change.undone,
@@ -305,16 +322,23 @@ def of_variables(
             )
     yield from _together(variables, heads, tried)
     yield from _scaled(variables, trial)
+    yield from _function_of(variables, tried)
     yield from _stale(variables, siblings, tried)
+    yield from _constant(variables, trial, tried)
+    yield from _unrelated(variables, trial, tried)
     error = trial.error()
     for name, variable in variables.items():
         where, _, last = name.rpartition(".")
         yield from _made_of(where, last, variable.numpy(), None, error)
 
 
-def _cause(cause: str, where: str) -> str:
-    """Classes in another order have a name of their own."""
-    return "class order" if where.endswith("class_embed") and cause in ("shift", "axis flip", "axis order") else cause
+CLASSIFIERS = ("sem_seg_head.predictor.class_embed", "sem_seg_head.predictor")
+"""Modules whose outputs are classes. The second has variables of its own, and outputs with them on the last axis, in a baseline only."""
+
+
+def _cause(cause: str, where: str, outputs: bool) -> str:
+    """Classes in another order have a name of their own; ``outputs``: whether it is the order of what comes out."""
+    return "class order" if outputs and where in CLASSIFIERS and cause in ("shift", "axis flip", "axis order") else cause
 
 
 def _together(variables: Mapping[str, Any], heads: int | None, tried: Callable[[Values], float]) -> Iterator[Hypothesis]:
@@ -330,9 +354,8 @@ def _together(variables: Mapping[str, Any], heads: int | None, tried: Callable[[
             partner = ours.get(change.words.replace("axis 0", f"axis {axis}"))
             if partner is None:
                 continue
-            cause = _cause(change.cause, where)
             yield Hypothesis(
-                cause,
+                _cause(change.cause, where, True),
                 where,
                 f"{last} and its bias: {change.words.replace('axis 0', 'outputs')}",
                 change.undone,
@@ -412,13 +435,167 @@ def _stale(variables: Mapping[str, Any], siblings: Mapping[str, Any], tried: Cal
     for (where, ours), (module, theirs) in itertools.product(owners.items(), modules.items()):
         fitting = [last for last in ours if module != where and last in theirs and tuple(theirs[last].shape) == tuple(ours[last].shape)]
         for names in ([fitting] if len(fitting) > 1 else []) + [[last] for last in fitting]:
+            layers = re.sub(r"\.\d+\b", "", where) == re.sub(r"\.\d+\b", "", module)
             yield Hypothesis(
-                "stale weight",
+                "layer order" if layers else "stale weight",
                 where,
                 f"its {' and '.join(names)} stands in {module}",
                 "that in its place",
                 functools.partial(tried, [(ours[last], theirs[last].numpy()) for last in names]),
             )
+
+
+_FUNCTIONS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "the square root": ("it squared", np.square),
+    "the square": ("its square root", np.sqrt),
+    "the reciprocal": ("its reciprocal", np.reciprocal),
+    "the reciprocal square root": ("the reciprocal of its square", lambda values: values**-2),
+    "the logarithm": ("its exponential", np.exp),
+    "the exponential": ("its logarithm", np.log),
+}
+"""Deviation for variance and the like: of the official value → its inverse, in words and as a function."""
+
+
+def _function_of(variables: Mapping[str, Any], tried: Callable[[Values], float]) -> Iterator[Hypothesis]:
+    """Variables of a norm that hold a function of the official value."""
+    for name, variable in variables.items():
+        where, _, last = name.rpartition(".")
+        value = variable.numpy()
+        if value.ndim != 1 or not (value > 0).all():
+            continue
+        for words, (undone, inverse) in _FUNCTIONS.items():
+            after = functools.partial(tried, [(variable, inverse(value))])
+            yield Hypothesis("scale", where, f"{last} is {words} of the official", f"{undone} in its place", after)
+
+
+# Variables for which values are sought with which everything fits. Of as many as there are equations they always exist, and prove nothing.
+
+SPARE = 2
+"""Equations that must be left."""
+
+MOST_ELEMENTS = 2e7
+"""Of a Jacobian."""
+
+
+def solved(
+    run: Callable[[Values], np.ndarray], start: Values, expected: np.ndarray, channels: int, spare: int = SPARE
+) -> tuple[list[np.ndarray], float] | None:
+    """Values with which outputs come closest to what is expected, by Gauss and Newton from those that are there.
+
+    Args:
+        run: variables with values → outputs, flat.
+        start: variables, with what they are.
+        expected: outputs as they should be, flat.
+        channels: how many there are, if each channel of the variables acts on the same channel of the outputs alone, as in a linear layer
+            or a norm; 1 where that is not so.
+        spare: how many equations there must be more than unknowns.
+
+    Returns:
+        Values, and the relative error with them; None: too many unknowns, or too few equations.
+    """
+    if expected.size % channels:
+        return None
+    values = np.concatenate([value.reshape(-1, channels) for _, value in start])
+    wanted = expected.reshape(-1, channels)
+    if len(wanted) < len(values) + spare or values.size * len(wanted) > MOST_ELEMENTS:
+        return None
+
+    def unpacked(values: np.ndarray) -> list[np.ndarray]:
+        ends = np.cumsum([value.size // channels for _, value in start])[:-1]
+        return [part.reshape(value.shape) for part, (_, value) in zip(np.split(values, ends), start, strict=True)]
+
+    def outputs(values: np.ndarray) -> np.ndarray:
+        return run([(variable, value) for (variable, _), value in zip(start, unpacked(values), strict=True)]).reshape(wanted.shape)
+
+    def errors(found: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(found - wanted, axis=0)
+
+    found, move = outputs(values), 1e-4
+    for _ in range(20):
+        slopes = np.stack([(outputs(values + move * row[:, np.newaxis]) - found) / move for row in np.eye(len(values))], axis=-1)
+        steps = np.stack([np.linalg.lstsq(slopes[:, part], (wanted - found)[:, part], rcond=1e-9)[0] for part in range(channels)], axis=1)
+        share, before = np.ones(channels), errors(found)
+        for _ in range(6):
+            better = errors(outputs(values + share * steps)) < before
+            if better.all():
+                break
+            share = np.where(better, share, share / 2)
+        share = np.where(errors(outputs(values + share * steps)) < before, share, 0.0)
+        values, last = values + share * steps, relative_error(found, wanted)
+        found = outputs(values)
+        if not relative_error(found, wanted) < 0.95 * last:
+            break
+    return unpacked(values), relative_error(found, wanted)
+
+
+def _fit(variables: Values, trial: Trial, channels: int, spare: int = SPARE) -> list[np.ndarray] | None:
+    """Values of variables with which everything that is off is right; None: there are none, or it cannot be known."""
+
+    def run(values: Values) -> np.ndarray:
+        with assigned(values):
+            return trial.outputs()
+
+    found = solved(run, variables, trial.expected, channels, spare)
+    return found[0] if found is not None and found[1] <= trial.floor else None
+
+
+def _constant(variables: Mapping[str, Any], trial: Trial, tried: Callable[[Values], float]) -> Iterator[Hypothesis]:
+    """Variables of which all elements are 0, or 1, as where nothing was loaded: another value must fit."""
+    owners: dict[str, dict[str, Any]] = {}
+    for name, variable in variables.items():
+        value = variable.numpy()
+        if value.size > 1 and value.flat[0] in (0, 1) and (value == value.flat[0]).all():
+            where, _, last = name.rpartition(".")
+            owners.setdefault(where, {})[last] = variable
+    for where, ours in owners.items():
+        start = [(variable, variable.numpy()) for variable in ours.values()]
+        channels = 1 if any(last.startswith("in_proj") for last in ours) else start[0][1].shape[-1]
+
+        def after(start: Values = start, channels: int = channels) -> float:
+            fit = _fit(start, trial, channels)
+            return math.inf if fit is None else tried([(variable, value) for (variable, _), value in zip(start, fit, strict=True)])
+
+        words = " and ".join(f"{last} is {value.flat[0]:g} everywhere" for last, (_, value) in zip(ours, start, strict=True))
+        cause = "bias" if all("bias" in last for last in ours) else "stale weight"
+        yield Hypothesis(cause, where, f"{words}, as where nothing was loaded", "what fits in its place", after)
+
+
+UNRELATED = 0.3
+"""Correlation below which two weights have nothing to do with one another: of 64 independent numbers it is above in 1 of 60 cases."""
+
+
+def _unrelated(variables: Mapping[str, Any], trial: Trial, tried: Callable[[Values], float]) -> Iterator[Hypothesis]:
+    """A weight that has nothing to do with the one that fits: never loaded, of another model, or with its slices in any order."""
+    for name, variable in variables.items():
+        where, _, last = name.rpartition(".")
+        value = variable.numpy()
+        if value.ndim < 2 or value.size < 64 or last.startswith("in_proj"):
+            continue
+        known = (fit := _fit([(variable, value)], trial, value.shape[-1])) is not None
+        if fit is None and _is_initial(value):
+            fit = _fit([(variable, value)], trial, value.shape[-1], -value.size)
+        if fit is None:
+            continue
+        [official] = fit
+        for axis in range(value.ndim) if known else ():
+            for order in _permuted(where, value, official, axis):
+                yield dataclasses.replace(order, words=f"{last}'s {order.words}")
+        correlation = float(np.corrcoef(value.ravel(), official.ravel())[0, 1])
+        if abs(correlation) > UNRELATED:
+            continue
+        words = f"{last} has nothing to do with what fits (correlation {correlation:.2f})"
+        if known:
+            after = functools.partial(tried, [(variable, official)])
+            yield Hypothesis("stale weight", where, f"{words}: never loaded, or of another model", "what fits in its place", after)
+        else:
+            words += ", and is spread evenly within ±1 / √(fan in), as PyTorch's initial values are: it was never loaded"
+            yield Hypothesis("stale weight", where, words, "", lambda: 0.0)
+
+
+def _is_initial(value: np.ndarray) -> bool:
+    """Whether a weight is as PyTorch makes those of linear layers and convolutions: uniform in ±1 / √(fan in)."""
+    bound = (value.size / value.shape[-1]) ** -0.5
+    return 0.98 < np.abs(value).max() / bound <= 1 and abs(value.std() * math.sqrt(3) / bound - 1) < 0.05
 
 
 # Of a module's attributes.
@@ -432,6 +609,8 @@ _CAUSE_OF_ATTRIBUTE = {
     "group": "normaliser",
     "bias": "bias",
     "pad": "padding",
+    "stride": "stride",
+    "dilation": "dilation",
     "momentum": "momentum",
     "mask": "mask missing",
     "threshold": "threshold",
@@ -440,14 +619,9 @@ _CAUSE_OF_ATTRIBUTE = {
 
 def of_attributes(module: Module, trial: Trial, called: Collection[str]) -> Iterator[Hypothesis]:
     """Numbers and switches a module, or one inside it that is never called, has as attributes: changed to what is usual elsewhere."""
-    from tfmaskformer.module import Module
-
-    common = vars(Module())
     for owner in _holders(module, called):
         where = owner.official_name
-        for name, value in list(vars(owner).items()):
-            if name in common or name.startswith("_") or not isinstance(value, bool | int | float):
-                continue
+        for name, value in settings(owner):
             cause = next((cause for part, cause in _CAUSE_OF_ATTRIBUTE.items() if part in name), "scale")
             for other in _others(name, value):
 
@@ -459,6 +633,18 @@ def of_attributes(module: Module, trial: Trial, called: Collection[str]) -> Iter
                             return math.inf
 
                 yield Hypothesis(cause, where, f"{name} is {value!r}", f"{other!r} instead", after)
+
+
+def settings(module: Module) -> list[tuple[str, Any]]:
+    """Numbers and switches that a module has as attributes."""
+    from tfmaskformer.module import Module
+
+    common = vars(Module())
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if name not in common and not name.startswith("_") and isinstance(value, bool | int | float)
+    ]
 
 
 def _others(name: str, value: Any) -> list[Any]:
@@ -478,12 +664,13 @@ def _others(name: str, value: Any) -> list[Any]:
 # Of what came out, whatever made it.
 
 
-def of_outputs(where: str, actual: np.ndarray, expected: np.ndarray) -> Iterator[Hypothesis]:
+def of_outputs(where: str, actual: np.ndarray, expected: np.ndarray, what: str = "what comes out") -> Iterator[Hypothesis]:
     """What may have been done to a tensor, which is undone: a rearrangement, a factor, a constant for each channel, a rounding.
 
     Args:
         where: what the tensor is of.
         actual, expected: of one shape.
+        what: what it is, for the sentence.
     """
     if actual.shape != expected.shape or actual.dtype.kind not in "fiu" or not np.isfinite(actual).all():
         return
@@ -491,9 +678,9 @@ def of_outputs(where: str, actual: np.ndarray, expected: np.ndarray) -> Iterator
     for change in rearrangements(ours.shape):
         if change.cause not in ("head split order", "q/k/v permutation") and not change.words.startswith("turned"):
             yield Hypothesis(
-                _cause(change.cause, where),
+                _cause(change.cause, where, change.axis == ours.ndim - 1),
                 where,
-                f"what comes out is {change.words}",
+                f"{what} is {change.words}",
                 change.undone,
                 functools.partial(_off, change.undo, ours, theirs),
             )
@@ -506,7 +693,7 @@ def of_outputs(where: str, actual: np.ndarray, expected: np.ndarray) -> Iterator
         yield Hypothesis(
             "scale",
             where,
-            f"what comes out is {factor_name(factor)} times the official",
+            f"{what} is {factor_name(factor)} times the official",
             "the factor undone",
             lambda: relative_error(ours / factor, theirs),
         )
@@ -524,11 +711,11 @@ def of_outputs(where: str, actual: np.ndarray, expected: np.ndarray) -> Iterator
         yield Hypothesis(
             "dtype rounding",
             where,
-            f"what comes out is rounded to {name}",
+            f"{what} is rounded to {name}",
             "the official one rounded alike",
             functools.partial(_off, rounded, theirs, ours),
         )
-    yield from _made_of(where, "what comes out", ours, theirs, relative_error(ours, theirs))
+    yield from _made_of(where, what, ours, theirs, relative_error(ours, theirs))
 
 
 RESOLUTIONS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
@@ -573,12 +760,46 @@ def _permuted(where: str, actual: np.ndarray, expected: np.ndarray, axis: int) -
         else f"in another order: {', '.join(map(str, order[:8]))}{' …' * (len(order) > 8)}"
     )
     yield Hypothesis(
-        _cause("axis order", where),
+        _cause("axis order", where, axis == actual.ndim - 1),
         where,
         f"slices along axis {axis}: {words}",
         "the order restored",
         lambda: relative_error(ours[order], theirs),
     )
+
+
+def of_missing_norm(where: str, actual: np.ndarray, expected: np.ndarray) -> Iterator[Hypothesis]:
+    """A norm that is never called, as far as that can be known without its weights: a scale and a shift of each channel are fitted.
+
+    Args:
+        where: the norm.
+        actual, expected: what comes out where it should have, ``[..., channels]``.
+    """
+    if actual.shape != expected.shape or actual.size < 8 * actual.shape[-1]:
+        return
+    for name, inner in (
+        ("a batch norm", lambda values: values),
+        *((f"a layer norm with eps {eps:g}", functools.partial(_normed, axes=(-1,), eps=eps)) for eps in EPS),
+        *(
+            (f"an instance norm with eps {eps:g}", functools.partial(_normed, axes=tuple(range(1, actual.ndim - 1)), eps=eps))
+            for eps in EPS
+        ),
+    ):
+        yield Hypothesis(
+            "missing term", where, "is left out", f"{name} in its place", functools.partial(_off_affine, inner, actual, expected)
+        )
+
+
+def _normed(values: np.ndarray, axes: tuple[int, ...], eps: float) -> np.ndarray:
+    return (values - values.mean(axes, keepdims=True)) / np.sqrt(values.var(axes, keepdims=True) + eps)
+
+
+def _off_affine(inner: Callable[[np.ndarray], np.ndarray], actual: np.ndarray, expected: np.ndarray) -> float:
+    """Relative error that the best scale and shift of each channel leave."""
+    ours, theirs = (values.reshape(-1, values.shape[-1]) for values in (inner(actual), expected))
+    centred = ours - ours.mean(0)
+    slope = (centred * theirs).sum(0) / np.maximum((centred**2).sum(0), np.finfo(float).tiny)
+    return relative_error(centred * slope + theirs.mean(0), theirs)
 
 
 def _bfloat16(values: np.ndarray) -> np.ndarray:

@@ -181,7 +181,7 @@ def official_layout(array: np.ndarray, layout: Layout, view: View | None = None)
     if array.ndim != len(layout.actual):
         raise TapRuleError(f"a tensor of shape {array.shape} does not have the axes {layout.actual}")
     if view is not None:
-        array = _crop(array, layout, view)
+        array = cropped(array, layout, view)
     groups = re.findall(r"\((\w+)\)|(\w)", layout.expected)
     array = array.transpose([layout.actual.index(axis) for group in groups for axis in "".join(group)])
     ends = np.cumsum([len("".join(group)) for group in groups])
@@ -206,7 +206,7 @@ def tensorflow_layout(expected: np.ndarray, layout: Layout, actual: np.ndarray, 
     return tensor
 
 
-def _crop(array: np.ndarray, layout: Layout, view: View) -> np.ndarray:
+def cropped(array: np.ndarray, layout: Layout, view: View) -> np.ndarray:
     """The image's part of ``array``, all axes kept."""
     axes = layout.actual
     for position, axis in enumerate(axes):

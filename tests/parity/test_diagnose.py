@@ -73,6 +73,11 @@ def attribute(path, name, value):
     return lambda model: hypotheses.attribute(_at(model, path), name, value)
 
 
+def children(path, **others):
+    """Past Keras, which would keep track of them."""
+    return lambda model: mock.patch.dict(vars(_at(model, path)), others)
+
+
 def _at(model, path):
     for name in path.split("."):
         model = getattr(model, name)
@@ -99,6 +104,10 @@ def half_pixel(right):
 
 def without_positions(right):
     return lambda self, tgt, memory, pos, query_pos, valid=None: right(self, tgt, memory, tf.zeros_like(pos), query_pos, valid)
+
+
+def runs_of_patches(right):
+    return lambda grid, window: tf.reshape(grid, right(grid, window).shape)
 
 
 def same(right):
@@ -144,17 +153,73 @@ TAPS = {
         "attn.softmax",
         "dtype rounding",
     ),
-    "stale": (
+    "layers exchanged": (
         SWIN,
         exchanged(f"{BLOCK}.mlp.fc1.weight", "backbone.layers.0.blocks.0.mlp.fc1.weight"),
         "backbone.layers.0.blocks.0.mlp.fc1",
-        "stale weight",
+        "layer order",
     ),
+    "stale": (SWIN, exchanged(f"{BLOCK}.norm1.bias", f"{BLOCK}.norm2.bias"), f"{BLOCK}.norm1", "stale weight"),
+    "masked scores": (SWIN, replaced(swin, "MASKED_SCORE", lambda right: -7.0), "backbone.layers.0", "scale"),
+    "runs of patches": (SWIN, replaced(swin, "window_partition", runs_of_patches), "backbone.layers.0.blocks.0", "axis order"),
+    "no norm": (SWIN, children("backbone.patch_embed", norm=lambda inputs: inputs), "backbone.patch_embed.norm", "missing term"),
     "kernel transposed": (
+        PANOPTIC,
+        weight("backbone.res3.0.conv2.weight", lambda x: x.swapaxes(2, 3)),
+        "backbone.res3.0.conv2",
+        "transpose",
+    ),
+    "rows and columns": (
         PANOPTIC,
         weight("backbone.res3.0.conv2.weight", lambda x: x.swapaxes(0, 1)),
         "backbone.res3.0.conv2",
-        "transpose",
+        "axis order",
+    ),
+    "heads reversed": (
+        PANOPTIC,
+        weight(f"{DECODER}.self_attn.out_proj.weight", lambda x: x.reshape(8, -1, x.shape[1])[::-1].reshape(x.shape)),
+        f"{DECODER}.self_attn.out_proj",
+        "head split order",
+    ),
+    "input biases left out": (
+        PANOPTIC,
+        weight(f"{DECODER}.multihead_attn.in_proj_bias", np.zeros_like),
+        f"{DECODER}.multihead_attn",
+        "bias",
+    ),
+    "statistics not loaded": (
+        PANOPTIC,
+        both(
+            weight("backbone.res3.1.conv1.norm.running_mean", np.zeros_like), weight("backbone.res3.1.conv1.norm.running_var", np.ones_like)
+        ),
+        "backbone.res3.1.conv1.norm",
+        "stale weight",
+    ),
+    "deviation for variance": (PANOPTIC, weight("backbone.stem.conv1.norm.running_var", np.sqrt), "backbone.stem.conv1.norm", "scale"),
+    "weight not loaded": (
+        PANOPTIC,
+        weight("backbone.res2.1.conv1.weight", lambda x: np.random.default_rng(0).standard_normal(x.shape)),
+        "backbone.res2.1.conv1",
+        "stale weight",
+    ),
+    "class head not loaded": (
+        PANOPTIC,
+        weight(f"{CLASSES}.weight", lambda x: np.random.default_rng(0).uniform(-1 / 8, 1 / 8, x.shape)),
+        CLASSES,
+        "stale weight",
+    ),
+    "rows in any order": (
+        PANOPTIC,
+        weight("backbone.res2.1.conv1.weight", lambda x: x[:, :, np.random.default_rng(0).permutation(x.shape[2])]),
+        "backbone.res2.1.conv1",
+        "axis order",
+    ),
+    "stride": (PANOPTIC, attribute("backbone.res3.0.conv2", "stride", 1), "backbone.res3.0.conv2", "stride"),
+    "stride of the one before": (
+        PANOPTIC,
+        both(attribute("backbone.res3.0.conv1", "stride", 2), attribute("backbone.res3.0.conv2", "stride", 1)),
+        "backbone.res3.0.conv1",
+        "layer order",
     ),
     "output projection transposed": (
         PANOPTIC,
@@ -168,7 +233,7 @@ TAPS = {
         "backbone.stem.conv1.norm",
         "eps",
     ),
-    "same": (PANOPTIC, replaced(tf.nn, "conv2d", same), "backbone.res3.0.conv2", "padding"),
+    "same": (PANOPTIC, replaced(tf.nn, "conv2d", same), "backbone.res3.0.conv2", "padding side"),
     "half-pixel": (PANOPTIC, replaced(pixel_decoder, "resize_nearest", half_pixel), PIXEL, "half-pixel"),
     "no positions": (
         PANOPTIC,
@@ -186,21 +251,21 @@ TAPS = {
 }
 
 
-def found(models, name, broken, gradients=False):
+def found(models, name, broken, gradients=False, padding="official", pad_to=None):
     """The diagnosis of a broken model, of which afterwards every variable is as it was."""
     model, trace = models(name), Trace(WHOLE / name)
     with trace.case(trace.cases[0]) as case, broken(model):
         before = {name: variable.numpy() for name, variable in named_variables(model).items()}
-        replayed = replay(model, case, gradients=gradients)
+        replayed = replay(model, case, gradients=gradients, padding=padding, pad_to=pad_to)
         failing = [("taps", tap) for tap, error in replayed.errors.items() if not error <= diagnose.floor_of(tap)]
-        for group in ("matcher", "losses", "gradients", "inference"):
+        for group in ("matcher", "losses", "gradients", "inference") if padding == "official" else ():
             records = case.reference.group(group)
             names = [each for each in records if each in replayed.results.groups.get(group, ())]
             for each in reversed(names) if group == "gradients" else names:
                 actual = records[each].select(np.asarray(replayed.results.official(group, each), order="C"))
                 tolerance = compare.tolerance("float64", max(records[each].floor))
                 failing += [(group, each)] if not diagnose.relative(actual, case.reference.read(group, each)) <= tolerance else []
-        finding = diagnose_results.examine(model, case, failing, replayed.results)
+        finding = diagnose_results.examine(model, case, failing, replayed.results, padding=padding, pad_to=pad_to)
         for name, variable in named_variables(model).items():
             assert np.array_equal(variable.numpy(), before[name], equal_nan=True), name
     return finding
@@ -462,11 +527,54 @@ def test_the_diagnosis_is_told(models, converted, capsys):
             assert ("the diagnosis itself failed (RuntimeError: no)" if broken else "backbone.stem.conv1: ") in line
 
 
-def test_masked_padding_has_no_formulas_but_its_variables_are_tried(models):
-    name = "sem_seg_head.predictor.mask_embed.layers.1.weight"
-    model, trace = models(PANOPTIC), Trace(WHOLE / PANOPTIC)
-    with trace.case("odd") as case, weight(name, np.transpose)(model):
-        tap = name.replace(".weight", "#0")
-        finding = diagnose_results.examine(model, case, [("taps", tap)], mock.Mock(groups={}), padding="masked", pad_to=(64, 96))
+def without_sizes(right):
+    return lambda *arguments: right(*arguments[:-1], None)
+
+
+MASKED = {
+    # name: (trace, break, where, cause)
+    "kernel": (PANOPTIC, weight("backbone.res2.0.conv3.weight", lambda x: x[..., ::-1]), "backbone.res2.0.conv3", "axis flip"),
+    "norm": (PANOPTIC, replaced(layers.GroupNorm, "call", without_sizes), f"{PIXEL}.layer_4", "mask missing"),
+    "attention": (PANOPTIC, replaced(pixel_decoder, "sequence_mask", lambda right: lambda *a: None), "layers.0.self_attn", "mask missing"),
+    "negated": (
+        PANOPTIC,
+        replaced(pixel_decoder, "sequence_mask", lambda right: lambda *a: ~right(*a)),
+        "layers.0.self_attn",
+        "mask polarity",
+    ),
+    "turned": (SWIN, replaced(swin, "cyclic_shift", without_sizes), BLOCK, "shift"),
+    "mask": (SWIN, replaced(swin, "shift_mask", without_sizes), "backbone.layers.0", "padding"),
+    "filled": (
+        SWIN,
+        replaced(swin, "zero_outside", lambda right: lambda inputs, sizes: inputs),
+        "backbone.layers.0.blocks.0",
+        "mask missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_padding(name, models):
+    """The image alone is as it should be; only with what is around it does the formula give what TensorFlow computes."""
+    place, broken, where, cause = MASKED[name]
+    finding = found(models, place, broken, padding="masked", pad_to=(128, 128))
     assert finding is not None
-    assert (finding.where, finding.cause) == (name.removesuffix(".weight"), "transpose"), finding.statement
+    assert finding.cause == cause, finding.statement
+    assert finding.where.endswith(where), finding.statement
+
+
+def test_values_are_sought_only_where_there_are_equations_to_spare():
+    """Of as many unknowns as equations any value fits, and proves nothing."""
+    inputs, weight = (np.random.default_rng(0).standard_normal(shape) for shape in ((7, 5), (5, 3)))
+
+    def run(rows):
+        return lambda values: (np.exp(inputs[:rows] @ values[0][1] / 9)).ravel()
+
+    start = [(None, np.zeros((5, 3)))]
+    [found], error = hypotheses.solved(run(7), start, run(7)([(None, weight)]), 3)
+    assert error < 1e-13
+    np.testing.assert_allclose(found, weight, rtol=1e-9)
+    assert hypotheses.solved(run(6), start, run(6)([(None, weight)]), 3) is None
+    assert hypotheses.solved(run(7), start, np.ones(20), 3) is None
+    _, error = hypotheses.solved(run(7), start, np.arange(1.0, 22), 3)  # which no weight gives
+    assert error > 0.01
