@@ -64,7 +64,7 @@ def test_help_needs_no_framework(argv):
 def test_help_lists_every_command_in_a_line():
     result = run_without(FRAMEWORKS, COMMAND_LINE.format(argv=["--help"]))
     told = dict(re.findall(r"^  (\S+) +(\S.*)$", result.stdout, flags=re.MULTILINE))
-    assert set(COMMANDS) == set(told) == {"compile", "convert", "data", "eval", "parity-check", "predict", "train", "zoo"}
+    assert set(COMMANDS) == set(told) == {"compile", "convert", "data", "eval", "export", "parity-check", "predict", "train", "zoo"}
 
 
 def test_unknown_command_is_refused_with_the_nearest():
