@@ -10,6 +10,8 @@ Sources: MaskFormer ``mask_former/data/dataset_mappers``; Detectron2 ``data/tran
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,9 +164,7 @@ class Mapper:
         augmented = Augmented(image, segments, sem_seg)
         if self.name == DETR:
             return self._detr(draws, augmented)
-        augmented = resize(augmented, self._min_size(draws), self.max_size_train)
-        if self.crop_type:
-            augmented = crop(augmented, self._window(draws, augmented))
+        augmented = resize(augmented, self._min_size(draws), self.max_size_train, functools.partial(self._window, draws))
         if self.color_aug_ssd:
             augmented = augmented._replace(image=color_aug_ssd(augmented.image, draws.color))
         augmented = flip(augmented, draws)
@@ -175,8 +175,8 @@ class Mapper:
         if self.crop_type:
 
             def cropped() -> Augmented:
-                resized = resize(augmented, _choice(draws.crop_min_size, DETR_SIZES), _NO_LIMIT)
-                return crop(resized, crop_windows(self.crop_type, self.crop_size, draws.crop, tf.shape(resized.image)[:2])[0])
+                min_size = _choice(draws.crop_min_size, DETR_SIZES)
+                return resize(augmented, min_size, _NO_LIMIT, functools.partial(self._window, draws))
 
             augmented = tf.cond(draws.crop_branch > 0.5, lambda: augmented, cropped)
         return resize(augmented, self._min_size(draws), self.max_size_train)
@@ -187,13 +187,16 @@ class Mapper:
         low, high = self.min_size_train
         return _randint(draws.min_size, low, high + 1)
 
-    def _window(self, draws: Draws, augmented: Augmented) -> tf.Tensor:
-        windows = crop_windows(self.crop_type, self.crop_size, draws.crop, tf.shape(augmented.image)[:2])
-        if self.single_category_max_area >= 1:
+    def _window(self, draws: Draws, size: tf.Tensor, sem_seg: tf.Tensor | None) -> tf.Tensor:
+        """What is cropped of an image of this size, int32 [4], given its semantic map; all of it without a crop."""
+        if not self.crop_type:
+            return tf.concat([[0, 0], size], 0)
+        windows = crop_windows(self.crop_type, self.crop_size, draws.crop, size)
+        if self.name == DETR or self.single_category_max_area >= 1:
             return windows[0]
-        if augmented.sem_seg is None:
+        if sem_seg is None:
             raise ValueError(f"{self.name}: a category may take {self.single_category_max_area} of a crop at most, and there is no sem_seg")
-        return balanced_window(windows, augmented.sem_seg, self.single_category_max_area, self.ignore_value)
+        return balanced_window(windows, sem_seg, self.single_category_max_area, self.ignore_value)
 
 
 def mapper_of(tree: Tree, ignore_label: int | None = None) -> Mapper:
@@ -227,16 +230,30 @@ def mapper_of(tree: Tree, ignore_label: int | None = None) -> Mapper:
     )
 
 
-def resize(augmented: Augmented, min_size: tf.Tensor, max_size: int) -> Augmented:
-    """``ResizeShortestEdge``: the image by Pillow's bilinear filter, segments by Pillow's nearest rule, semantic maps by PyTorch's."""
+def resize(
+    augmented: Augmented, min_size: tf.Tensor, max_size: int, window_of: Callable[[tf.Tensor, tf.Tensor | None], tf.Tensor] | None = None
+) -> Augmented:
+    """``ResizeShortestEdge``, then ``CropTransform``: only what is kept is computed of the image.
+
+    Images are resized by Pillow's bilinear filter, segments by Pillow's nearest rule, semantic maps by PyTorch's.
+
+    Args:
+        min_size, max_size: px.
+        window_of: of the resized image's size, int32 [2], and semantic map, the window that is kept, int32 [4]: top, left, height, width;
+            default all of it.
+    """
     image, segments, sem_seg = augmented
     old = tf.shape(image)[:2]
     new = preprocessing.resized_shape_tf(old, min_size, max_size)
-    return Augmented(
-        preprocessing.resize_bilinear(image, new),
-        None if segments is None else _gather(segments, *(pillow_nearest(old[axis], new[axis]) for axis in (0, 1))),
-        None if sem_seg is None else _gather(sem_seg, *(torch_nearest(old[axis], new[axis]) for axis in (0, 1))),
-    )
+    if sem_seg is not None:
+        sem_seg = _gather(sem_seg, *(torch_nearest(old[axis], new[axis]) for axis in (0, 1)))
+    if segments is not None:
+        segments = _gather(segments, *(pillow_nearest(old[axis], new[axis]) for axis in (0, 1)))
+    if window_of is None:
+        return Augmented(preprocessing.resize_bilinear(image, new), segments, sem_seg)
+    window = window_of(new, sem_seg)
+    maps = (None if values is None else _cut(values, window) for values in (segments, sem_seg))
+    return Augmented(preprocessing.resize_bilinear(image, new, window), *maps)
 
 
 def pillow_nearest(in_size: tf.Tensor, out_size: tf.Tensor) -> tf.Tensor:
@@ -305,11 +322,6 @@ def balanced_window(windows: tf.Tensor, sem_seg: tf.Tensor, max_area: float, ign
     last = tf.shape(windows)[0] - 1
     chosen = tf.while_loop(lambda number: (number < last) & refused(windows[number]), lambda number: (number + 1,), (tf.constant(0),))
     return windows[chosen[0]]
-
-
-def crop(augmented: Augmented, window: tf.Tensor) -> Augmented:
-    """All of it inside a window, int32 [4]: top, left, height, width."""
-    return Augmented(*(None if values is None else _cut(values, window) for values in augmented))
 
 
 def _cut(values: tf.Tensor, window: tf.Tensor) -> tf.Tensor:

@@ -111,7 +111,7 @@ def resize_shortest_edge_tf(image: tf.Tensor, min_size: int, max_size: int) -> t
     return resize_bilinear(image, resized_shape_tf(tf.shape(image)[:2], min_size, max_size))
 
 
-def resize_bilinear(image: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+def resize_bilinear(image: tf.Tensor, size: tf.Tensor, window: tf.Tensor | None = None) -> tf.Tensor:
     """Pillow's ``resize(…, BILINEAR)`` of 8-bit images, bit for bit, in integers; antialiased where it shrinks.
 
     Pillow goes over rows and columns in turn, and rounds to uint8 after each; the order is that of the Pillow which is installed.
@@ -119,15 +119,17 @@ def resize_bilinear(image: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
     Args:
         image: uint8 [height, width, channels].
         size: int32 [2], height and width of the result, px.
+        window: int32 [4], the part of the result that is wanted: top, left, height, width; default all of it.
 
     Returns:
-        uint8 [size[0], size[1], channels].
+        uint8 [size[0], size[1], channels], or the window of it.
     """
+    first, length = (tf.zeros([2], tf.int32), size) if window is None else (window[:2], window[2:])
 
     def passes(*axes):
         resized = image
         for axis in axes:
-            resized = _resample(resized, axis, size[axis])
+            resized = _resample(resized, axis, size[axis], first[axis], length[axis])
         return resized
 
     lost = tf.shape(image)[:2] - size
@@ -135,12 +137,12 @@ def resize_bilinear(image: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
     return tf.cond(vertical_first, lambda: passes(0, 1), lambda: passes(1, 0))
 
 
-def _resample(image: tf.Tensor, axis: int, out_size: tf.Tensor) -> tf.Tensor:
-    """One of Pillow's two passes: each output is a sum of neighbours, weighted with 22-bit integers."""
+def _resample(image: tf.Tensor, axis: int, out_size: tf.Tensor, start: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
+    """One of Pillow's two passes, for ``length`` outputs from ``start`` on: each is a sum of neighbours, weighted with 22-bit integers."""
     in_size = tf.shape(image)[axis]
     scale = tf.cast(in_size, tf.float64) / tf.cast(out_size, tf.float64)
     support = tf.maximum(scale, 1.0)  # the bilinear filter's half width, 1, in input pixels
-    center = (tf.cast(tf.range(out_size), tf.float64) + 0.5) * scale
+    center = (tf.cast(start + tf.range(length), tf.float64) + 0.5) * scale
     first = tf.cast(tf.maximum(center - support + 0.5, 0.0), tf.int32)
     taps = tf.minimum(tf.cast(center + support + 0.5, tf.int32), in_size) - first
     num_taps = tf.reduce_max(taps)
@@ -153,11 +155,11 @@ def _resample(image: tf.Tensor, axis: int, out_size: tf.Tensor) -> tf.Tensor:
     total = tf.while_loop(
         lambda tap, _: tap < num_taps,
         lambda tap, total: (tap + 1, total + weight(tap)),
-        (tf.constant(0), tf.zeros([out_size], tf.float64)),
+        (tf.constant(0), tf.zeros([length], tf.float64)),
     )[1]
 
     broadcast = [1, -1, 1] if axis else [-1, 1, 1]
-    shape = [tf.shape(image)[0], out_size, tf.shape(image)[2]] if axis else [out_size, tf.shape(image)[1], tf.shape(image)[2]]
+    shape = [tf.shape(image)[0], length, tf.shape(image)[2]] if axis else [length, tf.shape(image)[1], tf.shape(image)[2]]
 
     def add(tap, accumulated):
         fixed = tf.cast(weight(tap) / total * 2.0**_PRECISION_BITS + 0.5, tf.int32)
