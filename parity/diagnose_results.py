@@ -574,7 +574,7 @@ class GradientSite(ResultSite):
             cause, said, undone = "missing term", f"{' and '.join(places)} cuts its path", "the gradient passing there"
             if places[0].startswith(CUSTOM):
                 cause = "missing term" if any(lost) else "derivative"
-                said = f"{places[0]} is not the derivative of what it is for" + f": {max(lost)} elements are left out" * any(lost)
+                said = f"{places[0]} is not the derivative of what it is for" + f": {sum(lost)} elements are left out" * any(lost)
                 undone = "TensorFlow's own derivative there"
             yield Hypothesis(cause, self.where, said, undone, functools.partial(relative, passed, self.expected))
 
