@@ -152,6 +152,7 @@ def _serving(model: MaskFormer, size: tuple[int, int] | None, is_litert: bool) -
     """A ``tf.Module`` of the model's variables, and a concrete function for each signature; LiteRT has "logits" alone, of one image."""
     import tensorflow as tf
 
+    from tfmaskformer.data.orientation import exif_orientation_tf, upright_tf
     from tfmaskformer.data.preprocessing import decode_image_tf, resize_shortest_edge_tf
     from tfmaskformer.module import named_variables
     from tfmaskformer.static_inference import static_panoptic_inference, static_semantic_inference
@@ -175,7 +176,8 @@ def _serving(model: MaskFormer, size: tuple[int, int] | None, is_litert: bool) -
         is_png = tf.strings.substr(image_bytes, 0, 4) == b"\x89PNG"
         known = is_png | (tf.strings.substr(image_bytes, 0, 3) == b"\xff\xd8\xff")
         with tf.control_dependencies([tf.debugging.Assert(known, ["image_bytes is neither a JPEG nor a PNG file"])]):
-            image = decode_image_tf(tf.identity(image_bytes), tf.where(is_png, "png", "jpeg"))
+            image_bytes = tf.identity(image_bytes)
+        image = upright_tf(decode_image_tf(image_bytes, tf.where(is_png, "png", "jpeg")), exif_orientation_tf(image_bytes))
         resized = resize_shortest_edge_tf(image, config.test.min_size, config.test.max_size)
         sizes = tf.shape(resized)[tf.newaxis, :2]
         if size is not None:
