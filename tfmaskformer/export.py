@@ -96,8 +96,6 @@ def export(
                 model = fold(model)
             except FoldingError as error:
                 raise ExportError(f"{error}\n  leave --fold-batch-norm out") from error
-        if size is not None and model.config.size_divisibility > 1 and any(side % model.config.size_divisibility for side in size):
-            raise ExportError(f"--size {size[0]} {size[1]}: {model.config.name} takes multiples of {model.config.size_divisibility} px")
         config, signatures = model.config, None
         if format == "keras":
             with warnings.catch_warnings():  # Keras 3.15 makes arrays of variables in a way that NumPy 2 deprecates
