@@ -231,6 +231,8 @@ def convolution(inputs: np.ndarray, kernel: np.ndarray, stride: int = 1, dilatio
     height, width = (
         (length - dilation * (size - 1) - 1) // stride + 1 for length, size in zip(padded.shape[1:3], kernel.shape[:2], strict=True)
     )
+    if min(height, width) < 1:
+        raise UnsupportedError("nothing would come out")
     outputs = np.zeros((len(inputs), height, width, kernel.shape[3]))
     for row in range(kernel.shape[0]):
         for column in range(kernel.shape[1]):

@@ -64,9 +64,11 @@ CAUSES = (
 )
 """What a cause may be called. "missing term": something is left out, added twice or cut off (a residual connection, a position embedding, a
 gradient's path); "extra term": something is applied that does not belong there; "layer order": something is taken or done before or behind
-the place where it belongs; "clip": a limit, of a norm, a value or a size, is left out or another; "interpolation": resized by another kind
-of rule (nearest, bilinear, antialiased); "derivative": on the way back an operation is not the derivative of what it was on the way forth;
-"assignment": pairs are chosen by another rule than the least cost."""
+the place where it belongs (two layers of a stack with one another's weights too); "axis order": also rows for columns, where "transpose" is
+of the two sides of a matrix; "stale weight": never loaded, or another's; "padding side": as many zeros, on other sides; "clip": a limit, of
+a norm, a value or a size, is left out or another; "interpolation": resized by another kind of rule (nearest, bilinear, antialiased);
+"derivative": on the way back an operation is not the derivative of what it was on the way forth; "assignment": pairs are chosen by another
+rule than the least cost."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -777,14 +779,10 @@ def of_missing_norm(where: str, actual: np.ndarray, expected: np.ndarray) -> Ite
     """
     if actual.shape != expected.shape or actual.size < 8 * actual.shape[-1]:
         return
-    for name, inner in (
-        ("a batch norm", lambda values: values),
-        *((f"a layer norm with eps {eps:g}", functools.partial(_normed, axes=(-1,), eps=eps)) for eps in EPS),
-        *(
-            (f"an instance norm with eps {eps:g}", functools.partial(_normed, axes=tuple(range(1, actual.ndim - 1)), eps=eps))
-            for eps in EPS
-        ),
-    ):
+    norms: dict[str, Callable[[np.ndarray], np.ndarray]] = {"a batch norm": lambda values: values}
+    for kind, axes in (("a layer norm", (-1,)), ("an instance norm", tuple(range(1, actual.ndim - 1)))):
+        norms |= {f"{kind} with eps {eps:g}": functools.partial(_normed, axes=axes, eps=eps) for eps in EPS}
+    for name, inner in norms.items():
         yield Hypothesis(
             "missing term", where, "is left out", f"{name} in its place", functools.partial(_off_affine, inner, actual, expected)
         )

@@ -534,7 +534,12 @@ def without_sizes(right):
 MASKED = {
     # name: (trace, break, where, cause)
     "kernel": (PANOPTIC, weight("backbone.res2.0.conv3.weight", lambda x: x[..., ::-1]), "backbone.res2.0.conv3", "axis flip"),
-    "norm": (PANOPTIC, replaced(layers.GroupNorm, "call", without_sizes), f"{PIXEL}.layer_4", "mask missing"),
+    "norm": (
+        PANOPTIC,
+        replaced(layers.GroupNorm, "call", lambda right: lambda self, inputs, sizes=None: right(self, inputs)),
+        f"{PIXEL}.layer_4",
+        "mask missing",
+    ),
     "attention": (PANOPTIC, replaced(pixel_decoder, "sequence_mask", lambda right: lambda *a: None), "layers.0.self_attn", "mask missing"),
     "negated": (
         PANOPTIC,
