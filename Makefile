@@ -14,7 +14,7 @@ help:
 	@echo "make zoo     prove all 30 official models against the official code's traces, and make the README's table (an hour)"
 	@echo "make bench   measure speed and memory; writes docs/benchmarks.md"
 	@echo "make fuzz    read 10 000 damaged files of every kind of checkpoint (some minutes)"
-	@echo "make kills   kill evaluations and TFRecord builds at 50 random moments each (some minutes)"
+	@echo "make kills   kill evaluations, TFRecord builds and trainings at 50 random moments each (a quarter of an hour)"
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m parity.demo demo
@@ -54,7 +54,7 @@ fuzz: $(VENV)/test.stamp
 	$(BIN)/python -m tests.converters.fuzz
 
 kills: $(VENV)/test.stamp
-	TFMASKFORMER_KILLS=50 $(BIN)/python -m pytest -k "killed_builds or killed_at_random_moments" tests/tfmaskformer/test_data_tfrecords.py tests/tfmaskformer/test_evaluate.py
+	TFMASKFORMER_KILLS=50 $(BIN)/python -m pytest -k "killed_builds or killed_at_random_moments" tests/tfmaskformer/test_data_tfrecords.py tests/tfmaskformer/test_evaluate.py tests/tfmaskformer/test_training_loop.py
 
 $(VENV)/demo.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

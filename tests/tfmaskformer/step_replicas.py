@@ -56,6 +56,10 @@ def main():
         for key in losses[0]:
             np.testing.assert_allclose(found.losses[key], (losses[0][key] + losses[1][key]) / 2, rtol=1e-11, err_msg=key)
         np.testing.assert_allclose(found.gradient_norm, global_norm(mean), rtol=1e-10)
+    whole, _ = one.criterion(one.model(images, sizes), targets)  # of one replica
+    for key, loss in whole.items():
+        same = abs(one.criterion.weights[key] * float(loss) / ((losses[0][key] + losses[1][key]) / 2) - 1) < 1e-10
+        assert same != key.startswith("loss_ce"), key
     in_parts = tf.function(parts)(images, sizes, targets)  # of one replica
     for key, loss in in_parts.losses.items():
         np.testing.assert_allclose(loss, (losses[0][key] + losses[1][key]) / 2, rtol=1e-11, err_msg=key)

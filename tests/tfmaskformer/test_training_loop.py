@@ -1,0 +1,309 @@
+"""``tfmaskformer train``: what is in its folder, resuming bit for bit, replicas, parts, kills, the guard, overrides and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import yaml
+
+import tfmaskformer
+from checkpoints import registry
+from converters import cli as convert
+from tests.tfmaskformer import training_processes
+from tests.tfmaskformer.training_processes import arguments
+from tfmaskformer.checkpoint import read_config
+from tfmaskformer.config import MaskFormerConfig
+from tfmaskformer.data import shapes
+from tfmaskformer.evaluation import cli as evaluation_cli
+from tfmaskformer.module import named_variables
+from tfmaskformer.official_config import config_of, named_tree
+from tfmaskformer.official_yaml import dump, override, read_tree
+from tfmaskformer.training import cli, loop
+from tfmaskformer.training.guard import DivergedError, Guard, Observed, not_finite
+from tfmaskformer.training.run import KEEP
+
+LOSSES = [f"loss_{term}{layer}" for term in ("ce", "mask", "dice") for layer in ("", "_0")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    shapes.write(folder, "train", 10)
+    shapes.write(folder, "val", 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uncompiled():
+    """Plain graphs: compiling takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf, "function", tf.function)  # to be put back
+        patch.setattr(loop, "LOG_PERIOD", 1)
+        training_processes.plain(tf)
+        yield
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory, uncompiled):
+    """Four steps, with an evaluation."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    assert cli.main(arguments(data, out, SOLVER__MAX_ITER=4, TEST__EVAL_PERIOD=4)) == cli.OK
+    return out
+
+
+def variables(folder):
+    """All tensors of a folder's last checkpoint."""
+    reader = tf.train.load_checkpoint(str(folder))
+    keys = reader.get_variable_to_shape_map()
+    return {key: reader.get_tensor(key) for key in keys if not key.startswith(("_", "save_counter"))}
+
+
+def assert_same(folder, other):
+    found, expected = variables(folder), variables(other)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+
+
+def curves(folder):
+    """Tag → step → value, or the picture's bytes."""
+    found: dict[str, dict[int, object]] = {}
+    for file in sorted((Path(folder) / "events").iterdir()):
+        for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
+            event = tf.compat.v1.Event.FromString(record)
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.image.encoded_image_string or value.simple_value
+    return found
+
+
+def test_compiled_on_one_device(data, tmp_path):
+    """With XLA, in bfloat16, in parts, computing blocks again. Before the tests that replace ``tf.function``."""
+    assert tf.function.__module__.startswith("tensorflow.")
+    more = ["--bfloat16", "--accumulate", "2", "--rematerialise"]
+    assert cli.main(arguments(data, tmp_path / "run", *more, SOLVER__MAX_ITER=2)) == cli.OK
+    plan = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (plan["dtype"], plan["parts"], plan["rematerialise"]) == ("mixed_bfloat16", 2, True)
+    assert all(value.dtype in (np.float32, np.float64, np.int64) for value in variables(tmp_path / "run").values())
+    assert 5 < curves(tmp_path / "run")["total_loss"][2] < 20
+
+
+def test_what_a_training_leaves(whole, data, tmp_path, capsys):
+    tree = named_tree("tiny_swin")[1]
+    options = training_processes.OPTIONS | {"SOLVER.MAX_ITER": 4, "TEST.EVAL_PERIOD": 4}
+    override(tree, [part for option in options.items() for part in option])
+    assert read_tree(whole / "config.yaml") == tree
+    assert read_config(whole) == config_of(tree, "tiny_swin")
+    assert sorted(file.name for file in whole.glob("ckpt-*.index")) == ["ckpt-2.index", "ckpt-4.index"]
+
+    found = curves(whole)
+    assert {*LOSSES, "total_loss", "lr", "gradient_norm", "images_per_second", "data_seconds", "dropped_objects"} <= found.keys()
+    assert sorted(found["loss_mask_0"]) == [1, 2, 3, 4]
+    for step in range(1, 5):
+        assert found["total_loss"][step] == pytest.approx(sum(found[key][step] for key in LOSSES), rel=1e-5)
+    assert sorted(found["sample"]) == [2, 4]
+    assert tf.io.decode_png(found["sample"][4]).shape[1] > 2 * 64  # ground truth and prediction beside each other
+
+    # The folder is a checkpoint directory, and its evaluation that of the command.
+    report = json.loads((whole / "evaluation-4.json").read_text())
+    assert evaluation_cli.main(["--ckpt", str(whole), "--data", str(data), "--cpu", "--json", str(tmp_path / "again.json")]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert (again["metrics"], again["counts"]) == (report["metrics"], report["counts"])
+    assert found["evaluation/PQ"][4] == pytest.approx(report["metrics"]["panoptic"]["all"]["pq"])
+    assert found["evaluation/mIoU"][4] == pytest.approx(report["metrics"]["semantic"]["miou"])
+
+    # The official layout, and back: the same weights.
+    for source, destination in ((whole, tmp_path / "model.pkl"), (tmp_path / "model.pkl", tmp_path / "back")):
+        assert convert.main(["--src", str(source), "--dst", str(destination), "--config", str(whole / "config.json")]) == 0
+    trained, back = (named_variables(tfmaskformer.load(folder)) for folder in (whole, tmp_path / "back"))
+    assert trained.keys() == back.keys()
+    for name, variable in trained.items():
+        np.testing.assert_array_equal(back[name].numpy(), variable.numpy(), err_msg=name)
+
+    before = {file.name: file.stat().st_mtime_ns for file in whole.iterdir()}
+    assert cli.main(arguments(data, whole, SOLVER__MAX_ITER=4, TEST__EVAL_PERIOD=4)) == cli.OK  # there is nothing left to do
+    assert {file.name: file.stat().st_mtime_ns for file in whole.iterdir() if file.name != "events"} == {
+        name: time for name, time in before.items() if name != "events"
+    }
+
+
+def test_a_training_ended_by_a_full_disk_goes_on(whole, data, tmp_path, monkeypatch, capsys):
+    """When it saves step 4; the checkpoint of step 2 stays. The result is the same, bit for bit, optimizer and all. With dropout."""
+    save, (soft, hard) = loop.Training._save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_full_disk(self, manager, step, write):
+        if step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        save(self, manager, step, write)
+
+    command = arguments(data, tmp_path / "run", SOLVER__MAX_ITER=4, TEST__EVAL_PERIOD=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "_save", save_on_full_disk)
+        try:
+            assert cli.main(command) == cli.COULD_NOT_RUN
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert tf.train.latest_checkpoint(str(tmp_path / "run")) == str(tmp_path / "run" / "ckpt-2")
+    assert cli.main(command) == cli.OK
+    assert "step 3 of 4" in capsys.readouterr().err
+    assert_same(tmp_path / "run", whole)
+    assert len(variables(whole)) > 300
+    for tag in (*LOSSES, "gradient_norm", "lr"):
+        assert curves(tmp_path / "run")[tag] == curves(whole)[tag], tag
+
+
+def processes(*command):
+    script = Path(__file__).with_name("training_processes.py")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(
+        [sys.executable, str(script), *map(str, command)], capture_output=True, text=True, timeout=3000, check=False, env=environment
+    )
+    logs = "".join(file.read_text() for file in Path(command[2]).glob("*.log"))
+    assert result.returncode == 0, (result.stderr + logs)[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_replicas_and_processes(data, tmp_path):
+    """Two processes are two replicas of one, dropout included; step_replicas.py has what a replica is."""
+    processes("replicas", data, tmp_path)
+    two, workers = curves(tmp_path / "two"), curves(tmp_path / "workers")
+    for tag in (*LOSSES, "gradient_norm", "lr"):
+        for step, rel in ((1, 1e-5), (2, 1e-3)):
+            assert two[tag][step] == pytest.approx(workers[tag][step], rel=rel), (tag, step)
+    found, expected = variables(tmp_path / "two"), variables(tmp_path / "workers")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-2, atol=1e-4, err_msg=key)
+
+
+def test_a_training_killed_at_random_moments(data, tmp_path):
+    """``make kills`` has 50 of them."""
+    kills = int(os.environ.get("TFMASKFORMER_KILLS", "3"))
+    left = processes("kills", data, tmp_path, kills)["left"]
+    assert len(left) == kills
+    for kill in left:
+        assert (kill["told"] - 1) // 2 * 2 <= kill["checkpoint"] <= kill["told"], left
+    completed = list(tmp_path.glob("completed-*"))
+    for folder in (tmp_path / "killed", *completed):
+        assert_same(folder, tmp_path / "whole")
+        assert len(list(folder.glob("ckpt-*.index"))) == KEEP
+
+
+def observed(step=1, bad=(), norm=1.0, **losses):
+    losses = dict.fromkeys(LOSSES, 1.0) | losses
+    return Observed(step, losses | {"total_loss": sum(losses.values())}, list(bad), norm)
+
+
+def test_what_is_not_finite_first():
+    assert not_finite(observed()) == ""
+    assert not_finite(observed(loss_mask=float("inf"))) == "loss_mask is inf"
+    nan = float("nan")
+    assert not_finite(observed(loss_ce=nan, loss_ce_0=nan, loss_dice_0=nan)) == "loss_ce_0 is nan, then loss_dice_0, loss_ce"
+    names = ["backbone.a", "backbone.b", "sem_seg_head.c"]
+    told = "all losses are finite, but the gradient of sem_seg_head.c is not, then those of backbone.b, backbone.a"
+    assert not_finite(observed(bad=names)) == told
+    assert not_finite(observed(norm=float("inf"))).startswith("total_loss is 6.0, the gradient's norm inf")
+
+
+def test_the_guard_ends_a_training_that_diverges():
+    guard = Guard()
+    for loss in (10.0, 4.0, 30.0):  # not ten times the lowest
+        guard.check([observed(step, loss_mask=loss) for step in range(3)])
+    with pytest.raises(DivergedError, match=r"step 2: the loss diverged: the median of the last 3 steps is 105, and it was 9"):
+        guard.check([observed(step, loss_mask=100.0) for step in range(3)])
+    guard.check([observed(0, loss_mask=1e9), observed(1), observed(2)])  # one wild step is none
+    with pytest.raises(DivergedError, match=r"step 7: loss_dice is nan$"):
+        guard.check([observed(6), observed(7, loss_dice=float("nan")), observed(8, loss_ce_0=float("nan"))])
+
+
+def test_a_training_that_goes_wrong(whole, data, tmp_path, uncompiled, capsys):
+    """It starts from another, stops, says in which step and with which term, and leaves the last good checkpoint."""
+    options = {"SOLVER__MAX_ITER": 6, "SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__WARMUP_ITERS": 4, "SOLVER__WARMUP_FACTOR": 1e-39}
+    assert cli.main(arguments(data, tmp_path / "run", "--init", str(whole), **options, SOLVER__BASE_LR=1e30)) == cli.DIVERGED
+    err = capsys.readouterr().err
+    assert "error: step 3: loss_ce_0 is nan, then loss_dice_0, loss_mask_0, loss_ce and 2 more" in err
+    assert f"'{tmp_path / 'run' / 'ckpt-2'}' is the last good checkpoint" in err
+    assert all(np.isfinite(value).all() for value in variables(tmp_path / "run").values())
+    reader, start = tf.train.load_checkpoint(str(tmp_path / "run" / "ckpt-1")), variables(whole)
+    for key, value in start.items():
+        if key.startswith("model/"):  # the rate of the first step was 1e-9
+            np.testing.assert_allclose(reader.get_tensor(key), value, atol=1e-7, err_msg=key)
+
+
+def test_bad_input(data, whole, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("")
+    good = {"SOLVER__MAX_ITER": 4, "TEST__EVAL_PERIOD": 4}
+    for changes, options, message in (
+        ({"--config": "maskformer_R5"}, {}, "no zoo entry 'maskformer_R5'"),
+        ({"--config": "nowhere.yaml"}, {}, "'nowhere.yaml' does not exist"),
+        ({"--data": "nowhere"}, {}, "nowhere"),
+        ({"--init": "nowhere.pkl"}, {}, "'nowhere.pkl' holds no weights to start from"),
+        ({"--out": str(tmp_path / "file" / "run")}, {}, "choose another --out"),
+        ({"--out": str(tmp_path / "full")}, {}, "is not empty, and holds no training"),
+        ({"--out": str(whole)}, good | {"SOLVER__BASE_LR": 0.5}, "SOLVER.BASE_LR: 0.5, there 0.001"),
+        ({"--out": str(whole), "--accumulate": "2"}, good, "parts: 2, there 1"),
+        ({"--accumulate": "3"}, {}, "SOLVER.IMS_PER_BATCH is 4, expected a multiple of 3"),
+        ({}, {"SOLVER__BASE_LRR": 1.0}, "unknown key 'SOLVER.BASE_LRR'; nearest: SOLVER.BASE_LR"),
+        ({}, {"SOLVER__BASE_LR": "fast"}, "'SOLVER.BASE_LR' is 'fast', expected float"),
+        ({}, {"SOLVER__AMP__ENABLED": True}, "'SOLVER.AMP.ENABLED' is True, supported: False"),
+        ({}, {"DATASETS__TRAIN": "('mine',)"}, "is no data set known here"),
+        ({}, {"MODEL__SEM_SEG_HEAD__NUM_CLASSES": 8}, "which has 7 classes"),
+    ):
+        out = tmp_path / "run"
+        command = arguments(data, out, **options)
+        for option, value in changes.items():
+            command = [option, value, *command] if option not in command else command
+            command[command.index(option) + 1] = value
+        assert cli.main(command) == cli.BAD_INPUT, message
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert message in told.err
+        assert not out.exists()
+    with pytest.raises(SystemExit):
+        cli.main([*arguments(data, tmp_path / "run"), "--replicas", "2", "--gpu"])
+    assert cli.main([*arguments(data, tmp_path / "run"), "SOLVER.MAX_ITER"]) == cli.BAD_INPUT
+    assert "'SOLVER.MAX_ITER' has no value" in capsys.readouterr().err
+
+
+def test_what_it_does_not_start_from(whole, data, tmp_path, uncompiled, capsys):
+    """NaN, or another model."""
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(whole, spoilt)
+    model = tfmaskformer.load(spoilt)
+    name, variable = list(named_variables(model).items())[5]
+    variable.assign(variable.numpy() * np.nan)
+    tf.train.Checkpoint(model=model).save(str(spoilt / "ckpt"))
+    assert cli.main(arguments(data, tmp_path / "other", "--init", str(spoilt))) == cli.BAD_INPUT
+    assert f"the weight {name} is not finite" in capsys.readouterr().err
+    assert cli.main(arguments(data, tmp_path / "other", "--init", str(whole), MODEL__SEM_SEG_HEAD__MASK_DIM=24)) == cli.BAD_INPUT
+    assert "has shape" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_every_official_config_by_name(tmp_path):
+    """Model and YAML."""
+    for entry in registry.entries():
+        name, tree = named_tree(entry.name)
+        assert config_of(tree, name) == MaskFormerConfig.from_dict(entry.config)
+        (tmp_path / "config.yaml").write_text(dump(tree))
+        assert read_tree(tmp_path / "config.yaml") == tree
+        assert yaml.safe_load(dump(tree)).keys() == tree.keys()
+
+
+def test_help_needs_no_tensorflow():
+    code = "import sys; sys.modules['tensorflow'] = None\nfrom tfmaskformer.training.cli import main\nmain(sys.argv[1:])"
+    result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "usage: tfmaskformer train" in result.stdout
