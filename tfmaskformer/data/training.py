@@ -177,7 +177,8 @@ def _check_dataset(dataset: DataSet, mapper: Mapper, model: MaskFormerConfig) ->
     layout = dataset.layout
     panoptic = mapper.name != augmentation.SEMANTIC
     wanted = {"panoptic maps": layout.panoptic or not panoptic or model.head != "MaskFormerHead"}
-    wanted["semantic maps"] = layout.semantic or (panoptic and model.head == "MaskFormerHead" and mapper.single_category_max_area >= 1)
+    limited = mapper.name == augmentation.PANOPTIC and mapper.single_category_max_area < 1
+    wanted["semantic maps"] = layout.semantic or (panoptic and model.head == "MaskFormerHead" and not limited)
     next_step = "choose another data set, or another config"
     for kind, there in wanted.items():
         if not there:
