@@ -31,10 +31,9 @@ def check(directory, reference):
     [
         ("tiny_panoptic", {"fold_batch_norm": True}),
         ("tiny_swin", {"size": (128, 160)}),
-        ("tiny_deeplab", {"format": "keras", "fold_batch_norm": True}),
-        ("tiny_per_pixel", {}),
+        ("tiny_per_pixel", {"format": "keras"}),
         ("tiny_per_pixel_plus", {"format": "keras"}),
-        ("tiny_deeplab", {"format": "litert", "size": (128, 160)}),
+        ("tiny_deeplab", {"format": "litert", "size": (128, 160), "fold_batch_norm": True}),
     ],
 )
 def test_exports_match_the_official_code(converted, tmp_path, name, options):

@@ -21,9 +21,9 @@ from converters.convert import convert
 from tfmaskformer import export
 from tfmaskformer.checkpoint import load
 from tfmaskformer.data import shapes
-from tfmaskformer.data.preprocessing import decode_image
+from tfmaskformer.data.preprocessing import decode_image, resize_shortest_edge
 from tfmaskformer.folding import FoldingError, fold, relative_error
-from tfmaskformer.predict import Predictor
+from tfmaskformer.inference import panoptic_inference, semantic_inference
 
 SOURCE = Path(registry.__file__).parent / "small" / "shapes_panoptic.pkl"
 OUTPUTS = ("pred_logits", "pred_masks")
@@ -31,15 +31,23 @@ OUTPUTS = ("pred_logits", "pred_masks")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """``shapes``, as trained; ``resized``, whose config resizes images."""
+    """Checkpoints: ``shapes``, as trained; ``resized``, whose config resizes images. ``earlier`` looks like an export."""
     folder = tmp_path_factory.mktemp("export")
     convert(SOURCE, folder / "shapes", "shapes_panoptic")
     convert(SOURCE, folder / "resized", "shapes_panoptic")
     config = json.loads((folder / "resized" / "config.json").read_text())
     config["test"] |= {"min_size": 112, "max_size": 160}
     (folder / "resized" / "config.json").write_text(json.dumps(config))
+    (folder / "earlier").mkdir()
+    (folder / "earlier" / export.MANIFEST).write_text(json.dumps({"format": export.FORMAT, "version": export.VERSION}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    """Beside them, SavedModels: ``any`` of resized, ``fixed`` of shapes."""
     export.export(folder / "resized", folder / "any")
-    export.export(folder / "shapes", folder / "fixed", size=(160, 160), fold_batch_norm=True)
+    export.export(folder / "shapes", folder / "fixed", size=(160, 160))
     return folder
 
 
@@ -69,8 +77,8 @@ np.savez(sys.argv[1], **found)
 """
 
 
-def test_serves_files_where_the_package_is_not(folder, tmp_path):
-    sources = {str(folder / "any"): "resized", str(folder / "fixed"): "shapes"}
+def test_serves_files_where_the_package_is_not(served, tmp_path):
+    sources = {str(served / "any"): "resized", str(served / "fixed"): "shapes"}
     paths = [tmp_path / f"{index}.{kind}" for index, kind in ((0, "png"), (1, "jpeg"))]
     for path in paths:
         path.write_bytes(photograph(int(path.stem), path.suffix[1:]))
@@ -79,28 +87,32 @@ def test_serves_files_where_the_package_is_not(folder, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     with np.load(tmp_path / "found.npz") as found:
         for export_, source in sources.items():
-            predictor = Predictor(load(folder / source))
+            model = load(served / source)
+            test = model.config.test
             for path in paths:
-                expected = predictor(decode_image(path.read_bytes()))
-                assert expected.panoptic is not None
-                ids, segments = expected.panoptic
+                image = decode_image(path.read_bytes())
+                resized = resize_shortest_edge(image, test.min_size, test.max_size)
+                sizes = [resized.shape[:2]], [image.shape[:2]]
+                outputs = model(resized[np.newaxis])
+                [(ids, segments)] = panoptic_inference(outputs, model.config, *sizes)
+                [scores] = semantic_inference(outputs, model.config, *sizes)
                 assert segments
                 np.testing.assert_array_equal(found[f"{export_} {path} panoptic_seg"], ids)
-                np.testing.assert_array_equal(found[f"{export_} {path} sem_seg"], expected.semantic)
+                np.testing.assert_array_equal(found[f"{export_} {path} sem_seg"], scores.numpy().argmax(0))
                 for key in ("id", "category_id", "isthing"):
                     assert found[f"{export_} {path} {key}"].tolist() == [segment[key] for segment in segments]
                 assert (found[f"{export_} {path} score"] > 0.8).all()
 
 
-def test_logits_are_the_models_at_any_size_and_in_any_canvas(folder):
+def test_logits_are_the_models_at_any_size_and_in_any_canvas(served):
     images = [shapes.sample("val", index).image for index in (2, 3)]
     sizes = [image.shape[:2] for image in images]
     batch = np.zeros((2, *np.max(sizes, axis=0), 3), np.uint8)
     for index, image in enumerate(images):
         batch[index, : sizes[index][0], : sizes[index][1]] = image
-    model = load(folder / "shapes")
+    model = load(served / "shapes")
     for name in ("any", "fixed"):
-        found = export.Exported(folder / name)(batch, np.array(sizes))
+        found = export.Exported(served / name)(batch, np.array(sizes))
         for index, image in enumerate(images):
             expected = model(image[np.newaxis])
             rows, columns = (-(-side // 4) for side in sizes[index])
@@ -109,10 +121,10 @@ def test_logits_are_the_models_at_any_size_and_in_any_canvas(folder):
             assert relative_error(found["pred_logits"][index].numpy(), expected["pred_logits"][0].numpy()) < 2e-6
 
 
-def test_what_cannot_be_segmented_is_told(folder):
+def test_what_cannot_be_segmented_is_told(served):
     import tensorflow as tf
 
-    model = tf.saved_model.load(str(folder / "fixed"))
+    model = tf.saved_model.load(str(served / "fixed"))
     large = io.BytesIO()
     Image.new("RGB", (200, 20)).save(large, format="PNG")
     for data, message in (
@@ -180,7 +192,7 @@ def test_keras_reads_it_in_a_new_process(folder, tmp_path):
         (["--dst", "{tmp}/file/out"], "does not exist"),
         (["--dst", "{tmp}/file", "--force"], "exists and is no export"),
         (["--dst", "{folder}/shapes", "--force"], "exists and is no export"),
-        (["--dst", "{folder}/any"], "add --force to replace it"),
+        (["--dst", "{folder}/earlier"], "add --force to replace it"),
         (["--dst", "/proc/out"], "choose another --dst"),
     ],
 )
