@@ -173,7 +173,7 @@ def _case(case: CaseCheck, first: Item | None) -> Iterator[str]:
     if case.tap_ratios and case.dtype == "float32":
         yield f"median over taps of error / floor: {case.median_ratio:.3f}; of all cases together {compare.MEDIAN_FACTOR} is allowed"
     if not all(item.judged for item in case.items):
-        yield "not judged: the error of single gradients in float32, of which shape and finiteness are; in float64 it is judged"
+        yield "not judged: errors of gradients, and of what is made of them, in float32: shape and finiteness are; float64 judges all"
     if assignments := _assignments(case):
         yield f"assignments: {assignments}"
     alike: dict[tuple[str, str], list[str]] = {}

@@ -12,6 +12,7 @@ import pytest
 
 from parity import check, cli, judge, report, trajectory
 from parity.check import CaseCheck, CheckError, Settings
+from parity.stages import LEFT_OUT
 from parity.trajectory import StepsError
 from tfmaskformer.training import optimizer
 
@@ -51,6 +52,19 @@ def test_a_right_step_is_judged_in_its_own_stages(settings):
     assert stages["optimizer step"].judged > 3 * 100
     document = json.loads(report.as_json(found))
     jsonschema.validate(document, json.loads(report.SCHEMA.read_text(encoding="utf-8")))
+
+
+def test_in_float32_what_is_made_of_gradients_is_told_but_not_judged(settings):
+    found = check.check(dataclasses.replace(settings, dtypes=("float32",), cases=(STEP,)))
+    assert found.passed
+    [step] = found.cases
+    judged = {item.name.split("/")[1] if "/" in item.name else item.name for item in step.items if item.judged}
+    assert judged == {"decay", "lr", "losses", "assignment", "buffers"}
+    assert {stage.name: stage.verdict for stage in found.stages if stage.name in LEFT_OUT} == {
+        "gradients": "not judged",
+        "clipped gradients": "not judged",
+        "optimizer step": "passed",
+    }
 
 
 def test_a_wrong_step_is_named_and_explained(settings, monkeypatch, capsys):
