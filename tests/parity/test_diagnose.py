@@ -214,7 +214,12 @@ TAPS = {
         "backbone.res2.1.conv1",
         "axis order",
     ),
-    "stride": (PANOPTIC, attribute("backbone.res3.0.conv2", "stride", 1), "backbone.res3.0.conv2", "stride"),
+    "stride": (
+        PANOPTIC,
+        both(*(attribute(f"backbone.res5.0.{name}", "stride", 1) for name in ("conv2", "shortcut"))),
+        "backbone.res5.0.conv2",
+        "stride",
+    ),
     "stride of the one before": (
         PANOPTIC,
         both(attribute("backbone.res3.0.conv1", "stride", 2), attribute("backbone.res3.0.conv2", "stride", 1)),
@@ -278,7 +283,8 @@ def test_a_module_and_its_cause_are_named(name, models):
     assert finding is not None
     assert finding.cause == cause, finding.statement
     assert finding.where.endswith(where), finding.statement
-    assert cause in ("not finite", "dtype rounding") or finding.after <= min(1e-7, finding.before / diagnose.LEAST_FALL)
+    seen = cause in ("not finite", "dtype rounding") or name == "class head not loaded"  # and not tried
+    assert seen or finding.after <= min(1e-7, finding.before / diagnose.LEAST_FALL)
     assert finding.where in finding.statement
 
 
