@@ -213,8 +213,11 @@ def _draw_histogram(axis: Any, label: str, groups: dict[str, list[float]]) -> No
             axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
         axis.legend(fontsize=7, ncols=2)
     else:
+        axis.text(0.5, 0.5, "none", ha="center", transform=axis.transAxes)
+        axis.set_xticks([])
         axis.set_yticks([])
     axis.set_xlabel(label, fontsize=8)
     axis.tick_params(labelsize=8)
