@@ -151,7 +151,10 @@ def _selftest(argv: Sequence[str]) -> int:
         "0 proven, 1 not, 2 usage or bad input, 3 could not run",
     )
     parser.add_argument(
-        "--only", default="", metavar="KIND", help="one kind of faults (weights, layers, …), or clean for the unbroken models"
+        "--only",
+        default="",
+        metavar="KIND",
+        help="one kind of faults (weights, layers, …), held-out for those made after the diagnosis, or clean for the unbroken models",
     )
     _add_json(parser)
     parser.add_argument("--readme", metavar="FILE", help="also put the table into its place in this Markdown file")

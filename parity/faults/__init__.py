@@ -1,7 +1,7 @@
 """Faults for the harness's own proof: each breaks TensorFlow's side in one place, of the size that it has in real ports.
 
 Those marked ``first`` are the oldest: they were written before there were hypotheses of what can be wrong, and stay as they were. The
-others were written without a look at the hypotheses.
+others were written without a look at the hypotheses. :data:`HELD_OUT` came when the diagnosis was done, and counts for itself.
 
 A fault is data: what it is called, on which test model and case it shows, what must be named, and from what it comes. ``parity-check
 selftest`` (:mod:`parity.selftest`) applies them one at a time. Importing this package imports TensorFlow.
@@ -9,7 +9,20 @@ selftest`` (:mod:`parity.selftest`) applies them one at a time. Importing this p
 
 from __future__ import annotations
 
-from parity.faults import gradients, layers, losses, matcher, metrics, optimizer, per_pixel, post_processing, preprocessing, swin, weights
+from parity.faults import (
+    gradients,
+    held_out,
+    layers,
+    losses,
+    matcher,
+    metrics,
+    optimizer,
+    per_pixel,
+    post_processing,
+    preprocessing,
+    swin,
+    weights,
+)
 from parity.faults.fault import KINDS, Fault
 
 FAULTS: tuple[Fault, ...] = (
@@ -26,4 +39,6 @@ FAULTS: tuple[Fault, ...] = (
     *metrics.FAULTS,
 )
 
-__all__ = ["FAULTS", "KINDS", "Fault"]
+HELD_OUT: tuple[Fault, ...] = held_out.FAULTS
+
+__all__ = ["FAULTS", "HELD_OUT", "KINDS", "Fault"]
