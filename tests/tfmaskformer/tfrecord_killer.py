@@ -46,9 +46,7 @@ def main(data: str, kills: str) -> None:
         whole = all(hashlib.sha256((out / name).read_bytes()).hexdigest() == shard["sha256"] for name, shard in shards.items())
         return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}, whole, manifest["complete"]
 
-    start_s = time.monotonic()
     os.waitpid(start(reference), 0)
-    duration_s = time.monotonic() - start_s
     moments = random.Random(0)
     results: list[dict[str, object]] = []
     same_bytes = True
@@ -58,13 +56,12 @@ def main(data: str, kills: str) -> None:
             same_bytes &= contents(out) == contents(reference)
             shutil.rmtree(out)
             before = {}
-        aim, rest_s = moments.randrange(SHARDS), moments.random() * duration_s / SHARDS
-        child = start(out)
-        over = False
-        while not over and len(state()[0]) < aim:  # a moment of the build, however fast the machine is just now
+        more, rest = moments.randrange(3), moments.random()
+        child, start_s, over = start(out), time.monotonic(), False
+        while not over and len(state()[0]) < len(before) + more:  # a moment of the build, however fast the machine is just now
             time.sleep(0.002)
             over = os.waitpid(child, os.WNOHANG)[0] != 0
-        time.sleep(rest_s)
+        time.sleep(rest * (time.monotonic() - start_s) / (more + 1))
         if over or os.waitpid(child, os.WNOHANG)[0]:
             continue  # it was over before
         os.kill(child, signal.SIGKILL)
