@@ -1,4 +1,5 @@
-"""One checkpoint of each architecture, whole: R50 with the encoder, R101c, Swin, and the per-pixel baseline with queries.
+"""One checkpoint of each architecture, whole: R101c, Swin, and the per-pixel baseline with queries; R50 with the encoder is the README's
+example, which is run as well.
 
 ``make zoo`` proves them all, with both paddings.
 """
@@ -15,7 +16,6 @@ from parity import prove
 @pytest.mark.parametrize(
     ("name", "padding", "assigns"),
     [
-        ("maskformer_panoptic_R50_bs64_554k", "official", True),  # masked takes 10 GB, too much beside Swin's 9
         ("maskformer_R101c_bs16_90k", "official", True),
         ("maskformer_panoptic_swin_tiny_bs64_554k", "masked", True),
         ("per_pixel_baseline_plus_R50_bs16_160k", "official", False),
@@ -23,9 +23,8 @@ from parity import prove
 )
 def test_checkpoint_matches_the_official_code(name, padding, assigns):
     proof = prove.prove(registry.entry(name), [padding])
-    cases = 3 if name in prove.THOROUGH and padding == "official" else 2
     assert [(check.settings.padding, check.settings.dtypes, len(check.cases)) for check in proof.checks] == [
-        (padding, (dtype,), cases) for dtype in ("float32", "float64")
+        (padding, (dtype,), 2) for dtype in ("float32", "float64")
     ]
     sizes = {size for check in proof.checks for case in check.cases for size in case.sizes_px}
     assert any(height % 2 and width % 2 for height, width in sizes)
