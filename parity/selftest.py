@@ -26,7 +26,7 @@ from unittest import mock
 import numpy as np
 
 from checkpoints import registry, synthesize
-from parity import check, tap_rules
+from parity import check, probes, tap_rules
 from parity.judge import case_inputs
 from parity.trace import Trace, TraceFileWriter, write_manifest
 
@@ -172,6 +172,7 @@ class Bench:
     """
 
     def __init__(self, scratch: Path):
+        probes.examine()  # is remembered: not what it finds while a fault is there
         self.scratch = scratch
         self.checkpoint = functools.cache(self._checkpoint)
         self.model = functools.cache(self._model)
