@@ -418,7 +418,8 @@ def _check_batch(
             how["memory_budget"] = settings.memory_budget
             local, replayed = _local(case, dtype, functools.partial(replay, model, case, **how))
             manifest = _manifest(Path(settings.checkpoint))
-            one = CaseRun(case, results, dtype, loss_floors, model, model.config, trace, manifest, replayed)
+            threads = judge.THREADS if settings.memory_budget is None else 1
+            one = CaseRun(case, results, dtype, loss_floors, model, model.config, trace, manifest, replayed, threads)
             judged, seen = judge_case(one, judges, all_stages=settings.all_stages)
             findings = _diagnose(one, judged, settings.padding, pad_to)
             sizes = tuple((image.shape[0], image.shape[1]) for image in case.images)

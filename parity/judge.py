@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from parity import compare, tap_rules
 from parity.compare import AssignmentComparison, Comparison
 from parity.sampling import contiguous
 from parity.tensorflow_run import CaseInputs, CaseResults
-from parity.trace import POSITION_EMBEDDING, Case, Record, Trace, relative_error, statistics
+from parity.trace import POSITION_EMBEDDING, Case, Record, Trace, relative_error
 from tfmaskformer.config import CriterionConfig, MaskFormerConfig
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 GROUPS = ("taps", "outputs", "matcher", "losses", "tap_gradients", "gradients", "inference")
 """Of what is computed of a case, in this order."""
+
+THREADS = 2
+"""So many tensors are compared at once: NumPy works on them without the interpreter's lock."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +113,7 @@ class CaseRun:
         trace: whose case it is.
         manifest: of the checkpoint, which tells what became of every tensor of the official file.
         replay: the same of recorded inputs; None where the trace does not permit it.
+        threads: how many tensors may be compared, and be in memory, at once.
     """
 
     case: Case
@@ -120,6 +125,7 @@ class CaseRun:
     trace: Trace | None = None
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     replay: Replay | None = None
+    threads: int = THREADS
 
 
 Found = Sequence["Item | Exemption"]
@@ -134,19 +140,23 @@ def judge_group(group: str, run: CaseRun, found: Found) -> Iterator[Item | Exemp
     if group == "tap_gradients":
         for name, reason in run.case.reference.facts.get("without_gradient", {}).items():
             yield Exemption(group, name, f"it has no gradient: {reason}")
-    judged: list[Item] = []
+    of = {}
     for name in expected:
-        partner = name
+        of[name] = name
         if group in ("taps", "tap_gradients") and name in partners:
-            partner, reason = partners[name]
-            yield Exemption(group, name, f"compared with '{partner}': {reason}")
-        left.pop(partner, None)
-        if partner in actual:
-            judged.append(_with_local(run, _judge_one(run, run.results, group, name, partner), partner))
-        elif isinstance(alone := _alone(run, group, name, "no partner in TensorFlow"), Item):
-            judged.append(alone)
-        else:
-            yield alone
+            of[name], reason = partners[name]
+            yield Exemption(group, name, f"compared with '{of[name]}': {reason}")
+        left.pop(of[name], None)
+
+    def judge(name: str) -> Item | Exemption:
+        if of[name] not in actual:
+            return _alone(run, group, name, "no partner in TensorFlow")
+        return _with_local(run, _judge_one(run, run.results, group, name, of[name]), of[name])
+
+    with ThreadPoolExecutor(run.threads) as pool:
+        found_here = list(pool.map(judge, expected))
+    yield from (one for one in found_here if isinstance(one, Exemption))
+    judged = [one for one in found_here if isinstance(one, Item)]
     if group == "inference" and run.dtype == "float32":
         judged = _judge_thresholds(run.case, run.results, _items(found), judged)
     if group == "losses":
@@ -284,8 +294,9 @@ def _judge_floats(run: CaseRun, record: Record, actual: np.ndarray) -> Item:
     else:
         whole = None
         if record.samples is not None:
-            difference = np.linalg.norm(record.sketch(actual) - case.reference.read_sketch(group, name))
-            whole = compare.Whole(statistics(actual), record.statistics, record.shape, float(difference))
+            figures, sums = record.statistics_and_sketch(actual)
+            difference = float(np.linalg.norm(sums - case.reference.read_sketch(group, name)))
+            whole = compare.Whole(figures, record.statistics, record.shape, difference)
         comparison = compare.compare(
             record.select(actual),
             case.reference.read(group, name),

@@ -57,18 +57,37 @@ def sketch(name: str, tensor: np.ndarray, count: int) -> np.ndarray:
     Returns:
         float64 [count].
     """
-    words = hashed_numbers(f"{name}{list(tensor.shape)} signs", -(-tensor.size // 64)).astype("<u8")
-    sums = np.zeros(count)
-    for start, values in blocks(tensor, 64 * count):
-        bits = words[start // 64 : -(-(start + values.size) // 64)].view(np.uint8)
+    drawn = Sketch(name, tensor.shape, count)
+    for start, values in blocks(tensor, drawn.multiple):
+        drawn.add(start, values)
+    return drawn.sums
+
+
+class Sketch:
+    """A sketch while it is drawn; arguments as of :func:`sketch`.
+
+    Attributes:
+        sums: of all blocks so far.
+        multiple: of which every block's start is one.
+    """
+
+    def __init__(self, name: str, shape: Sequence[int], count: int):
+        self.sums = np.zeros(count)
+        self.multiple = 64 * count
+        words = hashed_numbers(f"{name}{list(shape)} signs", -(-math.prod(shape) // 64))
+        self._bits = words.astype("<u8").view(np.uint8)
+
+    def add(self, start: int, values: np.ndarray) -> None:
+        """Adds the elements from ``start`` on, float64, which are something else afterwards."""
+        bits = self._bits[start // 8 : -(-(start + values.size) // 8)]
         sign_bits = values.view(np.uint64)
         sign_bits ^= np.unpackbits(bits, count=values.size).astype(np.uint64) << np.uint64(63)
+        count = self.sums.size
         with np.errstate(invalid="ignore"):
             of_block = _dealt(values, count)
         if not np.isfinite(of_block).all():
             of_block = _dealt(np.where(np.isfinite(values), values, 0), count)
-        sums += of_block
-    return sums
+        self.sums += of_block
 
 
 def _dealt(values: np.ndarray, count: int) -> np.ndarray:

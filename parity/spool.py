@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -83,6 +84,7 @@ class Spool:
         self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 closed by the finalizer
         self.close = weakref.finalize(self, self._file.close)
         self._kept: dict[tuple[str, str], np.ndarray | _Place] = {}
+        self._lock = threading.Lock()  # of the file's place
 
     def write(self, group: str, name: str, array: np.ndarray) -> None:
         """Keeps an array, which must not change where there is no limit."""
@@ -90,17 +92,19 @@ class Spool:
             self._left -= array.nbytes
             self._kept[group, name] = array
             return
-        self._kept[group, name] = _Place(self._file.seek(0, 2), array.dtype, array.shape)
-        self._file.write(raw(array))
+        with self._lock:
+            self._kept[group, name] = _Place(self._file.seek(0, 2), array.dtype, array.shape)
+            self._file.write(raw(array))
 
     def read(self, group: str, name: str) -> np.ndarray:
         """What was written; KeyError if nothing was."""
         kept = self._kept[group, name]
         if isinstance(kept, np.ndarray):
             return kept
-        self._file.seek(kept.offset)
         array = np.empty(kept.shape, kept.dtype)
-        self._file.readinto(raw(array))
+        with self._lock:
+            self._file.seek(kept.offset)
+            self._file.readinto(raw(array))
         return array
 
     def keys(self) -> set[tuple[str, str]]:

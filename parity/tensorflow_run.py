@@ -408,7 +408,7 @@ def _semantic(outputs: Mapping[str, Any], config: MaskFormerConfig, case: CaseIn
     for suffix, sizes, output_sizes in _inferences(case):
         found = semantic_inference(outputs, config, sizes, output_sizes)
         for index in range(len(sizes)):
-            yield f"{index}/{suffix}sem_seg", found.pop(0).numpy()
+            yield f"{index}/{suffix}sem_seg", np.asarray(found.pop(0))
 
 
 def _panoptic(

@@ -62,14 +62,14 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 
-from parity.sampling import blocks, sample_indices, sketch
+from parity.sampling import Sketch, blocks, sample_indices
 
 FORMAT = "tfmaskformer-trace"
 VERSION = 3
@@ -107,8 +107,24 @@ def statistics(array: np.ndarray) -> Statistics:
     >>> statistics(np.array([3.0, -4.0, np.inf]))
     Statistics(l2=5.0, sum=-1.0, min=-4.0, max=3.0, nonfinite=1)
     """
+    return _statistics(blocks(array))
+
+
+def statistics_and_sketch(name: str, tensor: np.ndarray, count: int) -> tuple[Statistics, np.ndarray]:
+    """Both of a tensor, which is read once; see :func:`statistics` and :func:`parity.sampling.sketch`."""
+    drawn = Sketch(name, tensor.shape, count)
+
+    def seen() -> Iterator[tuple[int, np.ndarray]]:
+        for start, values in blocks(tensor, drawn.multiple):
+            yield start, values
+            drawn.add(start, values)
+
+    return _statistics(seen()), drawn.sums
+
+
+def _statistics(of_blocks: Iterable[tuple[int, np.ndarray]]) -> Statistics:
     square, total, smallest, largest, nonfinite = 0.0, 0.0, math.inf, -math.inf, 0
-    for _, values in blocks(array):
+    for _, values in of_blocks:
         with np.errstate(invalid="ignore"):
             of_block = float(values.sum())
         if not math.isfinite(of_block):
@@ -186,9 +202,9 @@ class Record:
             return tensor
         return np.ascontiguousarray(tensor).ravel()[sample_indices(self.name, self.shape, self.samples)]
 
-    def sketch(self, tensor: np.ndarray) -> np.ndarray:
-        """What corresponds to :meth:`TraceFile.read_sketch` for ``tensor`` (whole, official layout)."""
-        return sketch(self.name, tensor, SKETCH[self.group])
+    def statistics_and_sketch(self, tensor: np.ndarray) -> tuple[Statistics, np.ndarray]:
+        """What corresponds to ``statistics`` and :meth:`TraceFile.read_sketch` for ``tensor`` (whole, official layout)."""
+        return statistics_and_sketch(self.name, tensor, SKETCH[self.group])
 
 
 class TraceFileWriter:
@@ -227,13 +243,16 @@ class TraceFileWriter:
             raise TraceError(f"record {group} '{name}' ({array.dtype}): unknown group or dtype, or there already")
         samples = self._samples_of(group, name, array)
         if samples is not None and self._sketches is not None:
-            self._sketches.append(sketch(name, array, SKETCH[group]))
+            figures, sums = statistics_and_sketch(name, array, SKETCH[group])
+            self._sketches.append(sums)
+        else:
+            figures = statistics(array)
         flat = array.ravel()
         values = flat if samples is None else flat[sample_indices(name, array.shape, samples)]
         pool = self._pool(array.dtype)
         offset = pool.shape[0]
         self._rows[group, name] = [group, name, list(array.shape), array.dtype.name, samples, offset]
-        self._statistics.append(statistics(array))
+        self._statistics.append(figures)
         pool.resize((offset + values.size,))
         pool[offset:] = values
 
@@ -345,8 +364,11 @@ class TraceFile:
                     tables, offsets, strict=False
                 )
             }
+            self._values = {dtype: self._file["values"][dtype] for dtype in {record.dtype for record in self.records.values()}}
+            self._sums = self._file["sketches"] if sketched else None
+            lengths = {dtype: values.shape[0] for dtype, values in self._values.items()}
             for record in self.records.values():
-                if self._file[f"values/{record.dtype}"].shape[0] < record.offset + record.stored:
+                if lengths[record.dtype] < record.offset + record.stored:
                     raise ValueError(f"no values for {record.group} '{record.name}'")
         except (KeyError, ValueError, OSError, TypeError) as error:
             raise TraceError(f"'{self.path}' is damaged ({error}); record it again") from error
@@ -373,7 +395,7 @@ class TraceFile:
         """The stored elements of a record: the whole tensor in its shape, or [record.stored] where it is sampled."""
         record = self[group, name]
         try:
-            values = self._file[f"values/{record.dtype}"][record.offset : record.offset + record.stored]
+            values = self._values[record.dtype][record.offset : record.offset + record.stored]
         except OSError as error:
             raise TraceError(f"'{self.path}' is damaged at {group} '{name}' ({error}); record it again") from error
         return values.reshape(record.shape) if record.samples is None else values
@@ -381,10 +403,10 @@ class TraceFile:
     def read_sketch(self, group: str, name: str) -> np.ndarray:
         """float64 [SKETCH[group]] of a sampled record of a float64 file: see :func:`parity.sampling.sketch`."""
         record = self[group, name]
-        if record.sketch_offset is None:
+        if record.sketch_offset is None or self._sums is None:
             raise TraceError(f"'{self.path}' has no sketch of {group} '{name}'")
         try:
-            sums = self._file["sketches"][record.sketch_offset : record.sketch_offset + SKETCH[group]]
+            sums = self._sums[record.sketch_offset : record.sketch_offset + SKETCH[group]]
             if sums.size < SKETCH[group]:
                 raise ValueError("too short")
             return sums
