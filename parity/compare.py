@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.sampling import blocks
+from parity.sampling import blocks, square
 from parity.trace import Statistics
 
 FLOOR_FACTOR = 1.5
@@ -186,12 +186,12 @@ def _fault(actual: np.ndarray, expected: np.ndarray, dtype: str | None) -> str |
 
 def _figures(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> dict[str, Any]:
     """All that is told of elements, one stretch of them after the other: no copy of a large tensor is made."""
-    l2 = math.sqrt(sum(float(np.dot(wanted, wanted)) for _, wanted, _ in _finite_blocks(actual, expected)))
+    l2 = math.sqrt(sum(square(wanted) for _, wanted, _ in _finite_blocks(actual, expected)))
     rms = l2 / math.sqrt(expected.size) if expected.size else 0.0
-    square, outside, passing, largest, where, pair = 0.0, 0, 0.0, -1.0, 0, (math.nan, math.nan)
+    squares, outside, passing, largest, where, pair = 0.0, 0, 0.0, -1.0, 0, (math.nan, math.nan)
     for start, wanted, got in _finite_blocks(actual, expected):
         difference = np.abs(got - wanted)
-        square += float(np.dot(difference, difference))
+        squares += square(difference)
         magnitude = np.abs(wanted) + rms
         with np.errstate(divide="ignore", invalid="ignore"):
             passing = max(passing, float(np.where(difference == 0, 0, difference / magnitude).max()))
@@ -200,7 +200,7 @@ def _figures(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> dict
         if difference[flat] > largest or math.isnan(difference[flat]):
             largest, where, pair = float(difference[flat]), start + flat, (float(got[flat]), float(wanted[flat]))
     return {
-        "error": _over(math.sqrt(square), l2),
+        "error": _over(math.sqrt(squares), l2),
         "expected_l2": l2,
         "max_difference": max(largest, 0.0),
         "max_index": tuple(int(i) for i in np.unravel_index(where, expected.shape)) if expected.size else (),

@@ -112,6 +112,12 @@ def blocks(tensor: np.ndarray, multiple: int = 1) -> Iterator[tuple[int, np.ndar
         yield start, flat[start : start + length].astype(np.float64)
 
 
+def square(values: np.ndarray) -> float:
+    """The sum of the squares of a stretch, float64. BLAS would take threads for that, which get in one another's way and in ours."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.einsum("i,i->", values, values))
+
+
 def contiguous(array: np.ndarray) -> np.ndarray:
     """The same in row-major order. Of a map whose channels came last, one row after the other: its copy stays in a processor's cache."""
     if array.ndim != 4 or array.flags.c_contiguous:

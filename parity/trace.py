@@ -69,7 +69,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from parity.sampling import Sketch, blocks, sample_indices
+from parity.sampling import Sketch, blocks, sample_indices, square
 
 FORMAT = "tfmaskformer-trace"
 VERSION = 3
@@ -123,7 +123,7 @@ def statistics_and_sketch(name: str, tensor: np.ndarray, count: int) -> tuple[St
 
 
 def _statistics(of_blocks: Iterable[tuple[int, np.ndarray]]) -> Statistics:
-    square, total, smallest, largest, nonfinite = 0.0, 0.0, math.inf, -math.inf, 0
+    squares, total, smallest, largest, nonfinite = 0.0, 0.0, math.inf, -math.inf, 0
     for _, values in of_blocks:
         with np.errstate(invalid="ignore"):
             of_block = float(values.sum())
@@ -132,12 +132,12 @@ def _statistics(of_blocks: Iterable[tuple[int, np.ndarray]]) -> Statistics:
             nonfinite += values.size - int(np.count_nonzero(finite))
             values = values[finite]
             of_block = float(values.sum())
-        square += float(np.dot(values, values))
+        squares += square(values)
         total += of_block
         smallest, largest = float(values.min(initial=smallest)), float(values.max(initial=largest))
     if smallest > largest:
         return Statistics(0.0, 0.0, 0.0, 0.0, nonfinite)
-    return Statistics(math.sqrt(square), total, smallest, largest, nonfinite)
+    return Statistics(math.sqrt(squares), total, smallest, largest, nonfinite)
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -148,9 +148,9 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     """
     difference, norm = 0.0, 0.0
     for (_, got), (_, wanted) in zip(blocks(actual), blocks(expected), strict=True):
-        norm += float(np.dot(wanted, wanted))
+        norm += square(wanted)
         got -= wanted
-        difference += float(np.dot(got, got))
+        difference += square(got)
     if difference == 0:
         return 0.0
     return math.sqrt(difference) / math.sqrt(norm) if norm else math.inf
