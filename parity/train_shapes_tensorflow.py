@@ -14,12 +14,17 @@ import argparse
 import json
 import pathlib
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from parity import train_shapes
 from tfmaskformer.data import shapes
+
+if TYPE_CHECKING:
+    from tfmaskformer.config import MaskFormerConfig
+    from tfmaskformer.model import MaskFormer
 
 OPTIONS: dict[str, Any] = {
     **dict(zip(map(str, train_shapes.SOLVER[::2]), train_shapes.SOLVER[1::2], strict=True)),
@@ -35,18 +40,33 @@ CANVAS = (160, 160)
 """Height and width in px that every image fits."""
 
 
-def initial_model(seed: int) -> Any:
-    """The model before the first step: official initial distributions, and calibrated norms."""
+def write_initial(config: MaskFormerConfig, images: Sequence[np.ndarray], seed: int, destination: pathlib.Path) -> None:
+    """Writes the checkpoint directory that a training from scratch starts from, if it is not there.
+
+    Args:
+        config: of the model.
+        images: uint8 [height, width, 3] RGB, as the model takes them; what its frozen norms are calibrated with.
+        seed: of the official initial distributions.
+        destination: the directory.
+    """
     import tensorflow as tf
 
-    from checkpoints import registry
+    if not (destination / "config.json").exists():  # written last
+        model = initial_model(config, images, seed)
+        tf.train.Checkpoint(model=model).save(str(destination / "ckpt"))
+        (destination / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+
+
+def initial_model(config: MaskFormerConfig, images: Sequence[np.ndarray], seed: int) -> MaskFormer:
+    """What :func:`write_initial` writes."""
+    import tensorflow as tf
+
     from converters.init import initial_values
-    from tfmaskformer.config import MaskFormerConfig
     from tfmaskformer.layers import FrozenBatchNorm2d
     from tfmaskformer.model import MaskFormer
     from tfmaskformer.module import named_modules, parameter_specs, record_taps
 
-    model = MaskFormer(MaskFormerConfig.from_dict(registry.entry(train_shapes.NAME).config))
+    model = MaskFormer(config)
     model.build_parameters(initial_values(parameter_specs(model), seed).__getitem__)
     norms = {name: module for name, module in named_modules(model) if isinstance(module, FrozenBatchNorm2d)}
 
@@ -61,7 +81,6 @@ def initial_model(seed: int) -> Any:
         norm.running_var.assign(variance * count / (count - 1))
         return (outputs - mean) * tf.math.rsqrt(norm.running_var + norm.eps)
 
-    images = [shapes.sample("train", index).image for index in range(train_shapes.CALIBRATION_IMAGES)]
     sizes = np.array([image.shape[:2] for image in images])
     batch = np.zeros([len(images), *sizes.max(0), 3], np.uint8)
     for place, image in zip(batch, images, strict=True):
@@ -79,18 +98,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of initial weights and order (default: 0)")
     parser.add_argument("--steps", type=int, default=train_shapes.STEPS, metavar="N", help="for a trial; default: all of them")
     arguments = parser.parse_args(argv)
-    import tensorflow as tf
-
+    from checkpoints import registry
+    from tfmaskformer.config import MaskFormerConfig
     from tfmaskformer.training import cli
 
     for split, count in (("train", arguments.steps * train_shapes.BATCH), ("val", shapes.VALIDATION_IMAGES)):
         if not (arguments.data / "annotations" / f"panoptic_{split}.json").exists():  # written last
             shapes.write(arguments.data, split, count)
     initial = arguments.out.with_name(f"{arguments.out.name}.initial")
-    if not (initial / "config.json").exists():
-        model = initial_model(arguments.seed)
-        tf.train.Checkpoint(model=model).save(str(initial / "ckpt"))
-        (initial / "config.json").write_text(json.dumps(model.config.to_dict()), encoding="utf-8")
+    images = [shapes.sample("train", index).image for index in range(train_shapes.CALIBRATION_IMAGES)]
+    write_initial(MaskFormerConfig.from_dict(registry.entry(train_shapes.NAME).config), images, arguments.seed, initial)
     command = ["--config", train_shapes.NAME, "--data", str(arguments.data), "--init", str(initial), "--out", str(arguments.out), "--cpu"]
     options = OPTIONS | {"SEED": arguments.seed, "SOLVER.MAX_ITER": arguments.steps}
     return cli.main([*command, "--canvas", *map(str, CANVAS), *(str(part) for option in options.items() for part in option)])
