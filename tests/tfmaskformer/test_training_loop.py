@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -29,7 +30,7 @@ from tfmaskformer.official_config import config_of, named_tree
 from tfmaskformer.official_yaml import dump, override, read_tree
 from tfmaskformer.training import cli, loop
 from tfmaskformer.training.guard import DivergedError, Guard, Observed, not_finite
-from tfmaskformer.training.run import KEEP
+from tfmaskformer.training.step import StepResult
 
 LOSSES = [f"loss_{term}{layer}" for term in ("ce", "mask", "dice") for layer in ("", "_0")]
 
@@ -76,13 +77,14 @@ def assert_same(folder, other):
 
 
 def curves(folder):
-    """Tag → step → value, or the picture's bytes."""
+    """Tag → step → value, or the picture's bytes; of files that may end in the middle of a record."""
     found: dict[str, dict[int, object]] = {}
     for file in sorted((Path(folder) / "events").iterdir()):
-        for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
-            event = tf.compat.v1.Event.FromString(record)
-            for value in event.summary.value:
-                found.setdefault(value.tag, {})[event.step] = value.image.encoded_image_string or value.simple_value
+        with contextlib.suppress(tf.errors.DataLossError):
+            for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
+                event = tf.compat.v1.Event.FromString(record)
+                for value in event.summary.value:
+                    found.setdefault(value.tag, {})[event.step] = value.image.encoded_image_string or value.simple_value
     return found
 
 
@@ -137,29 +139,91 @@ def test_what_a_training_leaves(whole, data, tmp_path, capsys):
 
 
 def test_a_training_ended_by_a_full_disk_goes_on(whole, data, tmp_path, monkeypatch, capsys):
-    """When it saves step 4; the checkpoint of step 2 stays. The result is the same, bit for bit, optimizer and all. With dropout."""
-    save, (soft, hard) = loop.Training._save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    """When it saves step 4; the checkpoint of step 2 stays. Then when it evaluates: that is made up for.
 
-    def save_on_full_disk(self, manager, step, write):
-        if step == 4:
+    The result is the same, bit for bit, optimizer and all. With dropout.
+    """
+    save, (soft, hard) = tf.train.CheckpointManager.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_full_disk(self, checkpoint_number):
+        if checkpoint_number == 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        save(self, manager, step, write)
+        return save(self, checkpoint_number)
 
     command = arguments(data, tmp_path / "run", SOLVER__MAX_ITER=4, TEST__EVAL_PERIOD=4)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "_save", save_on_full_disk)
+        patch.setattr(tf.train.CheckpointManager, "save", save_on_full_disk)
         try:
             assert cli.main(command) == cli.COULD_NOT_RUN
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
     assert tf.train.latest_checkpoint(str(tmp_path / "run")) == str(tmp_path / "run" / "ckpt-2")
-    assert cli.main(command) == cli.OK
+    with monkeypatch.context() as patch:
+
+        def interrupted(*arguments, **options):
+            raise OSError("no space left")
+
+        patch.setattr(loop, "Evaluation", interrupted)
+        assert cli.main(command) == cli.COULD_NOT_RUN
     assert "step 3 of 4" in capsys.readouterr().err
+    assert cli.main(command) == cli.OK
+    assert "step 4 of 4" not in capsys.readouterr().err
+    report, expected = (json.loads((folder / "evaluation-4.json").read_text()) for folder in (tmp_path / "run", whole))
+    assert (report["metrics"], report["counts"]) == (expected["metrics"], expected["counts"])
     assert_same(tmp_path / "run", whole)
     assert len(variables(whole)) > 300
-    for tag in (*LOSSES, "gradient_norm", "lr"):
-        assert curves(tmp_path / "run")[tag] == curves(whole)[tag], tag
+    assert 5 < variables(whole)["guard/lowest/.ATTRIBUTES/VARIABLE_VALUE"] < 20
+    found, expected = curves(tmp_path / "run"), curves(whole)
+    for tag in (*LOSSES, "gradient_norm", "lr", "sample", "evaluation/PQ"):
+        assert found[tag] == expected[tag], tag
+
+
+def test_what_is_asked_for_reaches_model_step_and_data(data, tmp_path, uncompiled, monkeypatch):
+    made, asked, dataset = [], [], loop.training_dataset
+    monkeypatch.setattr(loop.Training, "run", lambda self, *rest: made.append(self))
+    monkeypatch.setattr(loop, "training_dataset", lambda *given, **options: asked.append(options) or dataset(*given, **options))
+    more = ["--bfloat16", "--accumulate", "2", "--rematerialise", "--canvas", "96", "128", "--max-objects", "7"]
+    for number, (seed, options) in enumerate(((5, more), (5, []), (6, []))):
+        assert cli.main(arguments(data, tmp_path / str(number), *options, SEED=seed)) == cli.OK
+    _, second, third = made
+    assert asked[0] == {"seed": 5, "batch": 4, "max_objects": 7, "canvas": (96, 128), "start": 0, "shard": (0, 1)}
+    assert asked[1] == {"seed": 5, "batch": 4, "max_objects": 10, "canvas": None, "start": 0, "shard": (0, 1)}
+    steps = [training._step for training in made]
+    assert [(step.seed, step.parts, step.rematerialise) for step in steps] == [(5, 2, True), (5, 1, False), (6, 1, False)]
+    assert {step.padding for step in steps} == {"masked"}
+    assert [training.model.compute_dtype for training in made] == ["bfloat16", "float32", "float32"]
+    start = [named_variables(training.model)["sem_seg_head.predictor.class_embed.weight"].numpy() for training in made]
+    assert np.array_equal(start[0], start[1])
+    assert not np.array_equal(start[1], start[2])
+
+    # Twenty steps at a time: means, the last rate, all objects that were left out; and names of what is not finite.
+    names = [parameter.name for parameter in second.optimizer.parameters]
+
+    def timed(step, **values):
+        finite = [name not in values.get("bad", ()) for name in names]
+        losses = {"loss_ce": tf.constant(values["loss"]), "total_loss": tf.constant(values["loss"])}
+        result = StepResult(losses, tf.constant(finite), tf.constant(values["loss"] / 2), tf.constant(0.1 * step, tf.float64))
+        return loop._Timed(step, result, tf.constant([step, 2]), float(step))
+
+    values = second._observe([timed(1, loss=4.0), timed(2, loss=8.0)], None)
+    assert values == {
+        "loss_ce": 6.0, "total_loss": 6.0, "gradient_norm": 3.0, "lr": 0.2, "data_seconds": 1.5, "dropped_objects": 7.0
+    }  # fmt: skip
+    with pytest.raises(
+        DivergedError, match=f"step 4: all losses are finite, but the gradient of {names[7]} is not\n  there is no checkpoint"
+    ):
+        second._observe([timed(3, loss=4.0), timed(4, loss=8.0, bad=[names[7]])], None)
+    with pytest.raises(DivergedError, match=r"step 4: the loss diverged.*\n  'run/ckpt-3' is the last good checkpoint"):
+        second._observe([timed(4, loss=61.0)], "run/ckpt-3")
+    second._check_weights(1, None)
+    variable = named_variables(third.model)["sem_seg_head.predictor.class_embed.weight"]
+    third._check_weights(1, None)
+    variable.assign(variable.numpy() * np.inf)
+    with pytest.raises(
+        DivergedError, match=r"step 9: the weight sem_seg_head\.predictor\.class_embed\.weight is not finite, nor are 0 others"
+    ):
+        third._check_weights(9, "run/ckpt-8")
 
 
 def processes(*command):
@@ -193,10 +257,20 @@ def test_a_training_killed_at_random_moments(data, tmp_path):
     assert len(left) == kills
     for kill in left:
         assert (kill["told"] - 1) // 2 * 2 <= kill["checkpoint"] <= kill["told"], left
-    completed = list(tmp_path.glob("completed-*"))
+    for what in ("saving", "evaluating"):
+        assert sum(kill[what] for kill in left) >= kills // 6, left
+    whole, completed = tmp_path / "whole", list(tmp_path.glob("completed-*"))
+    assert sorted(file.stem for file in whole.glob("ckpt-*.index")) == ["ckpt-4", "ckpt-6", "ckpt-8"]  # the last three
     for folder in (tmp_path / "killed", *completed):
-        assert_same(folder, tmp_path / "whole")
-        assert len(list(folder.glob("ckpt-*.index"))) == KEEP
+        assert_same(folder, whole)
+        assert {file.name for file in whole.glob("ckpt-*")} <= {file.name for file in folder.glob("ckpt-*")}
+        for step in (4, 8):
+            report, expected = (json.loads((each / f"evaluation-{step}.json").read_text()) for each in (folder, whole))
+            assert (report["metrics"], report["counts"]) == (expected["metrics"], expected["counts"])
+        found, expected = curves(folder), curves(whole)
+        assert found.keys() == expected.keys()
+        for tag in expected.keys() - {"images_per_second", "data_seconds"}:
+            assert found[tag] == expected[tag], (folder, tag)
 
 
 def observed(step=1, bad=(), norm=1.0, **losses):

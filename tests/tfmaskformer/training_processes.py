@@ -2,8 +2,8 @@
 
 ``python training_processes.py replicas DATA OUT`` trains on two devices of one process, and in two processes; ``… kills DATA OUT KILLS
 [SEED]`` trains once undisturbed (``whole``), kills another training with SIGKILL at random moments, goes on with what it left, and begins
-anew when it is complete. Folders of trainings are in OUT; a JSON object is printed: of each kill, the last step that had been told, and the
-step of the checkpoint that it left, 0 for none and -1 where it cannot be read.
+anew when it is complete (``completed-…``). Folders of trainings are in OUT; a JSON object is printed: of each kill, the last step that had
+been told, the step of the checkpoint that it left, 0 for none and -1 where it cannot be read, and what it interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import socket
 import sys
 import time
 import traceback
+from typing import NamedTuple
 
 OPTIONS = {
     "DATASETS.TRAIN": "('shapes_train',)",
@@ -49,8 +50,15 @@ OPTIONS = {
 
 QUICK = {"MODEL__MASK_FORMER__DEC_LAYERS": 1, "SOLVER__OPTIMIZER": "SGD"}
 """Little to trace."""
-STEPS = 8
+STEPS, EVAL_PERIOD = 8, 4
 DIED = -signal.SIGKILL
+
+MOMENTS = {"anywhere": (-4.0, 0.0), "saving": (-4.0, -1.5), "evaluating": (-3.0, 0.5)}
+"""When a training is killed, in turns: after some changes in its folder; while a checkpoint that does not count yet is there; while an
+evaluation is missing. And how much later: a random power of ten, in seconds, with an exponent in this range."""
+
+CHANGES = 25
+"""So many changes at most are waited for: about half of what a whole training makes."""
 
 
 def arguments(data: object, out: object, *more: str, **options: object) -> list[str]:
@@ -100,45 +108,71 @@ def main(what: str, data: str, out: str, kills: str = "0", seed: str = "0") -> N
         clusters = [json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}) for index in range(2)]
         codes += map(ended, [start("workers", cluster=cluster, SOLVER__MAX_ITER=2) for cluster in clusters])
     else:
+        options = {"SOLVER__MAX_ITER": STEPS, "TEST__EVAL_PERIOD": EVAL_PERIOD, **QUICK}
         moments = random.Random(int(seed))
-        codes, left, before = [ended(start("whole", SOLVER__MAX_ITER=STEPS, **QUICK))], [], 0
+        codes, left, before, killed = [ended(start("whole", **options))], [], 0, folder / "killed"
         while len(left) < int(kills):
             (folder / "killed.log").unlink(missing_ok=True)
-            child = start("killed", SOLVER__MAX_ITER=STEPS, **QUICK)
-            # Most of the time goes into the model and its graph: a random number of steps later, and then at a random moment.
-            later = before + moments.randrange(4)
-            while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) and told(folder) < later:
-                time.sleep(0.002)
-            time.sleep(0.1 * moments.random())
+            moment = list(MOMENTS)[len(left) % len(MOMENTS)]
+            was, changes = found(killed), moments.randrange(CHANGES)
+            child, last = start("killed", **options), was
+            while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                now = found(killed)
+                changes -= now != last
+                last = now
+                started = {"anywhere": changes < 0, "saving": bool(now.unfinished - was.unfinished), "evaluating": now.evaluating}
+                if started[moment]:
+                    time.sleep(10 ** moments.uniform(*MOMENTS[moment]))
+                    break
+                time.sleep(0.0005)
             os.kill(child, signal.SIGKILL)
             code = ended(child)
             assert code in (0, DIED), (folder / "killed.log").read_text()
-            if code == DIED and (after := left_by_kill(folder)) < STEPS:
-                left.append({"told": max(told(folder), before), "checkpoint": after})
-                before = max(after, 0)
+            if code == DIED:
+                now, before = found(killed), max(now.told, before)
+                saving, evaluating = bool(now.unfinished - was.unfinished), now.evaluating
+                left.append({"told": before, "checkpoint": left_by_kill(killed), "saving": saving, "evaluating": evaluating})
+                before = min(before, max(left[-1]["checkpoint"], 0))
             else:  # it was over before: judge it, and begin anew
-                shutil.move(folder / "killed", folder / f"completed-{len(left)}")
+                shutil.move(killed, folder / f"completed-{len(left)}")
                 before = 0
-        codes.append(ended(start("killed", SOLVER__MAX_ITER=STEPS, **QUICK)))
+        codes.append(ended(start("killed", **options)))
         result["left"] = left
     assert codes == [0] * len(codes), codes
     print(json.dumps(result))
 
 
-def told(folder: pathlib.Path) -> int:
-    """The last step of which a training has told."""
-    try:
-        steps = re.findall(r"^step (\d+) of", (folder / "killed.log").read_text(), re.MULTILINE)
-    except OSError:
-        steps = []
-    return int(steps[-1]) if steps else 0
+class Found(NamedTuple):
+    """What can be seen of a training: the last step that it told, all files with their sizes, those of a checkpoint that does not count
+    yet, and whether the last one that counts has still to be evaluated."""
+
+    told: int
+    files: frozenset[tuple[str, int, int]]
+    unfinished: frozenset[tuple[str, int, int]]
+    evaluating: bool
+
+
+def found(folder: pathlib.Path) -> Found:
+    files = set()
+    with contextlib.suppress(FileNotFoundError):  # of files that come and go
+        for entry in os.scandir(folder):
+            files.add((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns))
+    texts = []
+    for file in (folder.with_suffix(".log"), folder / "checkpoint"):
+        texts.append(file.read_text() if file.exists() else "")
+    steps = re.findall(r"^step (\d+) of", texts[0], re.MULTILINE)
+    counts = {int(step) for step in re.findall(r"ckpt-(\d+)", texts[1])}
+    last = max(counts, default=0)
+    unfinished = {file for file in files if (step := re.match(r"ckpt-(\d+)", file[0])) and int(step[1]) > last}
+    evaluating = last > 0 and last % EVAL_PERIOD == 0 and not (folder / f"evaluation-{last}.json").exists()
+    return Found(int(steps[-1]) if steps else 0, frozenset(files), frozenset(unfinished), evaluating)
 
 
 def left_by_kill(folder: pathlib.Path) -> int:
     """The step of the last checkpoint, all of whose tensors can be read; 0 where there is none yet, -1 where it cannot be read."""
     import tensorflow as tf
 
-    prefix = tf.train.latest_checkpoint(str(folder / "killed"))
+    prefix = tf.train.latest_checkpoint(str(folder))
     if prefix is None:
         return 0
     try:

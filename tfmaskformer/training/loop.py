@@ -38,6 +38,8 @@ from tfmaskformer.training.summaries import Summaries, sample_overlay
 LOG_PERIOD = 20
 """Steps, as upstream. They are looked at together, so that devices need not wait for it after every one."""
 
+_EVALUATION = "evaluation-{}.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -156,6 +158,8 @@ class Training:
             manager.checkpoint.restore(manager.latest_checkpoint).assert_existing_objects_matched()
         recipe, eval_period = self.settings.recipe, self.settings.tree["TEST"]["EVAL_PERIOD"]
         summaries = Summaries(run.path("events") if run.writes else None)
+        if self.steps and self._due(eval_period, self.steps) and not tf.io.gfile.exists(run.path(_EVALUATION.format(self.steps))):
+            self._evaluate(run, summaries, self.steps)  # it ended between the two
         batches = self._shared(self._batches(self.steps))
         window: list[_Timed] = []
         start_s = time.monotonic()
@@ -164,8 +168,7 @@ class Training:
             batch = next(batches)
             data_s = time.monotonic() - waiting_s
             window.append(_Timed(step, *self._train(batch), data_s))
-            last = step == recipe.max_iter
-            save, evaluate = (last or (period > 0 and step % period == 0) for period in (recipe.checkpoint_period, eval_period))
+            save, evaluate = (self._due(period, step) for period in (recipe.checkpoint_period, eval_period))
             if save or evaluate or step % LOG_PERIOD == 0:
                 values = self._observe(window, manager.latest_checkpoint)
                 values["images_per_second"] = len(window) * recipe.ims_per_batch / (time.monotonic() - start_s)
@@ -173,13 +176,17 @@ class Training:
                 progress(step, values)
                 window.clear()
             if save or evaluate:
-                self._save(manager, step, run.writes)
-                if run.writes:
+                self._check_weights(step, manager.latest_checkpoint)
+                if run.writes:  # the checkpoint last: what comes before it is made again after a kill
                     summaries.picture(step, "sample", self._overlay(batch))
-            if evaluate and self.validation is not None:
-                summaries.scalars(step, self._evaluate(run, step))
+                    manager.save(checkpoint_number=step)
+            if evaluate:
+                self._evaluate(run, summaries, step)
             if not window:
                 start_s = time.monotonic()
+
+    def _due(self, period: int, step: int) -> bool:
+        return step == self.settings.recipe.max_iter or (period > 0 and step % period == 0)
 
     def _batches(self, start: int) -> tf.data.Dataset:
         """This worker's part of each batch, from step ``start`` on."""
@@ -248,20 +255,19 @@ class Training:
         flat = [self.strategy.experimental_local_results(value) for value in tf.nest.flatten(values)]
         return [tf.nest.pack_sequence_as(values, replica) for replica in zip(*flat, strict=True)]
 
-    def _save(self, manager: tf.train.CheckpointManager, step: int, write: bool) -> None:
+    def _check_weights(self, step: int, good: str | None) -> None:
         if bad := self._not_finite():
-            good = manager.latest_checkpoint or "none"
-            raise DivergedError(
-                f"step {step}: the weight {bad[0]} is not finite, nor are {len(bad) - 1} others\n  the last good checkpoint: {good}"
-            )
-        if write:
-            manager.save(checkpoint_number=step)
+            more = f"nor are {len(bad) - 1} others\n  the last good checkpoint: {good or 'none'}"
+            raise DivergedError(f"step {step}: the weight {bad[0]} is not finite, {more}")
 
     def _not_finite(self) -> list[str]:
         """Names of variables that hold NaN or infinities."""
-        variables = named_variables(self.model)
-        finite = tf.function(lambda: [tf.reduce_all(tf.math.is_finite(variable.value)) for variable in variables.values()])
-        return [name for name, good in zip(variables, finite(), strict=True) if not good.numpy()]
+        return [name for name, good in zip(named_variables(self.model), self._finite(), strict=True) if not good.numpy()]
+
+    @functools.cached_property
+    def _finite(self) -> Callable[[], Any]:
+        variables = named_variables(self.model).values()
+        return tf.function(lambda: [tf.reduce_all(tf.math.is_finite(variable.value)) for variable in variables])
 
     def _overlay(self, batch: Any) -> np.ndarray:
         images, sizes, targets = step_arguments(self._local(batch)[0])
@@ -274,16 +280,15 @@ class Training:
             own = {"sem_seg": own["sem_seg"][:height, :width]}
         return sample_overlay(self.model, images[0, :height, :width].numpy(), own)
 
-    def _evaluate(self, run: Run, step: int) -> dict[str, float]:
-        """Metrics of the last checkpoint, which all workers have a part in."""
-        assert self.validation is not None
+    def _evaluate(self, run: Run, summaries: Summaries, step: int) -> None:
+        """Of the last checkpoint; all workers have a part in it."""
+        if self.validation is None:
+            return
         if worker(self.strategy)[0] > 1:  # until the first one has written the checkpoint
             self.strategy.reduce(tf.distribute.ReduceOp.SUM, self.strategy.run(lambda: tf.ones([])), axis=None)
         evaluation = Evaluation(run.folder, self.validation, self.strategy, self._metrics, on_error="skip")
         evaluation.run()
         report = evaluation.report(evaluation.total())
-        if run.writes:
-            run.write(f"evaluation-{step}.json", (json.dumps(report, indent=1) + "\n").encode())
         found = {"PQ": ("panoptic", "all", "pq"), "mIoU": ("semantic", "miou")}
         values = {}
         for name, path in found.items():
@@ -292,4 +297,6 @@ class Training:
                 value = (value or {}).get(key)
             if value is not None:
                 values[f"evaluation/{name}"] = float(value)
-        return values
+        summaries.scalars(step, values)
+        if run.writes:
+            run.write(_EVALUATION.format(step), (json.dumps(report, indent=1) + "\n").encode())
