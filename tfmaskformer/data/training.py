@@ -167,10 +167,14 @@ def largest_objects(count: tf.Tensor, segments: tf.Tensor, max_objects: int) -> 
 
     As upstream, an object of which the crop left nothing is one all the same; such are dropped first.
     """
-    areas = tf.math.bincount(tf.reshape(segments + 1, [-1]), minlength=count + 1)[1:]
-    kept = tf.sort(tf.math.top_k(areas, tf.minimum(count, max_objects)).indices)
-    renamed = tf.tensor_scatter_nd_update(tf.fill([count + 1], NO_SEGMENT), kept[:, tf.newaxis] + 1, tf.range(tf.shape(kept)[0]))
-    return kept, tf.gather(renamed, segments + 1)
+
+    def largest() -> tuple[tf.Tensor, tf.Tensor]:
+        areas = tf.math.bincount(tf.reshape(segments + 1, [-1]), minlength=count + 1)[1:]
+        kept = tf.sort(tf.math.top_k(areas, max_objects).indices)
+        renamed = tf.tensor_scatter_nd_update(tf.fill([count + 1], NO_SEGMENT), kept[:, tf.newaxis] + 1, tf.range(max_objects))
+        return kept, tf.gather(renamed, segments + 1)
+
+    return tf.cond(count > max_objects, largest, lambda: (tf.range(count), segments))
 
 
 def _check_dataset(dataset: DataSet, mapper: Mapper, model: MaskFormerConfig) -> None:
