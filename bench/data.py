@@ -2,7 +2,8 @@
 
 Photographs of COCO's usual size with panoptic and semantic maps, in the layouts of the data sets that the official configs name; batches
 as a training gets them. The official mappers run in PyTorch's ``DataLoader``, in the process itself on one core, in two on two. Either
-side gets no other core. They are measured where ``MASKFORMER_SOURCE`` and ``DETECTRON2_SOURCE`` name the official code, and panopticapi
+side gets no other core. One is measured after the other, not in turns: what a pipeline prepares between its passes would count for nothing.
+The official ones are measured where ``MASKFORMER_SOURCE`` and ``DETECTRON2_SOURCE`` name the official code, and panopticapi
 and, for those that change colours, OpenCV are installed.
 """
 
@@ -53,23 +54,27 @@ def main() -> int:
             official = official_given() and all(importlib.util.find_spec(package) for package in NEEDED[mapper])
             sides = [OURS, OFFICIAL] if official else [OURS]
             names = [f"{side}, {cores}" for side in sides for cores in CORES]
-            seconds, peaks = in_turns("bench.data", names, entry, scratch, warm_ups=WARM_UPS, passes=PASSES)
+            seconds, peaks = {}, {}
+            for name in names:
+                taken, memory = in_turns("bench.data", [name], entry, scratch, warm_ups=WARM_UPS, passes=PASSES)
+                seconds |= taken
+                peaks |= memory
             rates = {name: IMAGES / statistics.median(values) for name, values in seconds.items()}
             for name in names:
                 side, cores = name.rsplit(", ", 1)
                 official_rate = rates.get(f"{OFFICIAL}, {cores}")
                 ratio = f"{rates[name] / official_rate:.2f}" if official_rate else "–"
                 fastest = IMAGES / min(seconds[name])
-                memory = gigabytes(peaks[name]) if side == OURS or cores == "1" else "–"  # those of the DataLoader are others' processes
-                rows.append([f"{mapper}: {side}", cores, f"{rates[name]:.1f}", f"{fastest:.1f}", ratio, memory])
+                peak = gigabytes(peaks[name]) if side == OURS or cores == "1" else "–"  # the DataLoader's processes are others
+                rows.append([f"{mapper}: {side}", cores, f"{rates[name]:.1f}", f"{fastest:.1f}", ratio, peak])
     step = bench.train.GRAPH
     [seconds_of_step] = in_turns("bench.train", [step], "1", warm_ups=2, passes=3)[0].values()
     rows.append([f"needed: {step}, forward and back", "2", f"{1 / statistics.median(seconds_of_step):.2f}", "", "", ""])
     text = (
         f"`python -m bench.data`: images a second that the training batches of each mapper hold, by the official R50 configs, from JPEG "
-        f"files of {WIDTH_PX}×{HEIGHT_PX} px with {SEGMENTS} segments, {IMAGES} images a pass in batches of {BATCH}; {PASSES} passes each, "
-        "taken in turns. The official mappers give masks, ours the object of each pixel, on the whole canvas. Ratio: to the official one "
-        "on as many cores. Memory: the process's peak. Needed: what one training step takes on this machine, at "
+        f"files of {WIDTH_PX}×{HEIGHT_PX} px with {SEGMENTS} segments, {IMAGES} images a pass in batches of {BATCH}; {PASSES} passes each "
+        "after one that starts it. The official mappers give masks, ours the object of each pixel, on the whole canvas. Ratio: to the "
+        "official one on as many cores. Memory: the process's peak. Needed: what one training step takes on this machine, at "
         f"{bench.train.SIZE_PX}×{bench.train.SIZE_PX} px."
     )
     print(section("Input pipeline", text, ["", "cores", "images/s", "fastest pass", "ratio", "peak memory"], rows))
@@ -133,11 +138,10 @@ def _tensorflow(entry: str, folder: Path) -> Callable[[], Any]:
     from tfmaskformer.official_config import named_tree
 
     tree, dataset = named_tree(entry)[1], open_dataset(_layout(entry), folder, "train")
-    batches = training_dataset(tree, dataset, seed=0, batch=BATCH, max_objects=100).take(IMAGES // BATCH)
+    batches = iter(training_dataset(tree, dataset, seed=0, batch=BATCH, max_objects=100))
 
     def one_pass() -> None:
-        seen = [len(batch["image"]) for batch in batches]
-        assert sum(seen) == IMAGES
+        assert sum(len(next(batches)["image"]) for _ in range(IMAGES // BATCH)) == IMAGES
 
     return one_pass
 
@@ -151,6 +155,7 @@ def _official(entry: str, folder: Path, processes: int) -> Callable[[], Any]:
     code = official.load()
     import mask_former
     from detectron2.data import MapDataset, MetadataCatalog
+    from detectron2.data.samplers import TrainingSampler
 
     config = code.config(checkpoints.registry.entry(entry).official_config.removeprefix("configs/"))
     config.DATASETS.TRAIN = ("bench",)
@@ -162,10 +167,11 @@ def _official(entry: str, folder: Path, processes: int) -> Callable[[], Any]:
     }
     listed = json.loads((folder / "official.json").read_text(encoding="utf-8"))
     samples = MapDataset(listed, mappers[config.INPUT.DATASET_MAPPER_NAME](config, True))
+    sampler = TrainingSampler(len(samples), seed=0)
+    batches = iter(torch.utils.data.DataLoader(samples, BATCH, sampler=sampler, collate_fn=list, num_workers=processes))
 
     def one_pass() -> None:
-        loader = torch.utils.data.DataLoader(samples, BATCH, shuffle=True, collate_fn=list, num_workers=processes)
-        assert sum(map(len, loader)) == IMAGES
+        assert sum(len(next(batches)) for _ in range(IMAGES // BATCH)) == IMAGES
 
     return one_pass
 
