@@ -216,6 +216,11 @@ def test_what_is_asked_for_reaches_model_step_and_data(data, tmp_path, uncompile
         second._observe([timed(3, loss=4.0), timed(4, loss=8.0, bad=[names[7]])], None)
     with pytest.raises(DivergedError, match=r"step 4: the loss diverged.*\n  'run/ckpt-3' is the last good checkpoint"):
         second._observe([timed(4, loss=61.0)], "run/ckpt-3")
+    with monkeypatch.context() as patch:
+        fine = timed(5, loss=4.0).result
+        patch.setattr(second, "_local", lambda result: [fine, result])  # of two replicas
+        with pytest.raises(DivergedError, match=f"step 5: all losses are finite, but the gradient of {names[7]} is not"):
+            second._observe([timed(5, loss=4.0, bad=[names[7]])], None)
     second._check_weights(1, None)
     variable = named_variables(third.model)["sem_seg_head.predictor.class_embed.weight"]
     third._check_weights(1, None)
