@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=pathlib.Path, required=True, metavar="DIR", help="photographs and their panoptic ground truth")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="of the training")
-    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"default: {STEPS}")
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"default: {STEPS}; 0: the limit alone")
     arguments = parser.parse_args(argv)
     from parity.train_shapes_tensorflow import write_initial
     from tfmaskformer.data.datasets import open_dataset
@@ -115,15 +115,15 @@ def main(argv: list[str] | None = None) -> int:
     _, tree = named_tree(CONFIG)
     override(tree, [part for option in options.items() for part in option])
     config = config_of(tree, CONFIG)
-    samples = list(dataset.samples())
-    write_initial(config, [sample.image for sample in samples], 0, initial)
-    canvas = np.max([sample.image.shape[:2] for sample in samples], axis=0)
-    objects = max(sum(not segment["iscrowd"] for segment in sample.segments_info) for sample in samples)
-    command = ["--config", CONFIG, "--data", str(data), "--init", str(initial), "--out", str(arguments.out), "--cpu"]
-    command += ["--canvas", *map(str, canvas), "--max-objects", str(objects)]
-    code = cli.main([*command, *(str(part) for option in options.items() for part in option)])
-    if code:
-        return code
+    if arguments.steps:
+        samples = list(dataset.samples())
+        write_initial(config, [sample.image for sample in samples], 0, initial)
+        canvas = np.max([sample.image.shape[:2] for sample in samples], axis=0)
+        objects = max(sum(not segment["iscrowd"] for segment in sample.segments_info) for sample in samples)
+        command = ["--config", CONFIG, "--data", str(data), "--init", str(initial), "--out", str(arguments.out), "--cpu"]
+        command += ["--canvas", *map(str, canvas), "--max-objects", str(objects)]
+        if code := cli.main([*command, *(str(part) for option in options.items() for part in option)]):
+            return code
 
     def percent(values: dict[str, Any]) -> dict[str, dict[str, float]]:
         return {group: {key: round(value[key], 2) for key in ("pq", "sq", "rq")} for group, value in values.items()}
@@ -133,11 +133,15 @@ def main(argv: list[str] | None = None) -> int:
         panoptic = json.loads(file.read_text(encoding="utf-8"))["metrics"]["panoptic"]
         evaluations[int(file.stem.partition("-")[2])] = percent({group: panoptic[group] for group in ("all", "things", "stuff")})
     most = {group: {key: 100 * value for key, value in quality._asdict().items()} for group, quality in limit(dataset, config).items()}
-    result = {"steps": arguments.steps, "options": options, "evaluations": dict(sorted(evaluations.items())), "limit": percent(most)}
+    result: dict[str, Any] = {
+        "steps": arguments.steps,
+        "options": options,
+        "evaluations": dict(sorted(evaluations.items())),
+        "limit": percent(most),
+    }
     arguments.out.with_name(f"{arguments.out.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(
-        f"PQ {result['evaluations'][arguments.steps]['all']['pq']}; of the ground truth at this resolution {result['limit']['all']['pq']}"
-    )
+    for name, quality in [*result["evaluations"].items(), ("ground truth", result["limit"])]:
+        print(f"{name}: PQ {quality['all']['pq']}")
     return 0
 
 
