@@ -95,7 +95,7 @@ def compile_for_tpu(fn: Callable[..., Any], *specs: tf.TensorSpec, topology: str
         try:
             executable = device.client.compile(module, jax.sharding.SingleDeviceSharding(device)._internal_device_list, options)
         except jax.errors.JaxRuntimeError as error:
-            kind = TooLargeError if "Ran out of memory" in str(error) else AotError
+            kind = TooLargeError if re.search(r"Ran out of memory (on|in memory space) hbm", str(error), re.IGNORECASE) else AotError
             raise kind(f"the compiler for {topology} refuses the program: {str(error).splitlines()[0]}") from error
     program = executable.hlo_modules()[0].to_string()
     entry = program.split("\n", 1)[0]

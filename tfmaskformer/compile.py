@@ -31,7 +31,14 @@ CROPS = {"cityscapes": (512, 1024), "coco_panoptic": (1333, 1333), "mapillary_vi
 
 
 def program(
-    model: MaskFormer, step: str, batch: int, size: tuple[int, int], *, output_size: tuple[int, int] | None = None, objects: int = 100
+    model: MaskFormer,
+    step: str,
+    batch: int,
+    size: tuple[int, int],
+    *,
+    output_size: tuple[int, int] | None = None,
+    objects: int = 100,
+    rematerialise: bool = False,
 ) -> tuple[Callable[..., Any], list[Any]]:
     """A step as one core runs it, and the shapes of its arguments.
 
@@ -43,6 +50,7 @@ def program(
         size: (height, width) of the canvas, px.
         output_size: "eval": that of the results, px; default ``size``.
         objects: "train": room for objects in each image.
+        rematerialise: "train": see :class:`~tfmaskformer.training.step.TrainStep`.
 
     Returns:
         a function, and a ``tf.TensorSpec`` for each of its arguments.
@@ -62,7 +70,7 @@ def program(
     from tfmaskformer.training.recipe import Recipe
     from tfmaskformer.training.step import TrainStep
 
-    train = TrainStep(model, build_optimizer(Recipe(clip_norm=0.01), model), padding="masked")
+    train = TrainStep(model, build_optimizer(Recipe(clip_norm=0.01), model), padding="masked", rematerialise=rematerialise)
     targets = {"sem_seg": tf.TensorSpec([batch, *size], tf.int32)}
     if model.config.head == "MaskFormerHead":
         targets = {
@@ -92,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--batch, --objects, --size and --output-size take positive numbers")
     if arguments.output_size and arguments.step == "train":
         parser.error("--output-size belongs to --step eval")
+    if arguments.rematerialise and arguments.step == "eval":
+        parser.error("--rematerialise belongs to --step train")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         from tfmaskformer import aot
@@ -105,8 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("loading the checkpoint …", file=sys.stderr, flush=True)
         model = load(arguments.ckpt, DTYPES[dtype])
         size = tuple(arguments.size or default_size(model.config, arguments.step))
-        output_size = tuple(arguments.output_size) if arguments.output_size else None
-        step, specs = program(model, arguments.step, arguments.batch, size, output_size=output_size, objects=arguments.objects)
+        options: dict[str, Any] = {"objects": arguments.objects, "rematerialise": arguments.rematerialise}
+        if arguments.step == "eval":
+            options = {"output_size": tuple(arguments.output_size or size)}
+        step, specs = program(model, arguments.step, arguments.batch, size, **options)
         print(f"compiling for {arguments.target}, which takes a minute or two …", file=sys.stderr, flush=True)
         stats = aot.compile_for_tpu(step, *specs, topology=arguments.target)
     except aot.UnavailableError as error:
@@ -124,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dtype": dtype,
         "batch": arguments.batch,
         "size": size,
-        **({"output_size": output_size or size} if arguments.step == "eval" else {"objects": arguments.objects}),
+        **options,
         **dataclasses.asdict(stats),
         "seconds": round(time.monotonic() - start_s, 1),
     }
@@ -178,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--objects", type=int, default=100, metavar="N", help="room for objects in an image, in training (default: %(default)s)"
     )
+    parser.add_argument("--rematerialise", action="store_true", help="as 'tfmaskformer train' takes it: blocks are computed again")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="what the network computes in (default: float32 in evaluation, bfloat16 in training)"
     )

@@ -122,14 +122,16 @@ class WindowAttention(Module):
         ``attn_mask``: added to every head's scores, ``[batch or 1, window rows, window columns, 1, positions, positions]``.
         """
         *grid, positions, channels = static_shape(windows)
-        qkv = tf.reshape(self.qkv(windows), [*grid, positions, 3, self.num_heads, channels // self.num_heads])
-        query, key, value = tf.unstack(tf.transpose(qkv, [4, 0, 1, 2, 5, 3, 6]))
+        heads = self.num_heads
+        # All windows in one axis for products and transpositions: LiteRT takes few axes.
+        qkv = tf.reshape(self.qkv(windows), [-1, positions, 3, heads, channels // heads])
+        query, key, value = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))
         scores = tf.matmul(query * tf.constant(self.scale, query.dtype), key, transpose_b=True)
-        scores += tf.cast(self.relative_position_bias(), scores.dtype)
+        scores = tf.reshape(scores, [*grid, heads, positions, positions]) + tf.cast(self.relative_position_bias(), scores.dtype)
         if attn_mask is not None:
             scores += attn_mask
-        attention = self.attn_drop(self.softmax(scores))
-        mixed = tf.transpose(tf.matmul(attention, value), [0, 1, 2, 4, 3, 5])
+        attention = tf.reshape(self.attn_drop(self.softmax(scores)), [-1, heads, positions, positions])
+        mixed = tf.transpose(tf.matmul(attention, value), [0, 2, 1, 3])
         return self.proj_drop(self.proj(tf.reshape(mixed, [*grid, positions, channels])))
 
     def relative_position_bias(self) -> tf.Tensor:

@@ -34,6 +34,7 @@ def check(directory, reference):
         ("tiny_per_pixel", {"format": "keras"}),
         ("tiny_per_pixel_plus", {"format": "keras"}),
         ("tiny_deeplab", {"format": "litert", "size": (128, 160), "fold_batch_norm": True}),
+        ("tiny_swin", {"format": "litert", "size": (128, 160)}),
     ],
 )
 def test_exports_match_the_official_code(converted, tmp_path, name, options):
