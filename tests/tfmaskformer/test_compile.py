@@ -17,6 +17,7 @@ from converters.convert import convert
 from tfmaskformer import aot, compile  # noqa: A004
 from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.model import MaskFormer
+from tfmaskformer.training import step as training_step
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs the extra 'aot'")
 ARCHITECTURES = ("tiny_semantic", "tiny_panoptic", "tiny_deeplab", "tiny_swin", "tiny_per_pixel", "tiny_per_pixel_plus")
@@ -55,6 +56,16 @@ def test_the_training_step_compiles_and_has_an_optimizer(checkpoint, capsys):
     assert told["train"]["flops"] > 2.5 * told["eval"]["flops"]
     assert told["train"]["argument_bytes"] > 2.5 * told["eval"]["argument_bytes"], "two moments for each weight"
     assert told["train"]["target"] == "v5e:2x2"
+
+
+@pytest.mark.parametrize("options", [[], ["--rematerialise"]])
+def test_rematerialisation_is_that_of_the_training_step(checkpoint, monkeypatch, options):
+    seen = []
+    monkeypatch.setattr(aot, "check_target", lambda target: None)
+    monkeypatch.setattr(training_step, "TrainStep", lambda *arguments, **settings: seen.append(settings["rematerialise"]))
+    monkeypatch.setattr(aot, "compile_for_tpu", lambda *arguments, **settings: (_ for _ in ()).throw(aot.AotError("not compiled")))
+    assert compile.main(["--ckpt", checkpoint, "--step", "train", *options]) == 1
+    assert seen == [bool(options)]
 
 
 @needs_compiler
@@ -104,7 +115,8 @@ def test_bad_usage(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(aot, "check_target", lambda target: None)
     assert compile.main(["--ckpt", str(tmp_path)]) == 2
     assert "cannot read config.json" in capsys.readouterr().err
-    for options in (["--batch", "0"], ["--size", "0", "5"], ["--step", "train", "--output-size", "5", "5"], ["--dtype", "float16"]):
+    only_train, only_eval = ["--rematerialise"], ["--step", "train", "--output-size", "5", "5"]
+    for options in (["--batch", "0"], ["--size", "0", "5"], only_train, only_eval, ["--dtype", "float16"]):
         with pytest.raises(SystemExit) as raised:
             compile.main(["--ckpt", str(tmp_path), *options])
         assert raised.value.code == 2
