@@ -19,7 +19,8 @@ IMPORT_ALL = """
 import importlib, pkgutil
 package = importlib.import_module({package!r})
 for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    importlib.import_module(module.name)
+    if module.name != "tfmaskformer.model_garden.task":  # whose classes are the Model Garden's
+        importlib.import_module(module.name)
 """
 COMMAND_LINE = """
 from tfmaskformer.cli import main
