@@ -54,7 +54,8 @@ def main() -> int:
             official = official_given() and all(importlib.util.find_spec(package) for package in NEEDED[mapper])
             sides = [OURS, OFFICIAL] if official else [OURS]
             names = [f"{side}, {cores}" for side in sides for cores in CORES]
-            seconds, peaks = {}, {}
+            seconds: dict[str, list[float]] = {}
+            peaks: dict[str, int] = {}
             for name in names:
                 taken, memory = in_turns("bench.data", [name], entry, scratch, warm_ups=WARM_UPS, passes=PASSES)
                 seconds |= taken
