@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo    convert a checkpoint, check its parity, draw what both frameworks see; in demo/"
 	@echo "make parity-check    the parity of a synthetic checkpoint (ENTRY=…, of the model zoo); report in parity-report/report"
-	@echo "make trajectory    train small models for 20 and 100 steps beside recorded official trainings; results in parity-report"
+	@echo "make trajectory    train small models for 20 and 100 steps, R50 for 20 and the loop for 100, beside recorded official trainings; results in parity-report"
 	@echo "make test    everything that CI runs: make check, then the tests"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make zoo     prove all 30 official models against the official code's traces, and make the README's table (an hour)"
@@ -26,14 +26,20 @@ parity-check: $(VENV)/demo.stamp
 	$(BIN)/convert --src parity-report/model_final.pkl --dst parity-report/tf_ckpt --config $(ENTRY) --force
 	$(BIN)/parity-check --ckpt parity-report/tf_ckpt --reference parity/traces/$(ENTRY) --report parity-report/report
 
+TRAJECTORIES := tiny_panoptic/tiny_panoptic tiny_swin/tiny_swin tiny_swin/tiny_swin_100 maskformer_panoptic_R50_bs64_554k/R50_20 shapes_panoptic/shapes_100
+
 trajectory: $(VENV)/demo.stamp
 	mkdir -p parity-report
-	for name in tiny_panoptic tiny_swin tiny_swin_100; do \
-	  model=$${name%_100} && \
-	  $(BIN)/tfmaskformer zoo synthesize $$model --dst parity-report/$$model.pkl --force && \
+	for model in tiny_panoptic tiny_swin maskformer_panoptic_R50_bs64_554k; do \
+	  $(BIN)/tfmaskformer zoo synthesize $$model --dst parity-report/$$model.pkl --force || exit $$?; \
+	done
+	cp checkpoints/small/shapes_panoptic.pkl parity-report
+	for pair in $(TRAJECTORIES); do \
+	  model=$${pair%/*} && name=$${pair#*/} && \
 	  $(BIN)/convert --src parity-report/$$model.pkl --dst parity-report/$$model --config $$model --force && \
 	  $(BIN)/parity-check steps --ckpt parity-report/$$model --reference tests/golden/trajectory/$$name --json parity-report/$$name.json || exit $$?; \
 	done
+	$(BIN)/python -m parity.trajectory_figure parity-report/trajectory.png $(TRAJECTORIES:%=parity-report/$$(basename %).json)
 
 test: check
 	$(BIN)/python -m pytest -n 2 --durations=25

@@ -10,9 +10,10 @@ records:
                       ``{step}/losses/{key}``, weighted, as the official model returns them, ``{step}/losses/total_loss`` and
                       ``{step}/gradient_norm``, before clipping; not of per-pixel baselines and in the float64 file alone
                       ``{step}/assignment``, int32 [layers, images, objects]: the query of each object, −1 for none; the final layer first
+                      ``{step}/data``, uint8 [32]: of a training on a data set, the hash of the batch (:func:`hash_of`)
 ``steps``             ``{step}/{quantity}/{part}`` for each of :data:`QUANTITIES` and each part: the parameters that the recipe treats
                       alike (``backbone.weight``, ``sem_seg_head.norm``, …), one behind the other; after the first step also
-                      ``1/{quantity}.each/{parameter}``
+                      ``1/{quantity}.each/{parameter}``. Of large models after some steps alone, the fact ``tensors_after``
 
 Steps count from 1. ``weights`` are not the weights but how far they have moved since the start: that is what a step makes, and beside
 the weights themselves a fault in it would look small. The floor of a record is the **drift**: how far other official runs, of other kernels
@@ -20,6 +21,9 @@ and numbers of threads, are from the float64 one after the same step.
 
 All trainings but the reference take its assignments, the port's in float32 too: where two cost the same but for rounding, each run would
 choose for itself, and from there on be another training. In float64 the port matches by itself, and its assignments are judged.
+
+A recording whose facts have ``data`` is of a training on a data set. It has no ``inputs``: the port trains on the data set too, in the loop
+of ``tfmaskformer train`` (:mod:`parity.trajectory_loop`).
 """
 
 from __future__ import annotations
@@ -28,12 +32,14 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -42,12 +48,13 @@ import numpy as np
 
 from converters.tables.maskformer import transforms
 from parity import compare, tensorflow_run
-from parity.judge import Item
-from parity.trace import Case, Record, TraceError, file_path, statistics
+from parity.judge import THREADS, Item
+from parity.trace import Case, Record, TraceError, file_path
 
 if TYPE_CHECKING:
     from parity.diagnose import Finding
     from tfmaskformer.model import MaskFormer
+    from tfmaskformer.training.optimizer import TorchOptimizer
     from tfmaskformer.training.step import TrainStep
 
 FOLDER = "steps"
@@ -69,6 +76,10 @@ FLOAT64_TOLERANCE = 1e-11
 """Two official float64 trainings are 1e-12 apart after 20 steps, and the port is no farther from them. The smallest fault known is 1e-10: a
 norm of 1e4 to which no 1e-6 was added before it divides the gradient."""
 
+FUSED_TOLERANCE = 1e-9
+"""Of moved weights where XLA compiled the step: it multiplies and adds with one rounding, so that a weight of 0.3 may be one unit in its
+last place, 5e-17, away, beside a move of 1e-6 in the first warm-up step. Measured: 2e-10 of a single parameter, 2e-11 of a part."""
+
 DRIFT_FACTOR = 3.0
 """Times the drift, the largest that other official float32 trainings have had so far: of six, one is up to 2.1 times as far as the farthest
 of the others (docs/training_parity.md)."""
@@ -80,8 +91,14 @@ most."""
 PARTED = 3.0
 """Relative error that may come of it: two trainings that have nothing more in common than their start."""
 
+EQUAL = {
+    "data": "other images, objects or draws than in the official training",
+    "assignment": "{} of {} objects of all layers have another query",
+}
+"""What must be the same, and what is said where it is not."""
+
 LR_RESOLUTION = 2.0**-51
-"""Relative to the largest learning rate: compilers turn a division by a constant into a product."""
+"""Relative to ``BASE_LR``: compilers turn a division by a constant into a product, and a polynomial schedule takes the result from 1."""
 
 MODES = ("graph", "eager", "xla")
 
@@ -124,11 +141,19 @@ def records_of(step: int, quantity: str, tensors: Mapping[str, np.ndarray], part
         tensors: official name → array in the official layout.
         parts: official name → part.
     """
+    each = {}
     for part in dict.fromkeys(parts.values()):
-        yield f"{step}/{quantity}/{part}", np.concatenate([tensors[name].ravel() for name, own in parts.items() if own == part])
+        own = {name: tensors[name] for name, of in parts.items() if of == part}
+        whole = np.empty(sum(tensor.size for tensor in own.values()), np.result_type(*own.values()))
+        start = 0
+        for name, tensor in own.items():
+            each[name] = whole[start : start + tensor.size].reshape(tensor.shape)
+            each[name][...] = tensor
+            start += tensor.size
+        yield f"{step}/{quantity}/{part}", whole
     if step == 1 and quantity != BUFFERS:
         for name in parts:
-            yield f"{step}/{quantity}.each/{name}", tensors[name]
+            yield f"{step}/{quantity}.each/{name}", each[name]
 
 
 def open_training(directory: str | Path, name: str) -> Case:
@@ -172,7 +197,6 @@ def steps_of(
     import tensorflow as tf
 
     from tfmaskformer.checkpoint import load
-    from tfmaskformer.module import named_variables
     from tfmaskformer.training.optimizer import build_optimizer
     from tfmaskformer.training.recipe import recipe_of
     from tfmaskformer.training.step import TrainStep
@@ -183,51 +207,102 @@ def steps_of(
         _silence(model)
     optimizer = build_optimizer(recipe_of({"SOLVER": facts["recipe"]}), model)
     step = TrainStep(model, optimizer, seed=facts["seed"])
-    parts = facts["parts"]
-    variables = named_variables(model)
-    buffers = sorted(name for name, variable in variables.items() if not variable.trainable)
-    own = {parameter.name: parameter for parameter in optimizer.parameters}
-    if own.keys() != parts.keys():
-        raise StepsError(f"the port and the recording do not train the same parameters: {sorted(own.keys() ^ parts.keys())[:3]}")
-
-    layouts = transforms(model.config, parts)
-
-    def official(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        return {name: layouts[name].invert(value.numpy()) for name, value in values.items()}
-
-    def weights() -> dict[str, np.ndarray]:
-        return {name: array.astype(np.float64) for name, array in official({name: variables[name] for name in parts}).items()}
-
-    def held() -> np.ndarray:
-        return np.concatenate([np.zeros(0), *(np.float64(variables[name].numpy()).ravel() for name in buffers)])
-
+    made = Made(model, optimizer, facts)
     is_matched = ("scalars", "1/assignment") in case.reference.records
     batches = [_batch(case, model, images, dtype) for images in facts["batches"]]
     runs = [_compiled(step, embeddings, mode) for *_, embeddings in batches]
-    before, held_before = weights(), held()
     for number in range(1, (steps or facts["steps"]) + 1):
         index = (number - 1) % len(batches)
         given = [] if dtype == "float64" or not is_matched else [tf.constant(case.reference.read("scalars", f"{number}/assignment"))]
         result, clipped, assignment = runs[index](*batches[index][:3], *given)
-        found: dict[tuple[str, str], np.ndarray] = {}
+        found = made.records(number, result.losses, result.gradient_norm, result.lr, clipped)
         if is_matched:
             found["scalars", f"{number}/assignment"] = assignment.numpy()
-        if number == 1:
-            found["scalars", "decay"] = np.array([own[name].weight_decay for name in parts])
-        found["scalars", f"{number}/lr"] = np.array([float(result.lr) * own[name].lr_factor for name in parts])
-        for key, loss in result.losses.items():
-            found["scalars", f"{number}/losses/{key}"] = loss.numpy()
-        found["scalars", f"{number}/gradient_norm"] = result.gradient_norm.numpy()
-        nothing = {name: tf.fill(variables[name].shape, math.nan) for name in parts.keys() - clipped.keys()}  # it had no gradient
-        tensors = {"clipped": official(clipped | nothing)}
-        tensors |= {slot: official({name: optimizer.slot(slot, name) for name in parts}) for slot in optimizer.slots}
-        tensors["weights"] = {name: array - before[name] for name, array in weights().items()}
-        for quantity, of in tensors.items():
-            found |= {("steps", name): array for name, array in records_of(number, quantity, of, parts)}
-        found |= {
-            ("steps", name): array for name, array in records_of(number, BUFFERS, {BUFFERS: held() - held_before}, {BUFFERS: BUFFERS})
-        }
         yield found
+
+
+class Made:
+    """What a training makes of a model, as a recording has it.
+
+    Args:
+        model, optimizer: at its start.
+        facts: of the recording.
+
+    Raises:
+        StepsError: other parameters are trained.
+    """
+
+    def __init__(self, model: MaskFormer, optimizer: TorchOptimizer, facts: Mapping[str, Any]):
+        from tfmaskformer.module import named_variables
+
+        self.optimizer = optimizer
+        self.parts: dict[str, str] = facts["parts"]
+        self._tensors_after = facts.get("tensors_after")
+        self.variables = named_variables(model)
+        self._own = {parameter.name: parameter for parameter in optimizer.parameters}
+        if unlike := sorted(self._own.keys() ^ self.parts.keys()):
+            raise StepsError(f"the port and the recording do not train the same parameters: {unlike[:3]}")
+        self._layouts = transforms(model.config, self.parts)
+        self._buffers = sorted(name for name, variable in self.variables.items() if not variable.trainable)
+        self._before, self._held_before = {name: array.copy() for name, array in self._weights().items()}, self._held()
+
+    def _official(self, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        import tensorflow as tf
+
+        return {name: self._layouts[name].invert(np.asarray(tf.convert_to_tensor(value))) for name, value in values.items()}
+
+    def _weights(self) -> dict[str, np.ndarray]:
+        """As they are until the next step."""
+        return self._official({name: self.variables[name] for name in self.parts})
+
+    def _held(self) -> np.ndarray:
+        return np.concatenate([np.zeros(0), *(np.float64(self.variables[name].numpy()).ravel() for name in self._buffers)])
+
+    def records(
+        self, number: int, losses: Mapping[str, Any], gradient_norm: Any, lr: Any, clipped: Mapping[str, Any]
+    ) -> dict[tuple[str, str], np.ndarray]:
+        """After a step, what a recording has of it, by (group, name), but for the assignment.
+
+        Args:
+            number: 1, 2, …
+            losses, gradient_norm, lr: of :class:`~tfmaskformer.training.step.StepResult`.
+            clipped: official name → gradient that entered the update; of those without one, none.
+        """
+        found: dict[tuple[str, str], np.ndarray] = {}
+        if number == 1:
+            found["scalars", "decay"] = np.array([self._own[name].weight_decay for name in self.parts])
+        found["scalars", f"{number}/lr"] = np.array([float(lr) * self._own[name].lr_factor for name in self.parts])
+        for key, loss in losses.items():
+            found["scalars", f"{number}/losses/{key}"] = np.asarray(loss)
+        found["scalars", f"{number}/gradient_norm"] = np.asarray(gradient_norm)
+        if self._tensors_after is not None and number not in self._tensors_after:
+            return found
+
+        def add(quantity: str, tensors: Mapping[str, np.ndarray], parts: Mapping[str, str]) -> None:  # one at a time: they are large
+            found.update((("steps", name), array) for name, array in records_of(number, quantity, tensors, parts))
+
+        nothing = {name: np.full(self.variables[name].shape, math.nan) for name in self.parts.keys() - clipped.keys()}
+        missing = {name: self._layouts[name].invert(array) for name, array in nothing.items()}
+        add("clipped", self._official(clipped) | missing, self.parts)
+        for slot in self.optimizer.slots:
+            add(slot, self._official({name: self.optimizer.slot(slot, name) for name in self.parts}), self.parts)
+        add("weights", {name: array - self._before[name] for name, array in self._weights().items()}, self.parts)
+        add(BUFFERS, {BUFFERS: self._held() - self._held_before}, {BUFFERS: BUFFERS})
+        return found
+
+
+def hash_of(images: Sequence[np.ndarray], targets: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """uint8 [32], SHA-256 of a batch: of each image its sides, its pixels, its classes and its masks.
+
+    Args:
+        images: uint8 [H, W, 3] RGB.
+        targets: ``labels`` int [K] and ``masks`` bool [K, H, W] of each.
+    """
+    digest = hashlib.sha256()
+    for image, target in zip(images, targets, strict=True):
+        for array, dtype in ((np.array(image.shape), "<i8"), (image, "u1"), (target["labels"], "<i8"), (target["masks"], "u1")):
+            digest.update(np.ascontiguousarray(array, dtype).tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 def _silence(model: MaskFormer) -> None:
@@ -279,6 +354,7 @@ def _compiled(step: TrainStep, embeddings: Mapping[str, Any], mode: str) -> Call
         clipped: dict[str, Any] = {}
         taken = list(given_assignment)
 
+        @tf.autograph.experimental.do_not_convert  # which cannot make it out, and says so
         def measure(criterion: Any, outputs: Any, targets: Any) -> Any:
             if taken:
                 return criterion.losses(outputs, targets, taken[0]), taken[0]
@@ -304,39 +380,70 @@ def _compiled(step: TrainStep, embeddings: Mapping[str, Any], mode: str) -> Call
 def judge(
     checkpoint: str | Path, case: Case, dtype: str, *, steps: int | None = None, mode: str = "graph", by_drift: bool = True
 ) -> Iterator[Item]:
-    """Every record of the first ``steps`` steps, step by step, each in the order of computation; arguments as of :func:`steps_of`.
+    """Every record of the first ``steps`` steps, step by step; arguments as of :func:`steps_of` and :class:`Judge`."""
+    step = Judge(case, dtype, by_drift=by_drift, fused=mode == "xla")
+    for found in steps_of(checkpoint, case, dtype, steps=steps, mode=mode):
+        yield from step(found)
 
-    With ``by_drift`` float32 is held to the drift. Without it, what is made of gradients (:data:`OF_GRADIENTS`) is told in float32 and not
-    judged, as gradients are in a check: the first step of a ResNet-50 may part by more than a few official runs do.
+
+class Judge:
+    """Judges what a training made, step by step, each record in the order of computation.
 
     The clipped gradients of each parameter in the first step are the group ``clipped``, everything else is the group ``steps``.
+
+    Args:
+        case: of :func:`open_training`.
+        dtype: "float32" or "float64".
+        by_drift: whether float32 is held to the drift. Else what is made of gradients (:data:`OF_GRADIENTS`) is told in float32 and not
+            judged, as gradients are in a check: the first step of a ResNet-50 may part by more than a few official runs do.
+        fused: whether XLA compiled the steps (:data:`FUSED_TOLERANCE`).
     """
-    file = case.baseline if dtype == "float32" else case.reference
-    expected: dict[int, list[tuple[str, str]]] = collections.defaultdict(list)
-    for group, name in case.reference.records:
-        if group in ("scalars", "steps"):
-            expected[_step_of(name)].append((group, name))
-    drift: dict[str, float] = collections.defaultdict(float)
-    parting = Parting() if dtype == "float32" else None
-    for number, found in enumerate(steps_of(checkpoint, case, dtype, steps=steps, mode=mode), start=1):
-        for key in (key for key in expected[number] if key in file.records):  # assignments are in the float64 file alone
-            drift[_kind(key[1])] = max(drift[_kind(key[1])], _largest(file[key].floor))
-        for group, name in expected[number]:
-            own = "clipped" if name.startswith("1/clipped.each/") else "steps"
-            if (group, name) not in found:
-                yield Item(own, name, False, note="no partner in TensorFlow")
-            elif _kind(name) == "assignment":
-                yield _judge_assignment(case, name, found[group, name])
-            elif _kind(name) in ("decay", "lr"):
-                yield _judge_rates(case, name, found[group, name])
-            else:
-                limited = by_drift or dtype == "float64" or _kind(name).partition("/")[0] not in OF_GRADIENTS
-                item = _judge_floats(case, case.reference[group, name], found[group, name], own, dtype, drift[_kind(name)], limited)
-                if parting is not None and parting.excuses(number, _kind(name), item.error, item.tolerance):
-                    item = dataclasses.replace(item, passed=True, tolerance=PARTED, note=f"parted in step {parting.step}")
-                yield item
-        for _, name in found.keys() - set(expected[number]):
+
+    def __init__(self, case: Case, dtype: str, *, by_drift: bool = True, fused: bool = False):
+        self._case, self._dtype, self._by_drift, self._fused = case, dtype, by_drift, fused
+        self._file = case.baseline if dtype == "float32" else case.reference
+        self._expected: dict[int, list[tuple[str, str]]] = collections.defaultdict(list)
+        for group, name in case.reference.records:
+            if group in ("scalars", "steps"):
+                self._expected[_step_of(name)].append((group, name))
+        self._drift: dict[str, float] = collections.defaultdict(float)
+        self._parting = Parting() if dtype == "float32" else None
+        self._number = 0
+
+    def __call__(self, found: Mapping[tuple[str, str], np.ndarray]) -> Iterator[Item]:
+        """The next step: an item for each record that the recording has of it, and for each that it has not."""
+        self._number += 1
+        expected, drift = self._expected[self._number], self._drift
+        for key in (key for key in expected if key in self._file.records):  # what is equal is in the float64 file alone
+            drift[_kind(key[1])] = max(drift[_kind(key[1])], _largest(self._file[key].floor))
+        with ThreadPoolExecutor(THREADS) as pool:
+            for item in pool.map(lambda key: self._item(key[0], key[1], found.get(key)), expected):
+                yield self._unless_parted(item)
+        for _, name in found.keys() - set(expected):
             yield Item("steps", name, False, note="no partner in the recording")
+
+    def _item(self, group: str, name: str, actual: np.ndarray | None) -> Item:
+        case, kind = self._case, _kind(name)
+        if actual is None:
+            return Item(_group_of(name), name, False, note="no partner in TensorFlow")
+        if kind in EQUAL:
+            return _judge_equal(case, name, actual)
+        if kind in ("decay", "lr"):
+            return _judge_rates(case, name, actual)
+        limited = self._by_drift or self._dtype == "float64" or kind.partition("/")[0] not in OF_GRADIENTS
+        least = FUSED_TOLERANCE if self._fused and kind.startswith("weights") else FLOAT64_TOLERANCE
+        return _judge_floats(case, case.reference[group, name], actual, _group_of(name), self._dtype, self._drift[kind], limited, least)
+
+    def _unless_parted(self, item: Item) -> Item:
+        kind = _kind(item.name)
+        told = item.comparison is not None and kind not in (*EQUAL, "decay", "lr")
+        if told and self._parting is not None and self._parting.excuses(self._number, kind, item.error, item.tolerance):
+            return dataclasses.replace(item, passed=True, tolerance=PARTED, note=f"parted in step {self._parting.step}")
+        return item
+
+
+def _group_of(name: str) -> str:
+    return "clipped" if name.startswith("1/clipped.each/") else "steps"
 
 
 class Parting:
@@ -386,7 +493,7 @@ def _judge_rates(case: Case, name: str, actual: np.ndarray) -> Item:
     expected, names = case.reference.read("scalars", name), list(case.reference.facts["parts"])
     tolerance = LR_RESOLUTION if name != "decay" else 0.0
     difference = np.abs(actual - expected)
-    scale = float(np.abs(expected).max(initial=0)) or 1.0
+    scale = float(case.reference.facts["recipe"]["BASE_LR"])
     comparison = compare.compare(actual, expected, tolerance)
     wrong = np.flatnonzero(~(difference <= tolerance * scale))
     note = ""
@@ -397,23 +504,26 @@ def _judge_rates(case: Case, name: str, actual: np.ndarray) -> Item:
     return Item("steps", name, not wrong.size, error, 0.0, tolerance, comparison, note)
 
 
-def _judge_assignment(case: Case, name: str, actual: np.ndarray) -> Item:
+def _judge_equal(case: Case, name: str, actual: np.ndarray) -> Item:
     comparison = compare.compare(actual, case.reference.read("scalars", name), 0.0)
     wrong = 0 if comparison.fault else int(np.count_nonzero(actual != case.reference.read("scalars", name)))
-    note = comparison.fault or (f"{wrong} of {actual.size} objects of all layers have another query" if wrong else "")
+    note = comparison.fault or (EQUAL[_kind(name)].format(wrong, actual.size) if wrong else "")
     return Item("steps", name, not note, float(wrong > 0), 0.0, 0.0, comparison, note)
 
 
-def _judge_floats(case: Case, record: Record, actual: np.ndarray, group: str, dtype: str, drift: float, limited: bool) -> Item:
-    tolerance = _tolerance(record, dtype, drift, by_itself=".each/" in record.name) if limited else math.inf
+def _judge_floats(
+    case: Case, record: Record, actual: np.ndarray, group: str, dtype: str, drift: float, limited: bool, least: float
+) -> Item:
+    tolerance = _tolerance(record, dtype, drift, by_itself=".each/" in record.name, least=least) if limited else math.inf
     if tuple(actual.shape) != record.shape:
         fault = f"shape {actual.shape}, expected {record.shape}"
         comparison = compare.incomparable(fault, expected_shape=record.shape, actual_shape=actual.shape, tolerance=tolerance)
         return Item(group, record.name, False, math.nan, drift, tolerance, comparison, fault)
     whole = None
     if record.samples is not None:
-        difference = np.linalg.norm(record.sketch(actual) - case.reference.read_sketch(record.group, record.name))
-        whole = compare.Whole(statistics(actual), record.statistics, record.shape, float(difference))
+        figures, sums = record.statistics_and_sketch(actual)
+        difference = float(np.linalg.norm(sums - case.reference.read_sketch(record.group, record.name)))
+        whole = compare.Whole(figures, record.statistics, record.shape, difference)
     zero_scale = case.baseline[record.group, record.name].statistics.l2
     expected = case.reference.read(record.group, record.name)
     comparison = compare.compare(record.select(actual), expected, tolerance, whole=whole, zero_scale=zero_scale)
@@ -424,14 +534,14 @@ def _judge_floats(case: Case, record: Record, actual: np.ndarray, group: str, dt
     return Item(group, record.name, passed, error, drift, tolerance, comparison, note)
 
 
-def _tolerance(record: Record, dtype: str, drift: float, *, by_itself: bool) -> float:
-    """Relative L2 error that a record may have.
+def _tolerance(record: Record, dtype: str, drift: float, *, by_itself: bool, least: float = FLOAT64_TOLERANCE) -> float:
+    """Relative L2 error that a record may have; in float64 ``least`` or more.
 
     In float32 parameters are judged in parts and not by themselves: where the input of a ReLU is zero but for rounding, the gradient of its
     weights is there or not, and a few official runs have not met every such place.
     """
     if dtype == "float64":
-        return max(FLOAT64_TOLERANCE, compare.FLOAT64_FACTOR * drift)
+        return max(least, compare.FLOAT64_FACTOR * drift)
     if by_itself:
         return math.inf
     return max(DRIFT_FACTOR * drift, compare.RESULT_RESOLUTION if record.group == "scalars" else compare.FLOAT32_RESOLUTION)
@@ -492,6 +602,7 @@ def check(
 
     Args:
         names: of :data:`TRAININGS`; empty: all that were recorded.
+        mode: see :func:`steps_of`; a training on a data set takes the loop's.
         progress: is told each training.
 
     Raises:
@@ -509,9 +620,14 @@ def check(
                 raise StepsError(f"'{reference}' has {facts['steps']} steps of '{name}', {steps} were asked for; record more")
             for dtype in dtypes:
                 progress(f"{name}: {dtype}")
+                count = steps or facts["steps"]
+                if "data" in facts:
+                    from parity.trajectory_loop import judge_loop
+
+                    checks.append(TrainingCheck(name, dtype, "loop", count, judge_loop(checkpoint, case, dtype, steps=steps)))
+                    continue
                 items = tuple(judge(checkpoint, case, dtype, steps=steps, mode=mode))
-                finding = diagnosis(checkpoint, case, dtype, items)
-                checks.append(TrainingCheck(name, dtype, mode, steps or facts["steps"], items, finding))
+                checks.append(TrainingCheck(name, dtype, mode, count, items, diagnosis(checkpoint, case, dtype, items)))
     return checks
 
 

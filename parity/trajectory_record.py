@@ -29,7 +29,7 @@ from parity.meta_architectures import RecordError, numpy
 from parity.record import LoadedCase, Run, load_case
 from parity.sampling import sketch
 from parity.trace import POSITION_EMBEDDING, SKETCH, TraceError, TraceFileWriter
-from parity.trajectory import BUFFERS, TRAININGS, kept, records_of
+from parity.trajectory import BUFFERS, EQUAL, TRAININGS, _kind, hash_of, kept, records_of
 
 STEPS = 20
 SAMPLES = 8
@@ -59,6 +59,13 @@ NORMS = ("GroupNorm", "LayerNorm")
 POSITIONS = ("relative_position_bias_table", "absolute_pos_embed")
 
 
+class TrainingData(NamedTuple):
+    """What an official dataset mapper makes of a data set, and the fact ``data`` of the recording."""
+
+    batches: Sequence[LoadedCase]
+    fact: Mapping[str, Any]
+
+
 class _Brief(NamedTuple):
     """What is kept of a tensor of the reference until the others are compared with it: all of it, or its sketch."""
 
@@ -79,6 +86,8 @@ def record_steps(
     samples: int | None = SAMPLES,
     seed: int = 0,
     command: Sequence[str] = (),
+    data: TrainingData | None = None,
+    tensors_after: Sequence[int] | None = None,
 ) -> None:
     """Records trainings; one that is there already is recorded again.
 
@@ -92,6 +101,8 @@ def record_steps(
         samples: elements to store of each large tensor; None: all.
         seed: of the targets and of the masks.
         command: how this was asked for.
+        data: the batches, in the place of ``cases``; of them hashes are recorded.
+        tensors_after: the steps after which gradients, moments, weights and buffers are recorded; None: all.
 
     Raises:
         official.OfficialError, InputError, TraceError: bad input, nothing recorded.
@@ -99,7 +110,7 @@ def record_steps(
     """
     config = code.config(config_name)
     config.merge_from_list(list(options))
-    loaded = [load_case(case, config, seed) for case in cases]
+    loaded = [load_case(case, config, seed) for case in cases] if data is None else data.batches
     provenance = record._provenance(code, config_name, config, Path(checkpoint), samples, seed)
     ends = np.cumsum([len(case.images) for case in loaded]).tolist()
     facts = {
@@ -107,8 +118,10 @@ def record_steps(
         "options": [str(option) for option in options],
         "recipe": json.loads(json.dumps(config.SOLVER)),
         "steps": steps,
+        **({} if data is None else {"data": data.fact}),
+        **({} if tensors_after is None else {"tensors_after": list(tensors_after)}),
         "batches": [list(range(end - len(case.images), end)) for case, end in zip(loaded, ends, strict=True)],
-        "cases": {case.name: case.description for case in loaded},
+        "cases": {case.name: case.description for case in loaded if data is None},
         "command": list(command),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -120,7 +133,11 @@ def record_steps(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the official code's deprecations
             _record_training(
-                _Trainer(code, config, checkpoint, loaded, steps, seed, name == "dropout"), Path(directory), name, samples, facts
+                _Trainer(code, config, checkpoint, loaded, steps, seed, name == "dropout", data is not None, tensors_after),
+                Path(directory),
+                name,
+                samples,
+                facts,
             )
 
 
@@ -139,6 +156,8 @@ class _Trainer:
     steps: int
     seed: int
     dropout: bool
+    of_data_set: bool
+    tensors_after: Sequence[int] | None
     assignments: dict[int, list[tuple[np.ndarray, np.ndarray]]] = dataclasses.field(default_factory=dict)
 
     def train(self, how: ThreadedRun, emit: Callable[[str, str, np.ndarray], None]) -> dict[str, str]:
@@ -178,12 +197,14 @@ class _Trainer:
             with contextlib.ExitStack() as stack:
                 if self.dropout:
                     stack.enter_context(_shared_masks(model, self.seed, step))
-                if step <= len(self.batches) and how is REFERENCE:
+                if step <= (1 if self.of_data_set else len(self.batches)) and how is REFERENCE:
                     stack.enter_context(_position_embeddings(model, index, emit))
                 if how.run.dtype == "float64":  # the baselines cast logits to float32, for the sake of mixed precision
                     stack.enter_context(mock.patch.object(torch.Tensor, "float", torch.Tensor.clone))
                 calls = stack.enter_context(_assignments(self.assignments.get(step) if how is not REFERENCE else None))
                 losses = model(_inputs(self.batches[index]))
+            if how is REFERENCE and self.of_data_set:
+                emit("scalars", f"{step}/data", hash_of(self.batches[index].images, self.batches[index].targets))
             if how is REFERENCE and calls:
                 self.assignments[step] = calls
                 emit("scalars", f"{step}/assignment", _assignment(calls, self.batches[index]))
@@ -198,6 +219,8 @@ class _Trainer:
             if not norms:
                 norms = [_norm(parameters)]
             emit("scalars", f"{step}/gradient_norm", numpy(norms[0]))
+            if self.tensors_after is not None and step not in self.tensors_after:
+                continue
             states = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
             tensors: dict[str, Mapping[str, np.ndarray]] = {"clipped": {name: numpy(item.grad) for name, item in parameters.items()}}
             for slot in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
@@ -223,7 +246,7 @@ def _record_training(trainer: _Trainer, directory: Path, name: str, samples: int
 
     with writer_of("float64") as writer:
         index = 0
-        for case in trainer.batches:
+        for case in () if trainer.of_data_set else trainer.batches:
             for pixels, targets in zip(case.images, case.targets, strict=True):
                 writer.add("inputs", f"images/{index}", pixels)
                 for key, target in targets.items():
@@ -232,7 +255,7 @@ def _record_training(trainer: _Trainer, directory: Path, name: str, samples: int
 
         def add_reference(group: str, record_name: str, array: np.ndarray) -> None:
             writer.add(group, record_name, array)
-            if group != "taps" and not record_name.endswith("/assignment"):
+            if group != "taps" and _kind(record_name) not in EQUAL:
                 reference[group, record_name] = _brief(group, record_name, array, samples)
 
         writer.facts["parts"] = trainer.train(REFERENCE, add_reference)
@@ -260,8 +283,7 @@ def _measure(
                 writer.add(group, name, array)
             seen.add((group, name))
             expected = reference[group, name]
-            found = _brief(group, name, array, samples)
-            difference = float(np.linalg.norm(found.values - expected.values))
+            difference = float(np.linalg.norm(_values(group, name, array, samples) - expected.values))
             drift[group, name].append(difference / expected.l2 if expected.l2 else math.inf if difference else 0.0)
 
         trainer.train(run, compare)
@@ -274,9 +296,12 @@ def _measure(
 
 
 def _brief(group: str, name: str, array: np.ndarray, samples: int | None) -> _Brief:
+    return _Brief(_values(group, name, array, samples), float(np.linalg.norm(np.float64(array).ravel())))
+
+
+def _values(group: str, name: str, array: np.ndarray, samples: int | None) -> np.ndarray:
     whole = group != "steps" or samples is None or array.size <= samples
-    values = np.float64(array).ravel() if whole else sketch(name, array, SKETCH[group])
-    return _Brief(values, float(np.linalg.norm(np.float64(array).ravel())))
+    return np.float64(array).ravel() if whole else sketch(name, array, SKETCH[group])
 
 
 def _parts(model: Any, parameters: Mapping[str, Any]) -> dict[str, str]:

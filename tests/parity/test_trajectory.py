@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
-from parity import cli, trajectory
+from parity import cli, trajectory, trajectory_figure
 from parity.trace import TraceError
 from parity.trajectory import kept
 from tfmaskformer.criterion import SetCriterion
@@ -41,6 +42,42 @@ def test_twenty_steps(name, training, dtype, converted):
     quantities = {item.name.split("/")[1] for item in found.items if item.name != "decay"}
     assert quantities >= {"lr", "losses", "gradient_norm", "clipped", "exp_avg", "exp_avg_sq", "weights", "buffers", "clipped.each"}
     assert {item.group for item in found.items} == {"clipped", "steps"}
+
+
+RECORDED = {"tiny_panoptic": (20, 6), "tiny_swin": (20, 6), "tiny_swin_100": (100, 2), "R50_20": (20, 3), "shapes_100": (100, 3)}
+"""Name → steps, and float32 trainings whose drift is recorded."""
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_what_is_recorded(name):
+    steps, runs = RECORDED[name]
+    assert sum(file.stat().st_size for file in (GOLDEN / name).iterdir()) < 3e6
+    for training in trajectory.trainings(GOLDEN / name):
+        with trajectory.open_training(GOLDEN / name, training) as case:
+            reference, baseline = case.reference, case.baseline
+            facts = reference.facts
+            assert (facts["steps"], len(set(baseline.runs))) == (steps, runs)
+            assert facts["dropout"] == (training == "dropout")
+            assert len({"onednn" in run for run in baseline.runs}) == (2 if name != "tiny_swin_100" else 1)
+            assert len({run.endswith("+2 threads") for run in baseline.runs}) == (2 if name != "tiny_swin_100" else 1)
+            assert len(set(facts["parts"].values())) >= 4
+            after = facts.get("tensors_after", range(1, steps + 1))
+            for step in range(1, steps + 1):
+                names = [of for of in reference.group("scalars") if of.startswith(f"{step}/losses/") and not of.endswith("/total_loss")]
+                total = sum(float(reference.read("scalars", of)) for of in names)
+                assert len(names) >= 9
+                assert total == pytest.approx(float(reference.read("scalars", f"{step}/losses/total_loss")), rel=1e-12)
+                assert reference.read("scalars", f"{step}/lr").shape == (len(facts["parts"]),)
+                for quantity in ("clipped", "exp_avg", "exp_avg_sq", "weights"):
+                    there = {("steps", f"{step}/{quantity}/{part}") in reference.records for part in facts["parts"].values()}
+                    assert there == {step in after}
+                assert ("data" in facts) == (("scalars", f"{step}/data") in reference.records)
+                for of in [*names, f"{step}/gradient_norm"]:  # the drift is what it says
+                    expected = float(reference.read("scalars", of))
+                    drift = abs(float(baseline.read("scalars", of)) - expected) / abs(expected)
+                    assert baseline["scalars", of].floor[0] == pytest.approx(drift, rel=1e-6, abs=1e-15)
+            floors = [floor for record in baseline.records.values() for floor in record.floor if not record.name.startswith("buffers")]
+            assert np.isfinite(floors).mean() > 0.9
 
 
 def test_masks_of_numpy_and_of_the_step_are_the_same():
@@ -259,6 +296,20 @@ def test_reports(stage, monkeypatch):
     assert report["trainings"][0]["first_failure"] in text
     assert report["trainings"][0]["finding"]["cause"] == "clip"
     assert len(report["trainings"][0]["items"]) == len(found.items)
+
+
+def test_picture(tmp_path):
+    figures = {"losses/a": (1e-7, 1e-6), "losses/b": (0.0, 0.0), "gradient_norm": (1e-6, 2e-6), "weights/x.y": (1e-3, 1e-3)}
+    items = [trajectory.Item("steps", f"{step}/{name}", True, *pair) for step in (1, 2) for name, pair in figures.items()]
+    checks = [trajectory.TrainingCheck("plain", dtype, "graph", 2, tuple(items)) for dtype in ("float64", "float32")]
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(trajectory.as_json(checks, "c", "r"))
+    training = json.loads((tmp_path / "a.json").read_text())["trainings"][0]
+    assert trajectory_figure._largest(training, "losses", "error") == {1: 1e-7, 2: 1e-7}
+    assert trajectory_figure._largest(training, "weights", "drift") == {1: 1e-3, 2: 1e-3}
+    assert trajectory_figure.main([str(tmp_path / name) for name in ("picture.png", "a.json", "b.json")]) == 0
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.width > picture.height > 400
 
 
 def test_command(stage, capsys, tmp_path, monkeypatch):
