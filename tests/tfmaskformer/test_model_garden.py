@@ -231,7 +231,7 @@ def test_bad_input(task, data, tmp_path, capsys):
         (command(data, out, **swin, init_checkpoint=str(data)), "no TensorFlow checkpoint in it"),
         (command(data, out, model={"options": ["SOLVER.BASE_LRR", 1]}), "unknown key 'SOLVER.BASE_LRR'; nearest: SOLVER.BASE_LR"),
         (command(data, out, model={"options": ["SEED", 1]}), "'SEED' is 'task.train_data.seed' here"),
-        (command(data, out, **swin, max_iter=10), "trainer.train_steps <= task.max_iter"),
+        (command(data, out, **swin, max_iter=10), "inconsistency between key `trainer.train_steps"),
         (command(data, out, batch=1), "batch"),
     ):
         assert driver.main(given) == driver.BAD_INPUT, message
@@ -241,7 +241,8 @@ def test_bad_input(task, data, tmp_path, capsys):
 
 
 def test_without_the_model_garden(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "official", None)
+    for package in ("official", "official.core"):
+        monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "tfmaskformer.model_garden.task", raising=False)
     with pytest.raises(ImportError, match=r"pip install --no-deps 'tf-models-official==2\.20\.\*'"):
         importlib.import_module("tfmaskformer.model_garden.task")
