@@ -1,7 +1,7 @@
 """Records the trainings beside this file: official architectures, from the weights that `tfmaskformer zoo synthesize` writes, but for
 shapes_100, which goes on with checkpoints/small/shapes_panoptic.pkl.
 
-    OMP_WAIT_POLICY=PASSIVE MASKFORMER_SOURCE=… DETECTRON2_SOURCE=… python tests/golden/trajectory/record.py [NAME…]
+    PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE MASKFORMER_SOURCE=… DETECTRON2_SOURCE=… python tests/golden/trajectory/record.py [NAME…]
 
 The recipes are the official ones, but for a larger weight decay, which float32 can see, and a schedule that changes within the steps.
 
