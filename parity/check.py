@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -266,6 +267,7 @@ def check(settings: Settings, progress: Callable[[str], None] = lambda text: Non
         wrong = ", ".join(f"{probe.name} (error {probe.error:.1e})" for probe in environment.broken)
         raise EnvironmentBrokenError(f"TensorFlow computes garbage on this machine: {wrong}\n  {probes.REMEDY}")
 
+    gc.freeze()  # TensorFlow's own million objects, which else are looked through again and again
     port = settings.port and ports.read(settings.port)
     if port:
         load = port.load

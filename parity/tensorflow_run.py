@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from unittest import mock
 
 import numpy as np
@@ -158,14 +158,15 @@ def run(
             continue
         own["matcher"] = dict(task.matcher_records(matchings[index], case))
         own["losses"] = _numpy(losses[index])
-        own["inference"] = _kept(spool, f"inference/{index}", _semantic(own_outputs, model.config, case))
+        own["inference"] = _kept(spool, f"inference/{index}", _semantic(own_outputs, model.config, case, _inferences(case)))
         panoptic = None
         if model.config.test.panoptic_on:
             panoptic = functools.partial(_panoptic, own_outputs, model.config, case)
             own["inference"] = collections.ChainMap(panoptic(0.0, 0.0), own["inference"])  # type: ignore[arg-type]
         exact = {}
         if model.compute_dtype == "float32":
-            exact_inference = _kept(spool, f"exact/{index}", _semantic(_in_float64(own_outputs), model.config, case))
+            again = _semantic(_in_float64(own_outputs), model.config, case, _inferences(case)[1:])
+            exact_inference = _kept(spool, f"exact/{index}", again)
             exact = {"losses": _numpy(exact_losses[index]), "inference": exact_inference}
         losses_under = functools.partial(_losses_under, task, own_outputs, case, (height, width)) if own["matcher"] else None
         found.append(CaseResults({**whole, **own}, tap_rules.names(model.config), view, exact, panoptic, losses_under))
@@ -402,10 +403,10 @@ def _flat_outputs(outputs: Mapping[str, Any], keys: Sequence[str]) -> Any:
             yield f"aux_outputs.{layer}.{key}", auxiliary[key]
 
 
-def _semantic(outputs: Mapping[str, Any], config: MaskFormerConfig, case: CaseInputs) -> Any:
+def _semantic(outputs: Mapping[str, Any], config: MaskFormerConfig, case: CaseInputs, inferences: Sequence[Inference]) -> Any:
     from tfmaskformer.inference import semantic_inference
 
-    for suffix, sizes, output_sizes in _inferences(case):
+    for suffix, sizes, output_sizes in inferences:
         found = semantic_inference(outputs, config, sizes, output_sizes)
         for index in range(len(sizes)):
             yield f"{index}/{suffix}sem_seg", np.asarray(found.pop(0))
@@ -429,8 +430,12 @@ def _panoptic(
     return found
 
 
-def _inferences(case: CaseInputs) -> Any:
-    """Prefix, sizes of the images and sizes of the results, of an inference at the images' own size and of one at another."""
+Inference: TypeAlias = "tuple[str, Sequence[Sequence[int]], Sequence[Sequence[int]]]"
+"""Prefix, sizes of the images, and sizes of the results."""
+
+
+def _inferences(case: CaseInputs) -> tuple[Inference, Inference]:
+    """One at the images' own size, and one at another, which computes all that the first one does."""
     sizes = [image.shape[:2] for image in case.images]
     return ("", sizes, sizes), ("resized/", sizes, case.resized)
 

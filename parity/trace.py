@@ -58,6 +58,7 @@ and ``cost_noise``, and the fact ``resized_px``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -446,12 +447,12 @@ class Case:
             self.reference.close()
             raise
 
-    @property
+    @functools.cached_property
     def images(self) -> list[np.ndarray]:
         """uint8 [height, width, 3] RGB, one for each image."""
         return [self.reference.read("inputs", f"images/{i}") for i in range(self._count())]
 
-    @property
+    @functools.cached_property
     def targets(self) -> list[dict[str, np.ndarray]]:
         """``labels`` int64 [K], ``masks`` bool [K, height, width] and, of a per-pixel baseline, ``sem_seg`` int32 [height, width]."""
         targets: list[dict[str, np.ndarray]] = [{} for _ in range(self._count())]

@@ -33,15 +33,16 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from unittest import mock
 
 import numpy as np
@@ -49,6 +50,7 @@ import numpy as np
 from converters.tables.maskformer import transforms
 from parity import compare, tensorflow_run
 from parity.judge import THREADS, Item
+from parity.sampling import write
 from parity.trace import Case, Record, TraceError, file_path
 
 if TYPE_CHECKING:
@@ -103,6 +105,10 @@ LR_RESOLUTION = 2.0**-51
 MODES = ("graph", "eager", "xla")
 
 
+Found: TypeAlias = "dict[tuple[str, str], np.ndarray]"
+"""(group, name) → array: what a port made of some of a step's records."""
+
+
 class StepsError(ValueError):
     """A recording or checkpoint that cannot be used; the message says what and the next step."""
 
@@ -148,7 +154,7 @@ def records_of(step: int, quantity: str, tensors: Mapping[str, np.ndarray], part
         start = 0
         for name, tensor in own.items():
             each[name] = whole[start : start + tensor.size].reshape(tensor.shape)
-            each[name][...] = tensor
+            write(tensor, each[name])
             start += tensor.size
         yield f"{step}/{quantity}/{part}", whole
     if step == 1 and quantity != BUFFERS:
@@ -181,10 +187,8 @@ def trainings(directory: str | Path) -> tuple[str, ...]:
     return found
 
 
-def steps_of(
-    checkpoint: str | Path, case: Case, dtype: str, *, steps: int | None = None, mode: str = "graph"
-) -> Iterator[dict[tuple[str, str], np.ndarray]]:
-    """Trains the port as the recorded training, and yields after each step what a recording has of it, by (group, name).
+def steps_of(checkpoint: str | Path, case: Case, dtype: str, *, steps: int | None = None, mode: str = "graph") -> Iterator[Iterator[Found]]:
+    """Trains the port as the recorded training, and yields after each step what a recording has of it; see :meth:`Made.records`.
 
     Args:
         checkpoint: directory written by ``convert``.
@@ -215,10 +219,8 @@ def steps_of(
         index = (number - 1) % len(batches)
         given = [] if dtype == "float64" or not is_matched else [tf.constant(case.reference.read("scalars", f"{number}/assignment"))]
         result, clipped, assignment = runs[index](*batches[index][:3], *given)
-        found = made.records(number, result.losses, result.gradient_norm, result.lr, clipped)
-        if is_matched:
-            found["scalars", f"{number}/assignment"] = assignment.numpy()
-        yield found
+        matched: Found = {("scalars", f"{number}/assignment"): assignment.numpy()} if is_matched else {}
+        yield itertools.chain([matched], made.records(number, result.losses, result.gradient_norm, result.lr, clipped))
 
 
 class Made:
@@ -244,7 +246,7 @@ class Made:
             raise StepsError(f"the port and the recording do not train the same parameters: {unlike[:3]}")
         self._layouts = transforms(model.config, self.parts)
         self._buffers = sorted(name for name, variable in self.variables.items() if not variable.trainable)
-        self._before, self._held_before = {name: array.copy() for name, array in self._weights().items()}, self._held()
+        self._before, self._held_before = {name: array.copy("K") for name, array in self._weights().items()}, self._held()
 
     def _official(self, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
         import tensorflow as tf
@@ -258,37 +260,37 @@ class Made:
     def _held(self) -> np.ndarray:
         return np.concatenate([np.zeros(0), *(np.float64(self.variables[name].numpy()).ravel() for name in self._buffers)])
 
-    def records(
-        self, number: int, losses: Mapping[str, Any], gradient_norm: Any, lr: Any, clipped: Mapping[str, Any]
-    ) -> dict[tuple[str, str], np.ndarray]:
-        """After a step, what a recording has of it, by (group, name), but for the assignment.
+    def records(self, number: int, losses: Mapping[str, Any], gradient_norm: Any, lr: Any, clipped: Mapping[str, Any]) -> Iterator[Found]:
+        """After a step, what a recording has of it, but for the assignment; one quantity after the other, each as large as the model.
+
+        All of it must have been taken before the next step.
 
         Args:
             number: 1, 2, …
             losses, gradient_norm, lr: of :class:`~tfmaskformer.training.step.StepResult`.
             clipped: official name → gradient that entered the update; of those without one, none.
         """
-        found: dict[tuple[str, str], np.ndarray] = {}
+        scalars: Found = {}
         if number == 1:
-            found["scalars", "decay"] = np.array([self._own[name].weight_decay for name in self.parts])
-        found["scalars", f"{number}/lr"] = np.array([float(lr) * self._own[name].lr_factor for name in self.parts])
+            scalars["scalars", "decay"] = np.array([self._own[name].weight_decay for name in self.parts])
+        scalars["scalars", f"{number}/lr"] = np.array([float(lr) * self._own[name].lr_factor for name in self.parts])
         for key, loss in losses.items():
-            found["scalars", f"{number}/losses/{key}"] = np.asarray(loss)
-        found["scalars", f"{number}/gradient_norm"] = np.asarray(gradient_norm)
+            scalars["scalars", f"{number}/losses/{key}"] = np.asarray(loss)
+        scalars["scalars", f"{number}/gradient_norm"] = np.asarray(gradient_norm)
+        yield scalars
         if self._tensors_after is not None and number not in self._tensors_after:
-            return found
+            return
 
-        def add(quantity: str, tensors: Mapping[str, np.ndarray], parts: Mapping[str, str]) -> None:  # one at a time: they are large
-            found.update((("steps", name), array) for name, array in records_of(number, quantity, tensors, parts))
+        def each(quantity: str, tensors: Mapping[str, np.ndarray], parts: Mapping[str, str]) -> Found:
+            return {("steps", name): array for name, array in records_of(number, quantity, tensors, parts)}
 
         nothing = {name: np.full(self.variables[name].shape, math.nan) for name in self.parts.keys() - clipped.keys()}
         missing = {name: self._layouts[name].invert(array) for name, array in nothing.items()}
-        add("clipped", self._official(clipped) | missing, self.parts)
+        yield each("clipped", self._official(clipped) | missing, self.parts)
         for slot in self.optimizer.slots:
-            add(slot, self._official({name: self.optimizer.slot(slot, name) for name in self.parts}), self.parts)
-        add("weights", {name: array - self._before[name] for name, array in self._weights().items()}, self.parts)
-        add(BUFFERS, {BUFFERS: self._held() - self._held_before}, {BUFFERS: BUFFERS})
-        return found
+            yield each(slot, self._official({name: self.optimizer.slot(slot, name) for name in self.parts}), self.parts)
+        yield each("weights", {name: array - self._before[name] for name, array in self._weights().items()}, self.parts)
+        yield each(BUFFERS, {BUFFERS: self._held() - self._held_before}, {BUFFERS: BUFFERS})
 
 
 def hash_of(images: Sequence[np.ndarray], targets: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
@@ -410,20 +412,25 @@ class Judge:
         self._parting = Parting() if dtype == "float32" else None
         self._number = 0
 
-    def __call__(self, found: Mapping[tuple[str, str], np.ndarray]) -> Iterator[Item]:
+    def __call__(self, step: Iterable[Found]) -> Iterator[Item]:
         """The next step: an item for each record that the recording has of it, and for each that it has not."""
         self._number += 1
         expected, drift = self._expected[self._number], self._drift
         for key in (key for key in expected if key in self._file.records):  # what is equal is in the float64 file alone
             drift[_kind(key[1])] = max(drift[_kind(key[1])], _largest(self._file[key].floor))
+        judged: dict[tuple[str, str], Item] = {}
         with ThreadPoolExecutor(THREADS) as pool:
-            for item in pool.map(lambda key: self._item(key[0], key[1], found.get(key)), expected):
-                yield self._unless_parted(item)
-        for _, name in found.keys() - set(expected):
-            yield Item("steps", name, False, note="no partner in the recording")
+            for found in step:
+                judged |= zip(found, pool.map(self._item, found.keys(), found.values()), strict=True)
+                del found  # before the next one is made
+        for key in expected:
+            yield self._unless_parted(judged.pop(key) if key in judged else self._item(key, None))
+        yield from judged.values()
 
-    def _item(self, group: str, name: str, actual: np.ndarray | None) -> Item:
-        case, kind = self._case, _kind(name)
+    def _item(self, key: tuple[str, str], actual: np.ndarray | None) -> Item:
+        case, (group, name), kind = self._case, key, _kind(key[1])
+        if key not in case.reference.records:
+            return Item("steps", name, False, note="no partner in the recording")
         if actual is None:
             return Item(_group_of(name), name, False, note="no partner in TensorFlow")
         if kind in EQUAL:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from unittest import mock
 import numpy as np
 
 from parity.judge import Item
-from parity.trajectory import Judge, Made, hash_of
+from parity.trajectory import Found, Judge, Made, hash_of
 
 if TYPE_CHECKING:
     from parity.trace import Case
@@ -65,11 +66,11 @@ def judge_loop(checkpoint: str | Path, case: Case, dtype: str, *, steps: int | N
 
         def progress(step: int, values: Mapping[str, float]) -> None:
             losses = {key: value for key, value in values.items() if "loss" in key}
-            found = made.records(step, losses, values["gradient_norm"], values["lr"], seen.clipped)
             expected = case.reference.read("scalars", f"{step}/assignment")
-            found["scalars", f"{step}/assignment"] = _exchanged(seen.assignment.numpy()[..., : expected.shape[-1]], expected, seen.targets)
-            found["scalars", f"{step}/data"] = seen.data
-            items.extend(judge(found))
+            assignment = _exchanged(seen.assignment.numpy()[..., : expected.shape[-1]], expected, seen.targets)
+            given: Found = {("scalars", f"{step}/assignment"): assignment, ("scalars", f"{step}/data"): seen.data}
+            made_of = made.records(step, losses, values["gradient_norm"], values["lr"], seen.clipped)
+            items.extend(judge(itertools.chain([given], made_of)))
             if step == last:
                 raise _Enough
 

@@ -63,6 +63,13 @@ def test_the_panoptic_definition_is_panopticapis(panopticapi):
     assert np.isnan(ends.panoptic_quality(np.zeros((3, 4)), np.array([True, False, True]))).all()
 
 
+def test_the_first_of_equal_scores_is_the_class():
+    scores = np.random.default_rng(0).integers(0, 4, (9, 31, 17)).astype(np.float32)
+    classes = ends.classes_of(scores)
+    assert classes.dtype == np.int64
+    np.testing.assert_array_equal(classes, scores.argmax(0))
+
+
 def test_the_semantic_definition_is_detectron2s(evaluator):
     counts = ends.confusion(evaluator["true"], evaluator["predicted"], evaluator["num_classes"], evaluator["ignore_label"])
     np.testing.assert_array_equal(counts, np.array(evaluator["confusion"])[:-1])

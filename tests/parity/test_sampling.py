@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from parity.sampling import sample_indices, sketch
+from parity.sampling import contiguous, sample_indices, sketch
 
 
 def test_sample_indices_never_change():
@@ -65,3 +65,16 @@ def test_elements_that_are_not_finite_count_as_zero():
     tensor[1, 2], tensor[3, 3] = 0, 0
     holes[1, 2], holes[3, 3] = np.nan, -np.inf
     np.testing.assert_array_equal(sketch("x", holes, 8), sketch("x", tensor, 8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [((), ()), ((7,), (0,)), ((0, 3), (1, 0)), ((70, 45), (1, 0)), ((1, 1, 40, 50), (3, 2, 0, 1)), ((3, 3, 37, 50), (3, 2, 0, 1))]
+    + [((2, 33, 41, 5), (0, 3, 1, 2)), ((1, 5, 1, 3), (3, 0, 2, 1)), ((3, 4, 5), (1, 2, 0)), ((2, 3, 4, 5), (3, 2, 1, 0))],
+)
+def test_contiguous_copies_are_equal(shape, order):
+    array = np.random.default_rng(0).standard_normal(shape).transpose(order)
+    for view in (array, array[::-1, ..., ::2]) if array.ndim > 1 else (array,):
+        copy = contiguous(view)
+        assert copy.flags.c_contiguous
+        np.testing.assert_array_equal(copy, view)
