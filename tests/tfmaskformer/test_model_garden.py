@@ -23,7 +23,7 @@ from tfmaskformer.data import shapes
 from tfmaskformer.evaluation import cli as evaluation_cli
 from tfmaskformer.model_garden import __main__ as driver
 from tfmaskformer.module import named_variables
-from tfmaskformer.training import cli, loop
+from tfmaskformer.training import cli
 
 LOSSES = [f"loss_{term}{layer}" for term in ("ce", "mask", "dice") for layer in ("", "_0")]
 STEPS = 4
@@ -43,17 +43,6 @@ def data(tmp_path_factory):
     shapes.write(folder, "train", 10)
     shapes.write(folder, "val", 3)
     return folder
-
-
-@pytest.fixture(scope="module")
-def uncompiled():
-    """Plain graphs on both sides: XLA is free to round sums of another program otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tf, "function", tf.function)  # to be put back
-        patch.setattr(loop, "LOG_PERIOD", 1)
-        training_processes.plain(tf)
-        yield
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tfmaskformer.data import generated
 from tfmaskformer.data.datasets import open_dataset
 from tfmaskformer.data.training import training_dataset
 from tfmaskformer.official_yaml import read_tree
-from tfmaskformer.training import cli, loop
+from tfmaskformer.training import cli
 
 QUICK = {"SOLVER.IMS_PER_BATCH": 2, "SOLVER.MAX_ITER": 2, "TEST.EVAL_PERIOD": 2, "SOLVER.OPTIMIZER": "SGD"}
 SIZES = {
@@ -33,15 +33,7 @@ SIZES = {
 SWIN = {key: value for key, value in training_processes.OPTIONS.items() if key.startswith("MODEL.") and "NUM_CLASSES" not in key}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def uncompiled():
-    """Plain graphs: compiling takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tf, "function", tf.function)  # to be put back
-        patch.setattr(loop, "LOG_PERIOD", 1)
-        training_processes.plain(tf)
-        yield
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 @pytest.fixture

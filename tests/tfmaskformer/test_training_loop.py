@@ -44,17 +44,6 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def uncompiled():
-    """Plain graphs: compiling takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tf, "function", tf.function)  # to be put back
-        patch.setattr(loop, "LOG_PERIOD", 1)
-        training_processes.plain(tf)
-        yield
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
-
-
-@pytest.fixture(scope="module")
 def whole(data, tmp_path_factory, uncompiled):
     """Four steps, with an evaluation."""
     out = tmp_path_factory.mktemp("run") / "whole"
