@@ -267,7 +267,8 @@ def check(settings: Settings, progress: Callable[[str], None] = lambda text: Non
         wrong = ", ".join(f"{probe.name} (error {probe.error:.1e})" for probe in environment.broken)
         raise EnvironmentBrokenError(f"TensorFlow computes garbage on this machine: {wrong}\n  {probes.REMEDY}")
 
-    gc.freeze()  # TensorFlow's own million objects, which else are looked through again and again
+    if not gc.get_freeze_count():  # once: of TensorFlow's own million objects, which else are looked through again and again
+        gc.freeze()
     port = settings.port and ports.read(settings.port)
     if port:
         load = port.load
