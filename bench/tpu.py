@@ -1,7 +1,8 @@
 """What the official models take on a TPU: tables compiled without one; see docs/compile.md.
 
 ``python -m bench.tpu`` compiles the evaluation step of each model at the official test size, ``python -m bench.tpu --step train`` the
-training step of each backbone, in bfloat16, at the official crops; first for one image, then the largest batch that fits is looked for.
+training step of each backbone, in bfloat16, at the official crops; first for one image, then the largest batch that fits is looked for,
+of a training step (of which a compilation takes minutes) the largest power of two, as which official batches are shared out to cores.
 Memory grows with the batch by about the same amount for each image, so few compilations tell where it ends; the search goes on until
 the largest that fits and the next, which does not, have been compiled. Each compilation is kept in docs/tpu_memory.json, and the page
 written; what is there is not compiled again, so it may be interrupted at any time. It takes many hours in all.
@@ -23,8 +24,8 @@ from typing import Any, TypeAlias
 from bench.common import progress, section
 from checkpoints import registry
 
-COLUMNS = {"eval": ("v5e:2x2", "v4:2x2x1"), "train": ("v5e:2x2", "v5e:2x2 --rematerialise")}
-"""Step → targets, with the option of ``tfmaskformer train``."""
+COLUMNS = {"eval": ("v5e:2x2", "v4:2x2x1"), "train": ("v5e:2x2",)}
+"""Step → targets."""
 
 TRAINED = (
     *("maskformer_R50_bs16_160k", "maskformer_R101_bs16_160k", "maskformer_R101c_bs16_160k"),
@@ -64,9 +65,9 @@ def main() -> int:
     for searching in (False, True):
         for column in columns:
             for name in arguments.names or _names(arguments.step):
-                found = of_step.setdefault(name, {}).setdefault(column, {})
-                others = [batches for other, batches in of_step[name].items() if "--" not in other + column]
-                while (batch := next_batch(found, LIMITS[column.partition(":")[0]], others)) is not None and searching >= (batch > 1):
+                found, doubling = of_step.setdefault(name, {}).setdefault(column, {}), arguments.step == "train"
+                limit, others = LIMITS[column.partition(":")[0]], list(of_step[name].values())
+                while (batch := next_batch(found, limit, others, doubling)) is not None and searching >= (batch > 1):
                     if time.monotonic() - start_s > 60 * arguments.minutes:
                         return 0
                     found[str(batch)] = _compiled(name, arguments.step, column, batch)
@@ -75,18 +76,19 @@ def main() -> int:
     return 0
 
 
-def next_batch(found: Batches, limit_bytes: float, others: Sequence[Batches] = ()) -> int | None:
+def next_batch(found: Batches, limit_bytes: float, others: Sequence[Batches] = (), doubling: bool = False) -> int | None:
     """The batch to compile next in a search for the largest that fits; None at its end.
 
     Args:
         found: what has been compiled.
         limit_bytes: the memory of a core.
         others: the same of other targets, which tell what an image takes.
+        doubling: whether powers of two alone are compiled.
     """
     if not found:
         return 1
     fits, fails = bounds(found)
-    if fails - fits == 1:
+    if is_found(fits, fails, doubling):
         return None
     stats = found[str(fits)]
     assert stats is not None
@@ -97,7 +99,13 @@ def next_batch(found: Batches, limit_bytes: float, others: Sequence[Batches] = (
         near = max((batch for batch in peaks if peaks[batch] <= limit_bytes), default=fits)
         alone = peaks[1] - stats["argument_bytes"]
         guess = near + int((limit_bytes - peaks[near]) / ((peaks[near] - peaks[1]) / (near - 1) if near > 1 else alone))
-    return min(max(guess, fits + 1), fails - 1)
+    guess = min(max(guess, fits + 1), fails - 1)
+    return max(2 ** (guess.bit_length() - 1), 2 * fits) if doubling else guess
+
+
+def is_found(fits: int, fails: int, doubling: bool) -> bool:
+    """Whether nothing is between the largest batch that fits and the smallest that does not."""
+    return fails == ((2 * fits or 1) if doubling else fits + 1)
 
 
 def bounds(found: Batches) -> tuple[int, int]:
@@ -126,13 +134,12 @@ def _compile(name: str, step: str, column: str, batch: int) -> dict[str, Any] | 
     from tfmaskformer.model import MaskFormer
 
     start_s = time.monotonic()
-    target, _, option = column.partition(" ")
     config = MaskFormerConfig.from_dict(registry.entry(name).config)
     model = MaskFormer(config, {"eval": "float32", "train": "mixed_bfloat16"}[step])
     model.build_parameters()
-    function, specs = program(model, step, batch, default_size(config, step), rematerialise=bool(option))
+    function, specs = program(model, step, batch, default_size(config, step))
     try:
-        stats = dataclasses.asdict(aot.compile_for_tpu(function, *specs, topology=target))
+        stats = dataclasses.asdict(aot.compile_for_tpu(function, *specs, topology=column))
     except aot.TooLargeError:
         stats = None
     took = f"{time.monotonic() - start_s:.0f} s, {time.process_time():.0f} s of CPU"
@@ -144,10 +151,10 @@ def _peak(stats: Mapping[str, Any] | None) -> str:
     return f"{stats['peak_hbm_bytes'] / 2**30:.2f} GiB" + "*" * (stats["rematerialized"] > 0) if stats else "–"
 
 
-def _largest(found: Batches) -> str:
+def _largest(found: Batches, doubling: bool = False) -> str:
     """For the table: a number, or what is known of it."""
     fits, fails = bounds(found)
-    if fails - fits == 1:
+    if is_found(fits, fails, doubling):
         return str(fits) if fits else "–"
     return f"≥ {fits}" if fits > 1 else ""
 
@@ -155,8 +162,8 @@ def _largest(found: Batches) -> str:
 def page(results: Mapping[str, Mapping[str, Mapping[str, Batches]]]) -> str:
     """The page that shows what has been compiled."""
     training = (
-        "Forward pass, matcher, losses, gradients and update, bfloat16 with variables in float32, room for 100 objects an image; without "
-        "and with `tfmaskformer train --rematerialise`. New values of variables are counted beside the old ones, which a TPU overwrites."
+        "Forward pass, matcher, losses, gradients and update, bfloat16 with variables in float32, room for 100 objects an image. Of "
+        "batches, powers of two. New values of variables are counted beside the old ones, which a TPU overwrites."
     )
     return (
         "# Memory on a TPU\n\n"
@@ -181,7 +188,7 @@ def _table(step: str, results: Mapping[str, Any], title: str, text: str) -> str:
         row = [name, f"{height}×{width}"]
         for column in COLUMNS[step]:
             found = of.get(column, {})
-            row += [_peak(found["1"]) if "1" in found else "", _largest(found)]
+            row += [_peak(found["1"]) if "1" in found else "", _largest(found, step == "train")]
         one = of.get(COLUMNS[step][0], {}).get("1")
         rows.append([*row, f"{one['flops']:.2g}" if one else ""])
     header = ["", "canvas", *(cell for column in COLUMNS[step] for cell in (f"{column}: one image", "largest batch")), "flops of one image"]

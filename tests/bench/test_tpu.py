@@ -22,9 +22,9 @@ def compiler(limit_bytes, an_image_bytes, saved=0):
     return compile_
 
 
-def search(compile_, limit_bytes, others=()):
+def search(compile_, limit_bytes, others=(), doubling=False):
     found = {}
-    while (batch := tpu.next_batch(found, limit_bytes, others)) is not None:
+    while (batch := tpu.next_batch(found, limit_bytes, others, doubling)) is not None:
         assert str(batch) not in found
         found[str(batch)] = compile_(batch)
     return found
@@ -39,6 +39,16 @@ def test_the_search_ends_at_the_largest_batch_that_fits(limit, an_image, saved):
     assert tpu.bounds(found) == (largest, largest + 1)
     if not saved:
         assert len(found) <= 5
+
+
+@pytest.mark.parametrize(("an_image", "saved", "largest"), [(310, 0, 16), (10, 0, 512), (9_000, 0, 1), (130, 3_000, 64), (11_000, 0, 0)])
+def test_the_search_among_powers_of_two(an_image, saved, largest):
+    found = search(compiler(10_000, an_image, saved), 10_000, doubling=True)
+    assert all(int(batch).bit_count() == 1 for batch in found)
+    assert tpu.bounds(found) == (largest, max(2 * largest, 1))
+    assert tpu._largest(found, True) == (str(largest) if largest else "–")
+    assert len(found) <= 5
+    assert tpu._largest({"1": stats(9)}, True) == ""
 
 
 def test_another_target_saves_compilations():
