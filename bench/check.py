@@ -9,6 +9,7 @@ runs in a process of its own, one after the other. Needs ``MASKFORMER_SOURCE`` a
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import statistics
@@ -140,6 +141,7 @@ def _check(dtype: str, scratch: Path) -> int:
         mock.patch.object(optimizer, "build_optimizer", functools.partial(timed, "load", build)),
         mock.patch.object(probes, "examine", functools.partial(timed, "examine", examine)),
     ):
+        gc.freeze()  # as the command does
         start_s = time.perf_counter()
         result = check.check(check.Settings(str(scratch / "tf_ckpt"), str(scratch / "trace"), (dtype,), all_stages=True))
         all_s = time.perf_counter() - start_s

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -267,8 +266,6 @@ def check(settings: Settings, progress: Callable[[str], None] = lambda text: Non
         wrong = ", ".join(f"{probe.name} (error {probe.error:.1e})" for probe in environment.broken)
         raise EnvironmentBrokenError(f"TensorFlow computes garbage on this machine: {wrong}\n  {probes.REMEDY}")
 
-    if not gc.get_freeze_count():  # once: of TensorFlow's own million objects, which else are looked through again and again
-        gc.freeze()
     port = settings.port and ports.read(settings.port)
     if port:
         load = port.load

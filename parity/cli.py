@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import logging
@@ -260,6 +261,9 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             from tfmaskformer.checkpoint import CheckpointError
 
             unusable += (CheckpointError,)
+            if not gc.get_freeze_count():  # TensorFlow's own million objects, which else are looked through again and again
+                gc.collect()
+                gc.freeze()
     except ImportError as error:
         return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
 

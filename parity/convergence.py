@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from parity import official, train_shapes
+from parity import official, record_zoo, train_shapes
+from parity.train_shapes_tensorflow import CANVAS
 
 SEEDS = 3
 LEAST_PQ, MOST_APART, MOST_SIGMA = 60.0, 3.0, 3.0
@@ -36,10 +37,29 @@ _COUNTS = ("true_positives", "false_positives", "false_negatives")
 
 
 def pytorch_run(file: Path) -> dict[str, Any]:
-    """A run, of the file that :mod:`parity.train_shapes` wrote: ``seed``, ``quality`` (percent) and ``curves`` (by the number of steps)."""
+    """A run, of the two files that :mod:`parity.train_shapes` wrote.
+
+    Returns:
+        ``seed``; ``quality`` in percent; that of every image ``padded`` to :data:`CANVAS`, which the official code takes for a part of it;
+        ``curves`` by the number of steps.
+    """
     made = json.loads(file.read_text(encoding="utf-8"))
-    found = made["validation"][f"first_{max(train_shapes.PARTS)}_images"]
-    return {"seed": made["seed"], "quality": _quality(found), "curves": made.get("curves", {"loss": {}, "pq": {}})}
+    code, config = _official(["MODEL.MASK_FORMER.SIZE_DIVISIBILITY", CANVAS[0]])
+    padded = train_shapes.evaluate(code.model(config, str(file.with_suffix(".pkl"))))
+    return {
+        "seed": made["seed"],
+        "quality": _quality(_whole(made["validation"])),
+        "padded": _quality(_whole(padded)),
+        "curves": made.get("curves", {"loss": {}, "pq": {}}),
+    }
+
+
+def _official(options: Sequence[Any] = ()) -> tuple[official.Official, Any]:
+    code = official.load()
+    path, own = record_zoo.TINY[train_shapes.NAME]
+    config = code.config(code.maskformer / path)
+    config.merge_from_list([*own, *options])
+    return code, config
 
 
 def tensorflow_run(folder: Path) -> dict[str, Any]:
@@ -76,19 +96,16 @@ def evaluated_officially(folder: Path, data: Path) -> dict[str, Any]:
     from PIL import Image
 
     from converters.convert import convert
-    from parity import record_zoo
     from tfmaskformer.evaluation import cli
     from tfmaskformer.evaluation.results import PNG_FOLDER
 
-    code = official.load()
-    path, options = record_zoo.TINY[train_shapes.NAME]
-    config = code.config(code.maskformer / path)
-    config.merge_from_list(options)
+    code, config = _official()
     differing: list[int] = []
     pixels = 0
     with tempfile.TemporaryDirectory() as scratch:
         file, results, report = (Path(scratch, name) for name in ("model.pkl", "results", "report.json"))
-        command = ["--ckpt", str(folder), "--data", str(data), "--cpu", "--limit", str(max(train_shapes.PARTS)), "--canvas", "160", "160"]
+        command = ["--ckpt", str(folder), "--data", str(data), "--cpu", "--limit", str(max(train_shapes.PARTS))]
+        command += ["--canvas", *map(str, CANVAS)]
         with contextlib.redirect_stdout(sys.stderr):
             if cli.main([*command, "--results", str(results), "--json", str(report)]):
                 raise RuntimeError(f"{folder}: tfmaskformer eval failed")
@@ -100,7 +117,7 @@ def evaluated_officially(folder: Path, data: Path) -> dict[str, Any]:
             differing.append(int(np.count_nonzero(rgb @ [1, 256, 65536] != panoptic_seg)))
             pixels += panoptic_seg.size
 
-        found = train_shapes.evaluate(code.model(config, str(file)), seen)[f"first_{max(train_shapes.PARTS)}_images"]
+        found = _whole(train_shapes.evaluate(code.model(config, str(file)), seen))
         ours = json.loads(report.read_text(encoding="utf-8"))
     return {
         "quality": _quality(found),
@@ -114,6 +131,10 @@ def evaluated_officially(folder: Path, data: Path) -> dict[str, Any]:
 def _last_evaluation(folder: Path) -> dict[str, Any]:
     steps = [int(file.stem.partition("-")[2]) for file in folder.glob("evaluation-*.json")]
     return json.loads((folder / f"evaluation-{max(steps)}.json").read_text(encoding="utf-8"))
+
+
+def _whole(validation: Mapping[str, Any]) -> Any:
+    return validation[f"first_{max(train_shapes.PARTS)}_images"]
 
 
 def _quality(groups: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -164,6 +185,9 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
         ]
         for seed, run in results["tensorflow"].items()
     ]
+    padded = [
+        [seed, *(f"{quality['all']['pq']:.2f}" for quality in (run["quality"], run["padded"]))] for seed, run in results["pytorch"].items()
+    ]
     photographs = results["photographs"]
     heart = [
         [label, *(f"{quality[group]['pq']:.2f}" for group in quality), *(f"{quality['all'][key]:.2f}" for key in ("sq", "rq"))]
@@ -174,6 +198,7 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
         "back": _table(
             ["seed", "PQ in TensorFlow", "in the official code", "segments matched, missed, surplus", "pixels that differ"], back
         ),
+        "padded": _table(["seed", "PQ of PyTorch's model", f"PQ of images padded to {CANVAS[0]}×{CANVAS[1]} px"], padded),
         "photographs": _table(["steps", "PQ", "of things", "of stuff", "SQ", "RQ"], heart),
     }
 
