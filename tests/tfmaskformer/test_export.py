@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     convert(SOURCE, folder / "shapes", "shapes_panoptic")
     convert(SOURCE, folder / "resized", "shapes_panoptic")
     config = json.loads((folder / "resized" / "config.json").read_text())
-    config["test"] |= {"min_size": 112, "max_size": 160}
+    config["test"] |= {"min_size": 112, "max_size": 128}  # image 0 meets the one, image 3 the other
     (folder / "resized" / "config.json").write_text(json.dumps(config))
     (folder / "earlier").mkdir()
     (folder / "earlier" / export.MANIFEST).write_text(json.dumps({"format": export.FORMAT, "version": export.VERSION}))
@@ -80,7 +80,7 @@ np.savez(sys.argv[1], **found)
 
 def test_serves_files_where_the_package_is_not(served, tmp_path):
     sources = {str(served / "any"): "resized", str(served / "fixed"): "shapes"}
-    paths = [tmp_path / f"{index}.{kind}" for index, kind in ((0, "png"), (1, "jpeg"))]
+    paths = [tmp_path / f"{index}.{kind}" for index, kind in ((0, "png"), (3, "jpeg"))]
     for path in paths:
         path.write_bytes(photograph(int(path.stem), path.suffix[1:]))
     command = [sys.executable, "-c", SERVE, str(tmp_path / "found.npz"), *sources, *map(str, paths)]
