@@ -243,6 +243,15 @@ def test_force_replaces_and_a_killed_run_leaves_nothing_half_written(folder, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_is_computed_in_bfloat16_is_told_in_float32(folder, tmp_path):
+    export.export(folder / "shapes", tmp_path / "out", dtype="bfloat16")
+    image = shapes.sample("val", 4).image[np.newaxis]
+    found, expected = export.Exported(tmp_path / "out")(image), load(folder / "shapes")(image)
+    for name in OUTPUTS:
+        assert found[name].dtype == np.float32
+        assert 1e-4 < relative_error(found[name].numpy(), expected[name].numpy()) < 0.1
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ai_edge_litert") is None, reason="needs the extra 'litert'")
 def test_litert_with_int8_weights(folder, tmp_path):  # in float32: tests/parity/test_export.py
     export.export(folder / "shapes", tmp_path / "out", "litert", dtype="int8", size=(160, 160))
