@@ -394,3 +394,16 @@ def test_bad_input_is_refused_before_anything_is_recorded(arguments, message, tm
     assert cli.main(command) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_has_no_partner_fails():
+    with trajectory.open_training(GOLDEN / MODEL, "plain") as case:
+        expected = [name for group, name in case.reference.records if group in ("scalars", "steps") and trajectory._step_of(name) == 1]
+        loss = case.reference.read("scalars", "1/losses/loss_ce")
+        found = [{("scalars", "1/losses/loss_ce"): loss}, {("scalars", "1/losses/loss_other"): loss}]
+        items = {item.name: item for item in trajectory.Judge(case, "float64")(found)}
+    assert items.keys() == {*expected, "1/losses/loss_other"}
+    assert items["1/losses/loss_ce"].passed
+    assert items.pop("1/losses/loss_other").note == "no partner in the recording"
+    assert {item.note for name, item in items.items() if name != "1/losses/loss_ce"} == {"no partner in TensorFlow"}
+    assert [name for name, item in items.items() if item.passed] == ["1/losses/loss_ce"]
