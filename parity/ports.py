@@ -18,6 +18,7 @@ import numpy as np
 
 from converters import ports
 from converters.rules import Drop, Rule
+from parity.compiled import compiled
 from parity.tap_rules import Layout, Names, TapRuleError
 from parity.tensorflow_run import CaseResults
 
@@ -177,9 +178,8 @@ class Port:
             dense = [{name: tf.convert_to_tensor(of) for name, of in group.items() if of is not None} for group in found]
             return shown, outputs, losses, *dense
 
-        run = step if mode == "eager" else tf.function(step, jit_compile=mode == "xla", autograph=False)
-        with _precision(model.compute_dtype):
-            found = run(self.tensors(inputs, model.compute_dtype))
+        with compiled(step, mode) as run_step, _precision(model.compute_dtype):
+            found = run_step(self.tensors(inputs, model.compute_dtype))
         kinds = ("taps", "outputs", "losses", "gradients", "tap_gradients")
         groups: dict[str, Mapping[str, np.ndarray]] = {
             kind: {name: tensor.numpy() for name, tensor in tensors.items()} for kind, tensors in zip(kinds, found, strict=True)

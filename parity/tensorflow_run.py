@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 
 from parity import tap_rules
+from parity.compiled import compiled
 from parity.spool import KEPT_SHARE, Spool
 from parity.tap_rules import Names, View, official_gradients, official_layout
 
@@ -132,11 +133,9 @@ def run(
     targets = [task.targets(case, height, width) for case in cases]
     arguments = tf.nest.map_structure(tf.constant, (padded_images(images, canvas), sizes, targets))
     spool = None if memory_budget is None else Spool(memory_budget // KEPT_SHARE)
-    step: Any = _step(model, task, padding, gradients, spool, substitute, tapped, results)
-    if mode != "eager":
-        step = tf.function(step, jit_compile=mode == "xla")
-    with _given_position_embeddings(cases):
-        taps, outputs, matchings, losses, exact_losses, of_parameters, of_taps = step(*arguments)
+    step = _step(model, task, padding, gradients, spool, substitute, tapped, results)
+    with compiled(step, mode) as run_step, _given_position_embeddings(cases):
+        taps, outputs, matchings, losses, exact_losses, of_parameters, of_taps = run_step(*arguments)
 
     whole: dict[str, Mapping[str, np.ndarray]] = {"taps": _numpy(taps) if spool is None else spool.group("taps")}
     if results:

@@ -49,6 +49,7 @@ import numpy as np
 
 from converters.tables.maskformer import transforms
 from parity import compare, tensorflow_run
+from parity.compiled import compiled
 from parity.judge import THREADS, Item
 from parity.sampling import write
 from parity.trace import Case, Record, TraceError, file_path
@@ -214,13 +215,14 @@ def steps_of(checkpoint: str | Path, case: Case, dtype: str, *, steps: int | Non
     made = Made(model, optimizer, facts)
     is_matched = ("scalars", "1/assignment") in case.reference.records
     batches = [_batch(case, model, images, dtype) for images in facts["batches"]]
-    runs = [_compiled(step, embeddings, mode) for *_, embeddings in batches]
-    for number in range(1, (steps or facts["steps"]) + 1):
-        index = (number - 1) % len(batches)
-        given = [] if dtype == "float64" or not is_matched else [tf.constant(case.reference.read("scalars", f"{number}/assignment"))]
-        result, clipped, assignment = runs[index](*batches[index][:3], *given)
-        matched: Found = {("scalars", f"{number}/assignment"): assignment.numpy()} if is_matched else {}
-        yield itertools.chain([matched], made.records(number, result.losses, result.gradient_norm, result.lr, clipped))
+    with contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(compiled(_run_of(step, embeddings), mode)) for *_, embeddings in batches]
+        for number in range(1, (steps or facts["steps"]) + 1):
+            index = (number - 1) % len(batches)
+            given = [] if dtype == "float64" or not is_matched else [tf.constant(case.reference.read("scalars", f"{number}/assignment"))]
+            result, clipped, assignment = runs[index](*batches[index][:3], *given)
+            matched: Found = {("scalars", f"{number}/assignment"): assignment.numpy()} if is_matched else {}
+            yield itertools.chain([matched], made.records(number, result.losses, result.gradient_norm, result.lr, clipped))
 
 
 class Made:
@@ -339,12 +341,11 @@ def _batch(case: Case, model: MaskFormer, images: Sequence[int], dtype: str) -> 
     return *tf.nest.map_structure(tf.constant, batch), embeddings
 
 
-def _compiled(step: TrainStep, embeddings: Mapping[str, Any], mode: str) -> Callable[..., Any]:
+def _run_of(step: TrainStep, embeddings: Mapping[str, Any]) -> Callable[..., Any]:
     """The step, which returns its result, the clipped gradients by name and the assignment, with given position embeddings.
 
     It takes images, sizes and targets and, where it shall not match by itself, the assignment.
     """
-    import tensorflow as tf
 
     from tfmaskformer.criterion import SetCriterion
     from tfmaskformer.module import record_taps
@@ -356,7 +357,6 @@ def _compiled(step: TrainStep, embeddings: Mapping[str, Any], mode: str) -> Call
         clipped: dict[str, Any] = {}
         taken = list(given_assignment)
 
-        @tf.autograph.experimental.do_not_convert  # which cannot make it out, and says so
         def measure(criterion: Any, outputs: Any, targets: Any) -> Any:
             if taken:
                 return criterion.losses(outputs, targets, taken[0]), taken[0]
@@ -376,7 +376,7 @@ def _compiled(step: TrainStep, embeddings: Mapping[str, Any], mode: str) -> Call
             result = step(images, sizes, targets)
         return result, clipped, taken[0] if taken else ()
 
-    return run if mode == "eager" else tf.function(run, jit_compile=mode == "xla")
+    return run
 
 
 def judge(
