@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
@@ -27,21 +27,31 @@ def compiled(function: Callable[..., Any], mode: str) -> Iterator[Callable[..., 
     registered: set[str] = set()
 
     def call(*arguments: Any) -> Any:
-        before = set(_gradients())
+        before = traced_gradients()
         try:
             return traced(*arguments)
         finally:
-            registered.update(_gradients().keys() - before)
+            registered.update(traced_gradients() - before)
 
     try:
         yield call
     finally:
-        for name in registered:
-            _gradients().pop(name, None)
+        forget_gradients(registered)
 
 
-def _gradients() -> dict[str, Any]:
-    """TensorFlow's registry of gradients; it has no public way to remove one. Empty where a TensorFlow keeps it elsewhere."""
+def traced_gradients() -> set[str]:
+    """Names under which TensorFlow has registered what it traced of ``tf.custom_gradient``."""
+    return {name for name in _registry() if name.startswith("CustomGradient-")}
+
+
+def forget_gradients(names: Iterable[str]) -> None:
+    """Lets the graphs go that are registered under these names; TensorFlow can no longer make gradients of them."""
+    for name in names:
+        _registry().pop(name, None)
+
+
+def _registry() -> dict[str, Any]:
+    """TensorFlow has no public way to remove a gradient. Empty where a TensorFlow keeps them elsewhere."""
     from tensorflow.python.framework import ops
 
     return getattr(getattr(ops, "gradient_registry", None), "_registry", {})

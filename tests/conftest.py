@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # results are judged on the CPU
+
+
+@pytest.fixture(autouse=True)
+def forgotten_graphs() -> Iterator[None]:
+    """What a test traced ends with it: TensorFlow would keep each graph with a custom gradient, gigabytes in the course of all tests."""
+    from parity import compiled
+
+    before = compiled.traced_gradients() if "tensorflow" in sys.modules else set()
+    yield
+    if "tensorflow" in sys.modules:
+        compiled.forget_gradients(compiled.traced_gradients() - before)
 
 
 @pytest.fixture(scope="session")
