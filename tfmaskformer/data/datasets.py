@@ -27,6 +27,10 @@ from tfmaskformer.data.records import VOID, DataError, Problem, Record
 ON_ERROR = ("stop", "skip")
 """What to do about bad data: stop at the first problem, or leave its image out."""
 
+TRAINABLE = ("empty annotation", "ids not in the JSON")
+"""Problems for an evaluation that are none for a training: upstream's dataset mappers take an image without objects as it is, and read of a
+panoptic map the segments of the JSON alone."""
+
 
 class Sample(NamedTuple):
     """An image and its ground truth.
@@ -56,6 +60,7 @@ class DataSet:
         root: the data set's folder.
         records: in the official order.
         problems: found while listing; what they are about is not in ``records``.
+        training: whether it is for training, where what is :data:`TRAINABLE` is no problem.
     """
 
     name: str
@@ -63,6 +68,7 @@ class DataSet:
     root: str
     records: tuple[Record, ...]
     problems: tuple[Problem, ...] = ()
+    training: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -103,6 +109,8 @@ class DataSet:
         for file, annotation in ((record.panoptic, panoptic_seg), (record.semantic, sem_seg)):
             if file is not None and annotation is not None and image is not None and annotation.shape != image.shape[:2]:
                 problems.append(Problem("annotation size ≠ image size", file, f"{_size(image)} as {record.image}", _size(annotation)))
+        if self.training:
+            problems = [problem for problem in problems if problem.kind not in TRAINABLE]
         if problems or image is None:
             return None, problems
         return Sample(record, image, panoptic_seg, self.segments_info(record), sem_seg), []
@@ -142,13 +150,14 @@ class DataSet:
             report(problem)
 
 
-def open_dataset(name: str, data: str | os.PathLike[str], split: str | None = None) -> DataSet:
+def open_dataset(name: str, data: str | os.PathLike[str], split: str | None = None, *, training: bool = False) -> DataSet:
     """Lists a split of a data set; reads no image.
 
     Args:
         name: in :data:`~tfmaskformer.data.layouts.LAYOUTS`, e.g. "coco_panoptic".
         data: the folder that holds all data sets, official code's ``DETECTRON2_DATASETS``, or the data set's own; a path or ``gs://…``.
         split: default: the one that official evaluation takes.
+        training: see :attr:`DataSet.training`.
 
     Raises:
         DataError: no such data set, split, folder, or a JSON that is none.
@@ -168,8 +177,24 @@ def open_dataset(name: str, data: str | os.PathLike[str], split: str | None = No
         for field in ("images", "semantic", "panoptic", "panoptic_json")
         if getattr(layout, field)
     }
-    records, problems = (listing.list_panoptic if layout.panoptic else listing.list_semantic)(layout, paths)
-    return DataSet(name, split, root, tuple(records), tuple(problems))
+    if layout.panoptic:
+        records, problems = listing.list_panoptic(layout, paths, empty=training)
+    else:
+        records, problems = listing.list_semantic(layout, paths)
+    return DataSet(name, split, root, tuple(records), tuple(problems), training)
+
+
+def open_training_set(name: str, data: str | os.PathLike[str]) -> DataSet:
+    """The split to train on; arguments as of :func:`open_dataset`.
+
+    Raises:
+        DataError: the same, the first problem of the listing, or the first file that does not exist. What is in the files is not looked at.
+    """
+    dataset = open_dataset(name, data, "train", training=True)
+    dataset.check_listing("stop")
+    if missing := missing_files(dataset):
+        raise DataError(missing[0])
+    return dataset
 
 
 def missing_files(dataset: DataSet) -> list[Problem]:

@@ -43,12 +43,13 @@ def list_semantic(layout: Layout, paths: Mapping[str, str]) -> tuple[list[Record
     return [Record(image_id(stem), image[stem], semantic=label[stem]) for stem in sorted(images & labels)], problems
 
 
-def list_panoptic(layout: Layout, paths: Mapping[str, str]) -> tuple[list[Record], list[Problem]]:
+def list_panoptic(layout: Layout, paths: Mapping[str, str], *, empty: bool = False) -> tuple[list[Record], list[Problem]]:
     """The annotations of a panoptic JSON in its order; those that are malformed or of an image listed before are problems.
 
     Args:
         layout: how names end.
         paths: of ``images``, ``panoptic``, ``panoptic_json`` and, where the layout has it, ``semantic``.
+        empty: whether an annotation without segments is listed; otherwise it is a problem.
 
     Raises:
         DataError: no JSON there, or not one of panoptic annotations.
@@ -64,6 +65,8 @@ def list_panoptic(layout: Layout, paths: Mapping[str, str]) -> tuple[list[Record
         place = f"{file}, annotation {index}"
         try:
             image_id, png, segments = _annotation(annotation, place, layout, contiguous)
+            if not segments and not empty:
+                raise DataError(Problem("empty annotation", f"{place} ({png})", "at least one segment", "none"))
             if image_id in seen:
                 raise DataError(Problem("duplicate image id", place, "one annotation for each image", f"a second one for {image_id!r}"))
         except DataError as error:
@@ -94,8 +97,6 @@ def _annotation(annotation: Any, place: str, layout: Layout, contiguous: Mapping
             image_id = int(image_id)
         except ValueError:
             raise DataError(Problem("malformed annotation", place, "an integer image_id", repr(image_id))) from None
-    if not annotation["segments_info"]:
-        raise DataError(Problem("empty annotation", place, "at least one segment", "none"))
     segments: dict[int, Segment] = {}
     for segment in annotation["segments_info"]:
         _require(segment, place, "a segment", {"id": int, "category_id": int, "area": int, "iscrowd": int})

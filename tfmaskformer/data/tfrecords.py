@@ -162,7 +162,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
 def from_disk(dataset: DataSet) -> tf.data.Dataset:
     """The samples of a data set read from its own files, as :func:`~tfmaskformer.data.examples.element_spec` says.
 
-    Bad data raises ``tf.errors.OpError`` with the problem as its message.
+    Bad data raises ``tf.errors.OpError``, of which :func:`bad_data` tells the problem.
     """
     return tf.data.Dataset.range(len(dataset.records)).map(reader(dataset), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
@@ -172,13 +172,26 @@ def reader(dataset: DataSet) -> Callable[[tf.Tensor], dict[str, Any]]:
     spec = examples.element_spec(dataset.layout)
 
     def load(index):
-        return tf.nest.flatten(examples.element(dataset.load(dataset.records[index])))
+        try:
+            return tf.nest.flatten(examples.element(dataset.load(dataset.records[index])))
+        except DataError as error:
+            _found.append(error)
+            raise
 
     def element(index):
         values = tf.numpy_function(load, [index], [leaf.dtype for leaf in tf.nest.flatten(spec)])
         return tf.nest.map_structure(lambda value, leaf: tf.ensure_shape(value, leaf.shape), tf.nest.pack_sequence_as(spec, values), spec)
 
     return element
+
+
+_found: list[DataError] = []
+"""What :func:`reader` raised: TensorFlow hands on the text alone, between a traceback and the names of nodes."""
+
+
+def bad_data(error: BaseException) -> DataError | None:
+    """The bad data because of which a pipeline with a :func:`reader` raised ``error``; None if it was something else."""
+    return next((found for found in _found if str(found) in str(error)), None)
 
 
 @dataclasses.dataclass(frozen=True)
