@@ -25,9 +25,6 @@ REFUSED = 1
 
 STEPS = ("eval", "train")
 DTYPES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
-CROPS = {"cityscapes": (512, 1024), "coco_panoptic": (1333, 1333), "mapillary_vistas": (1280, 1280)}
-"""Data set → (height, width) in px of a canvas that holds every training image of the official configs; of the other data sets a square of
-``test.min_size``. COCO's images are not cropped to one size: theirs holds the largest that the official mapper makes, upright or not."""
 
 
 def program(
@@ -37,7 +34,7 @@ def program(
     size: tuple[int, int],
     *,
     output_size: tuple[int, int] | None = None,
-    objects: int = 100,
+    objects: int | None = None,
     rematerialise: bool = False,
 ) -> tuple[Callable[..., Any], list[Any]]:
     """A step as one core runs it, and the shapes of its arguments.
@@ -49,7 +46,7 @@ def program(
         batch: images of the core.
         size: (height, width) of the canvas, px.
         output_size: "eval": that of the results, px; default ``size``.
-        objects: "train": room for objects in each image.
+        objects: "train": room for objects in each image; default: as many as the model has queries, as in training.
         rematerialise: "train": see :class:`~tfmaskformer.training.step.TrainStep`.
 
     Returns:
@@ -73,6 +70,7 @@ def program(
     train = TrainStep(model, build_optimizer(Recipe(clip_norm=0.01), model), padding="masked", rematerialise=rematerialise)
     targets = {"sem_seg": tf.TensorSpec([batch, *size], tf.int32)}
     if model.config.head == "MaskFormerHead":
+        objects = objects or model.config.predictor.num_queries
         targets = {
             "labels": tf.TensorSpec([batch, objects], tf.int32),
             "masks": tf.TensorSpec([batch, objects, *size], tf.bool),
@@ -82,10 +80,22 @@ def program(
 
 
 def default_size(config: MaskFormerConfig, step: str) -> tuple[int, int]:
-    """(height, width) of a canvas, px: one that holds the largest official test image up to twice as long as high, or the official crop."""
-    shorter = config.test.min_size or 800
+    """(height, width) of a canvas, px: one that holds the largest official test image up to twice as long as high, or that of training.
+
+    Raises:
+        ConfigError: "train", and the config's name is no entry of the zoo.
+    """
     if step == "train":
-        return CROPS.get(config.dataset, (shorter, shorter))
+        from tfmaskformer.config import ConfigError
+        from tfmaskformer.data.augmentation import mapper_of
+        from tfmaskformer.data.training import _canvas
+        from tfmaskformer.official_config import named_tree
+
+        try:
+            return _canvas(mapper_of(named_tree(config.name)[1]), config, None)
+        except ConfigError as error:
+            raise ConfigError(f"how large '{config.name}' is trained is not known: {error}\n  give --size HEIGHT WIDTH") from None
+    shorter = config.test.min_size or 800
     return shorter, min(config.test.max_size, 2 * shorter)
 
 
@@ -96,16 +106,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
-    if arguments.batch < 1 or arguments.objects < 1 or min(*(arguments.size or (1,)), *(arguments.output_size or (1,))) < 1:
+    numbers = [arguments.batch, arguments.objects, *(arguments.size or ()), *(arguments.output_size or ())]
+    if any(number is not None and number < 1 for number in numbers):
         parser.error("--batch, --objects, --size and --output-size take positive numbers")
     if arguments.output_size and arguments.step == "train":
         parser.error("--output-size belongs to --step eval")
-    if arguments.rematerialise and arguments.step == "eval":
-        parser.error("--rematerialise belongs to --step train")
+    if (arguments.rematerialise or arguments.objects) and arguments.step == "eval":
+        parser.error("--rematerialise and --objects belong to --step train")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         from tfmaskformer import aot
         from tfmaskformer.checkpoint import CheckpointError, load
+        from tfmaskformer.config import ConfigError
     except ImportError as error:
         return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu,aot]'", COULD_NOT_RUN)
     dtype = arguments.dtype or {"eval": "float32", "train": "bfloat16"}[arguments.step]
@@ -115,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("loading the checkpoint …", file=sys.stderr, flush=True)
         model = load(arguments.ckpt, DTYPES[dtype])
         size = tuple(arguments.size or default_size(model.config, arguments.step))
-        options: dict[str, Any] = {"objects": arguments.objects, "rematerialise": arguments.rematerialise}
+        objects = arguments.objects or model.config.predictor.num_queries
+        options: dict[str, Any] = {"objects": objects, "rematerialise": arguments.rematerialise}
         if arguments.step == "eval":
             options = {"output_size": tuple(arguments.output_size or size)}
         step, specs = program(model, arguments.step, arguments.batch, size, **options)
@@ -123,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stats = aot.compile_for_tpu(step, *specs, topology=arguments.target)
     except aot.UnavailableError as error:
         return _failed(str(error), COULD_NOT_RUN)
-    except (CheckpointError, aot.TargetError) as error:
+    except (CheckpointError, ConfigError, aot.TargetError) as error:
         return _failed(str(error), BAD_INPUT)
     except aot.AotError as error:
         return _failed(str(error), REFUSED)
@@ -182,13 +195,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images of one core (default: %(default)s)")
     parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), help="canvas of the images, px (default: of the official test, or crop)"
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="canvas of the images, px (default: of the official test, or training)"
     )
     parser.add_argument(
         "--output-size", type=int, nargs=2, metavar=("H", "W"), help="canvas of the results, px (default: that of the images)"
     )
     parser.add_argument(
-        "--objects", type=int, default=100, metavar="N", help="room for objects in an image, in training (default: %(default)s)"
+        "--objects", type=int, metavar="N", help="room for objects in an image, in training (default: as many as the model has queries)"
     )
     parser.add_argument("--rematerialise", action="store_true", help="as 'tfmaskformer train' takes it: blocks are computed again")
     parser.add_argument(
