@@ -2,9 +2,10 @@
 
 A file may name others in ``_BASE_``, over which its keys are laid; the result is laid over the defaults of Detectron2 and MaskFormer
 (``official_defaults.json``, recorded from the official code by ``python -m parity.record_defaults``). Merging, the literals inside
-strings (``"(640, 640)"``) and the strictness about types and unknown keys are those of fvcore and yacs. Detectron2 evaluates Python
-that a file holds; here a parser reads the one form that the official files use, ``!!python/object/apply:eval`` of a list over a range,
-and refuses all others. Why: docs/decisions/0009-official-yaml-configs.md.
+strings (``"(640, 640)"``) and the strictness about types and unknown keys are those of fvcore and yacs. Stricter: None takes no other
+value's place, items have the type of the default's, numbers are finite, and what nothing here could use is refused (:data:`LIMITS`).
+Detectron2 evaluates Python that a file holds; here a parser reads the one form that the official files use,
+``!!python/object/apply:eval`` of a list over a range, and refuses all others. Why: docs/decisions/0009-official-yaml-configs.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,29 @@ MAX_NUMBER = 10**9
 
 Tree = dict[str, Any]
 
+
+def _names(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "DATASETS.TEST": (_names, "names of data sets"),
+    "DATASETS.TRAIN": (_names, "names of data sets"),
+    "INPUT.CROP.SIZE": (lambda size: len(size) == 2, "two numbers"),
+    "INPUT.MAX_SIZE_TEST": (lambda size: 0 < size < 2**31, "a size in px, below 2**31"),
+    "INPUT.MIN_SIZE_TEST": (lambda size: 0 <= size < 2**31, "a size in px, below 2**31"),
+    "MODEL.PIXEL_MEAN": (lambda mean: len(mean) == 3, "three numbers"),
+    "MODEL.PIXEL_STD": (lambda std: len(std) == 3 and min(std) > 0, "three numbers above 0"),
+    "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": (lambda value: -(2**31) <= value < 2**31, "an integer of 32 bits"),
+    "SEED": (lambda seed: seed < 2**32, "a number below 2**32; below 0 is upstream's word for any"),
+    "VERSION": (lambda version: version == 2, "2, Detectron2's latest"),
+}
+"""What the type of a value does not tell: key → its test, and what is expected. Recipe, mapper and model have limits of their own."""
+
+_TYPES = {tuple, list, str, int, float, bool, type(None)}
+_ITEMS_TOO: dict[type, set[type]] = {float: {int}, list: {tuple}, tuple: {list}}
+"""What an item may be as well: official files have whole numbers where the default has fractions."""
+
 _EVAL_TAG = "tag:yaml.org,2002:python/object/apply:eval"
 _EXPECTED = "expected numbers with + - * /, int(…) and one loop: [int(x * 0.1 * 640) for x in range(5, 21)]"
 
@@ -51,13 +75,11 @@ def read_tree(path: str | os.PathLike[str]) -> Tree:
 
     Raises:
         ConfigError: no such file, no YAML, Python other than a list over a range, an unknown key, or a value of another type than
-            the default; the message names the file and the key.
+            the default's or beyond :data:`LIMITS`; the message names the file and the key.
     """
     files: list[Path] = []
     tree = defaults()
-    _merge(_load(Path(path), (), files), tree, f"config '{path}'", "")
-    if tree["VERSION"] != 2:
-        raise ConfigError(f"config '{path}': 'VERSION' is {tree['VERSION']!r}, expected 2, Detectron2's latest")
+    _merge(_load(Path(path), (), files), tree, defaults(), f"config '{path}'", "")
     return tree
 
 
@@ -81,16 +103,17 @@ def override(tree: Tree, options: Sequence[Any]) -> None:
     """Changes values of a whole config in place, as Detectron2's ``merge_from_list``: ``["SOLVER.BASE_LR", "1e-4", …]``.
 
     Raises:
-        ConfigError: a key without a value, an unknown key, or a value of another type than the one that it replaces.
+        ConfigError: a key without a value, an unknown key, or a value of another type than the default's or beyond :data:`LIMITS`.
     """
     if len(options) % 2:
         raise ConfigError(f"options: '{options[-1]}' has no value, expected pairs of a key and a value")
+    official = defaults()
     for key, value in zip(options[::2], options[1::2], strict=True):
         *parents, last = key.split(".")
         values = {last: value}
         for parent in reversed(parents):
             values = {parent: values}
-        _merge(values, tree, "options", "")
+        _merge(values, tree, official, "options", "")
 
 
 def dump(tree: Tree) -> str:
@@ -256,6 +279,8 @@ def _text(path: Path, named: str) -> str:
             raise ConfigError(f"{named} does not exist, or is no regular file")
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
+    except ConfigError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{named} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > MAX_FILE_BYTES:
@@ -317,18 +342,18 @@ def _overlay(values: Tree, base: Tree, named: str, where: str) -> None:
             base[key] = value
 
 
-def _merge(values: Tree, tree: Tree, named: str, where: str) -> None:
-    """Lays a file over the defaults, which tell the keys and their types (yacs ``_merge_a_into_b``)."""
+def _merge(values: Tree, tree: Tree, official: Tree, named: str, where: str) -> None:
+    """Lays a file over a whole config; the defaults tell the keys and their types (yacs ``_merge_a_into_b``)."""
     for key, value in values.items():
         name = f"{where}{key}"
-        if key not in tree:
-            nearest = difflib.get_close_matches(str(key), tree, n=3, cutoff=0.6)
+        if key not in official:
+            nearest = difflib.get_close_matches(str(key), official, n=3, cutoff=0.6)
             raise ConfigError(
                 f"{named}: unknown key '{name}'" + (f"; nearest: {', '.join(where + near for near in nearest)}" if nearest else "")
             )
-        default = tree[key]
+        default = official[key]
         if isinstance(value, dict) and isinstance(default, dict):
-            _merge(value, tree[key], named, f"{name}.")
+            _merge(value, tree[key], default, named, f"{name}.")
             continue
         try:
             decoded = decode(value)
@@ -336,10 +361,35 @@ def _merge(values: Tree, tree: Tree, named: str, where: str) -> None:
             raise ConfigError(f"{named}: '{name}' is {error}") from None
         if isinstance(default, list | tuple) and isinstance(decoded, list | tuple):
             decoded = type(default)(decoded)
-        allowed = {type(default), type(None)} if default is not None else {tuple, list, str, int, float, bool, type(None)}
-        if isinstance(default, dict) or isinstance(value, dict) or type(decoded) not in allowed:
-            raise ConfigError(f"{named}: '{name}' is {_short(decoded)}, expected {_kind(default)} as in the default {_short(default)}")
+        within, limit = LIMITS.get(name, (lambda _: True, ""))
+        expected = ""
+        if isinstance(default, dict) or isinstance(value, dict) or not _fits(decoded, default):
+            expected = f"{_kind(default)} as in the default {_short(default)}"
+        elif not _finite(decoded):
+            expected = "finite numbers that fit in 64 bits"
+        elif not within(decoded):
+            expected = limit
+        if expected:
+            raise ConfigError(f"{named}: '{name}' is {_short(decoded)}, expected {expected}")
         tree[key] = decoded
+
+
+def _fits(value: Any, default: Any, too: Collection[type] = ()) -> bool:
+    """Whether a value has the type of the default, or one of ``too``, and its items that of the default's; where there is none, any."""
+    if type(value) not in (_TYPES if default is None else {type(default), *too}):
+        return False
+    if not isinstance(value, list | tuple):
+        return True
+    item = default[0] if default else None
+    return all(_fits(each, item, _ITEMS_TOO.get(type(item), ())) for each in value)
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _decoded_tree(values: Tree) -> Tree:
@@ -347,7 +397,8 @@ def _decoded_tree(values: Tree) -> Tree:
 
 
 def _kind(value: Any) -> str:
-    return {dict: "keys", type(None): "a value"}.get(type(value), type(value).__name__)
+    name = {dict: "keys", type(None): "a value"}.get(type(value), type(value).__name__)
+    return f"{name} of {_kind(value[0])}" if isinstance(value, list | tuple) and value else name
 
 
 def _short(value: Any) -> str:

@@ -224,11 +224,11 @@ def test_the_official_configs():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"INPUT.DATASET_MAPPER_NAME": "mask_former_instance"}, "'name' is 'mask_former_instance', expected one of"),
+        ({"INPUT.DATASET_MAPPER_NAME": "mask_former_instance"}, "'INPUT.DATASET_MAPPER_NAME' is 'mask_former_instance', expected one of"),
         ({"INPUT.FORMAT": "BGR"}, "'INPUT.FORMAT' is 'BGR', supported: 'RGB'"),
-        ({"INPUT.CROP.ENABLED": False}, "'size_divisibility' is 96, expected 170 px or more"),
-        ({"INPUT.CROP.TYPE": "absolut"}, "'crop_type' is 'absolut'"),
-        ({"INPUT.MIN_SIZE_TRAIN_SAMPLING": "range"}, "'min_size_train' is .*, expected the least and the largest size"),
+        ({"INPUT.CROP.ENABLED": False}, "'INPUT.SIZE_DIVISIBILITY' is 96, expected 170 px or more"),
+        ({"INPUT.CROP.TYPE": "absolut"}, "'INPUT.CROP.TYPE' is 'absolut'"),
+        ({"INPUT.MIN_SIZE_TRAIN_SAMPLING": "range"}, "'INPUT.MIN_SIZE_TRAIN' is .*, expected the least and the largest size"),
     ],
 )
 def test_unsupported_values(changes, message):

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints import registry
 from parity.record_defaults import changes
 from tfmaskformer.config import ConfigError
-from tfmaskformer.official_yaml import MAX_FILE_BYTES, decode, defaults, evaluate, read_tree
+from tfmaskformer.official_config import named_tree
+from tfmaskformer.official_yaml import MAX_FILE_BYTES, decode, defaults, dump, evaluate, override, read_tree
 
 GOLDEN = Path(__file__).parents[2] / "tfmaskformer" / "official_configs.json"
 
@@ -173,6 +175,121 @@ def test_expressions_that_are_refused(expression, message):
         evaluate(expression)
 
 
+FLOAT, INT, INTS = "expected float as in the default ", "expected int as in the default ", "expected tuple of int as in the default "
+FINITE = "expected finite numbers that fit in 64 bits"
+PIXELS = "expected a size in px, below 2**31"
+NAMES = "expected names of data sets"
+
+WRONG = [
+    ("SOLVER.BASE_LR", "None", "is None, " + FLOAT + "0.001"),
+    ("SOLVER.CHECKPOINT_PERIOD", "None", "is None, " + INT + "5000"),
+    ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "None", "is None, " + FLOAT + "1.0"),
+    ("SOLVER.LR_SCHEDULER_NAME", "None", "is None, expected str as in the default 'WarmupMultiStepLR'"),
+    ("TEST.EVAL_PERIOD", "None", "is None, " + INT + "0"),
+    ("SEED", "None", "is None, " + INT + "-1"),
+    ("SEED", "1.0", "is 1.0, " + INT + "-1"),
+    ("SEED", "5000000000", "is 5000000000, expected a number below 2**32"),
+    ("SEED", str(2**32), f"is {2**32}, expected a number below 2**32"),
+    ("SOLVER.STEPS", "None", "is None, " + INTS + "(30000,)"),
+    ("SOLVER.STEPS", "('a',)", "is ('a',), " + INTS + "(30000,)"),
+    ("SOLVER.STEPS", "(1, None)", "is (1, None), " + INTS + "(30000,)"),
+    ("SOLVER.STEPS", "(True,)", "is (True,), " + INTS + "(30000,)"),
+    ("INPUT.MIN_SIZE_TRAIN", "('a',)", "is ('a',), " + INTS + "(800,)"),
+    ("INPUT.MIN_SIZE_TRAIN", "(64.5,)", "is (64.5,), " + INTS + "(800,)"),
+    ("INPUT.MIN_SIZE_TRAIN", "((64,),)", "is ((64,),), " + INTS + "(800,)"),
+    ("INPUT.MIN_SIZE_TRAIN", "64", "is 64, " + INTS + "(800,)"),
+    ("INPUT.MAX_SIZE_TRAIN", "None", "is None, " + INT + "1333"),
+    ("INPUT.MAX_SIZE_TEST", "0", "is 0, " + PIXELS),
+    ("INPUT.MIN_SIZE_TEST", "-1", "is -1, " + PIXELS),
+    ("INPUT.MIN_SIZE_TEST", str(2**31), f"is {2**31}, " + PIXELS),
+    ("INPUT.CROP.SIZE", "(64,)", "is [64], expected two numbers"),
+    ("INPUT.CROP.SIZE", "(64, 64, 64)", "is [64, 64, 64], expected two numbers"),
+    ("INPUT.CROP.SIZE", "('a', 'b')", "is ['a', 'b'], expected list of float as in the default [0.9, 0.9]"),
+    ("DATASETS.TRAIN", "None", "is None, expected tuple as in the default ()"),
+    ("DATASETS.TRAIN", "shapes_train", "is 'shapes_train', expected tuple as in the default ()"),
+    ("DATASETS.TRAIN", "([1],)", "is ([1],), " + NAMES),
+    ("DATASETS.TEST", "(None,)", "is (None,), " + NAMES),
+    ("MODEL.PIXEL_MEAN", "[1.0, 2.0]", "is [1.0, 2.0], expected three numbers"),
+    ("MODEL.PIXEL_STD", "[0.0, 1.0, 1.0]", "is [0.0, 1.0, 1.0], expected three numbers above 0"),
+    ("MODEL.PIXEL_STD", "[1.0, 1.0, -1.0]", "is [1.0, 1.0, -1.0], expected three numbers above 0"),
+    ("MODEL.PIXEL_STD", "[1.0, 1.0]", "is [1.0, 1.0], expected three numbers above 0"),
+    ("MODEL.PIXEL_STD", "[1e400, 1.0, 1.0]", "is [inf, 1.0, 1.0], " + FINITE),
+    ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[0, 0, 0, 0]", "is [0, 0, 0, 0], expected list of bool as in the default [False, "),
+    ("MODEL.SEM_SEG_HEAD.IGNORE_VALUE", str(2**31), f"is {2**31}, expected an integer of 32 bits"),
+    ("MODEL.ANCHOR_GENERATOR.SIZES", "[[0.5]]", "is [[0.5]], expected list of list of int as in the default [[32, 64, 128, 256, 512]]"),
+    ("SOLVER.BASE_LR", "1e400", "is inf, " + FINITE),
+    ("SOLVER.BASE_LR", "-1e400", "is -inf, " + FINITE),
+    ("SOLVER.MAX_ITER", str(2**63), f"is {2**63}, " + FINITE),
+    ("TEST.EXPECTED_RESULTS", "[1j]", "is [1j], expected list as in the default []"),
+    ("TEST.EXPECTED_RESULTS", "[['PQ', 1e400]]", "is [['PQ', inf]], " + FINITE),
+    ("VERSION", "1", "is 1, expected 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "text", "message"), WRONG, ids=lambda item: item[:40])
+def test_what_no_key_can_be(key, text, message, write):
+    """As an option, after other options of the same key, as text in a file, and as a value of YAML's own. The config stays as it was."""
+    tree = defaults()
+    for options in ([key, text], [key, value_of(defaults(), key), key, text], [key, decode(text)]):
+        with pytest.raises(ConfigError) as refused:
+            override(tree, options)
+        assert str(refused.value).startswith(f"options: '{key}' {message}")
+        assert_same(tree, defaults())
+    *parents, last = key.split(".")
+    yaml_value = text if "None" not in text and "(" not in text and "1e400" not in text and "1j" not in text else f'"{text}"'
+    for value in {yaml_value, f'"{text}"'}:
+        path = write(
+            "".join(f"{'  ' * depth}{parent}:\n" for depth, parent in enumerate(parents)) + f"{'  ' * len(parents)}{last}: {value}"
+        )
+        with pytest.raises(ConfigError) as refused:
+            read_tree(path)
+        assert str(refused.value).startswith(f"config '{path}': '{key}' {message}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SOLVER: {BASE_LR: null}", "'SOLVER.BASE_LR' is None, expected float"),
+        ("SOLVER: {BASE_LR: .inf}", "'SOLVER.BASE_LR' is inf, expected finite"),
+        ("SOLVER: {BASE_LR: .nan}", "'SOLVER.BASE_LR' is nan, expected finite"),
+        ("INPUT: {MIN_SIZE_TRAIN: [a]}", r"'INPUT.MIN_SIZE_TRAIN' is \('a',\), expected tuple of int"),
+        ("INPUT: {MIN_SIZE_TRAIN: [{a: 1}]}", r"'INPUT.MIN_SIZE_TRAIN' is \({'a': 1},\), expected tuple of int"),
+    ],
+)
+def test_what_only_yaml_can_write(text, message, write):
+    with pytest.raises(ConfigError, match=rf"^config '.*': {message}"):
+        read_tree(write(text))
+
+
+def test_what_keys_can_be():
+    """None where the default is None, whole numbers for fractions in a list, items of any kind where the default has none."""
+    options = {
+        "MODEL.SWIN.QK_SCALE": [None, 0.5, None],
+        "SOLVER.WEIGHT_DECAY_BIAS": [0.0, None],
+        "SOLVER.STEPS": [(), (1, 2), [3]],
+        "INPUT.CROP.SIZE": [[512, 512], (0.5, 1)],
+        "MODEL.PIXEL_STD": [[1, 1, 1]],
+        "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": [[[1, 1, 1, 1]]],
+        "TEST.EXPECTED_RESULTS": [[["PQ", None, 46.5, 1]]],
+        "SEED": [-5, 0, 2**32 - 1],
+        "INPUT.MIN_SIZE_TEST": [0],
+        "SOLVER.CHECKPOINT_PERIOD": [10**12],
+        "DATASETS.TRAIN": [["mine", "yours"], ()],
+    }
+    for key, values in options.items():
+        tree = defaults()
+        for value in values:
+            override(tree, [key, repr(value)])
+            kind = type(value_of(defaults(), key))
+            assert value_of(tree, key) == (kind(value) if isinstance(value, list | tuple) else value)
+
+
+@pytest.mark.parametrize("entry", registry.entries(), ids=lambda entry: entry.name)
+def test_whole_configs_are_read_again(entry, write):
+    tree = named_tree(entry.name)[1]
+    assert_same(read_tree(write(dump(tree))), tree)
+
+
 APPLY = "!!python/object/apply:"
 MODEL = "MODEL: {SEM_SEG_HEAD: {NUM_CLASSES: 3}}\nINPUT: {MIN_SIZE_TRAIN: %s}"
 
@@ -298,9 +415,9 @@ def test_evil_files_run_nothing_and_are_told(name, audit, write, tmp_path, monke
 
 
 def test_no_file_at_all(tmp_path):
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match=r"^config '[^']*none\.yaml' does not exist"):
         read_tree(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="is a directory"):
+    with pytest.raises(ConfigError, match=r"^config '[^']*' is a directory"):
         read_tree(tmp_path)
 
 

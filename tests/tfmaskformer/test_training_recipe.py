@@ -81,16 +81,16 @@ PANOPTIC = "configs/coco-panoptic/maskformer_panoptic_R50_bs64_554k.yaml"
         ({"REFERENCE_WORLD_SIZE": 8}, r"'SOLVER.REFERENCE_WORLD_SIZE' is 8, supported: 0"),
         ({"RESCALE_INTERVAL": True}, r"'SOLVER.RESCALE_INTERVAL' is True, supported: False"),
         ({"CLIP_GRADIENTS.CLIP_TYPE": "value"}, r"'SOLVER.CLIP_GRADIENTS.CLIP_TYPE' is 'value', supported: 'full_model'"),
-        ({"OPTIMIZER": "ADAM"}, r"'optimizer' is 'ADAM', expected one of \('ADAMW', 'SGD'\)"),
-        ({"LR_SCHEDULER_NAME": "WarmupCosineLR"}, r"'lr_scheduler_name' is 'WarmupCosineLR', expected one of"),
-        ({"WARMUP_METHOD": "exp"}, r"'warmup_method' is 'exp', expected one of"),
-        ({"BASE_LR": 0.0}, r"'base_lr' is 0.0, expected a positive number"),
-        ({"MAX_ITER": 0}, r"'max_iter' is 0, expected a positive number"),
-        ({"WEIGHT_DECAY": -0.1}, r"'weight_decay' is -0.1, expected 0 or more"),
-        ({"WARMUP_ITERS": -1}, r"'warmup_iters' is -1, expected 0 or more"),
-        ({"STEPS": (500, 400)}, r"'steps' is \(500, 400\), expected ascending numbers above 0, none of them max_iter \(554400\)"),
-        ({"STEPS": (0, 400)}, r"'steps' is \(0, 400\)"),
-        ({"STEPS": (554_400,)}, r"'steps' is \(554400,\)"),
+        ({"OPTIMIZER": "ADAM"}, r"'SOLVER.OPTIMIZER' is 'ADAM', expected one of \('ADAMW', 'SGD'\)"),
+        ({"LR_SCHEDULER_NAME": "WarmupCosineLR"}, r"'SOLVER.LR_SCHEDULER_NAME' is 'WarmupCosineLR', expected one of"),
+        ({"WARMUP_METHOD": "exp"}, r"'SOLVER.WARMUP_METHOD' is 'exp', expected one of"),
+        ({"BASE_LR": 0.0}, r"'SOLVER.BASE_LR' is 0.0, expected a positive number"),
+        ({"MAX_ITER": 0}, r"'SOLVER.MAX_ITER' is 0, expected a positive number"),
+        ({"WEIGHT_DECAY": -0.1}, r"'SOLVER.WEIGHT_DECAY' is -0.1, expected 0 or more"),
+        ({"WARMUP_ITERS": -1}, r"'SOLVER.WARMUP_ITERS' is -1, expected 0 or more"),
+        ({"STEPS": (500, 400)}, r"'SOLVER.STEPS' is \(500, 400\), expected ascending numbers above 0, none of them max_iter \(554400\)"),
+        ({"STEPS": (0, 400)}, r"'SOLVER.STEPS' is \(0, 400\)"),
+        ({"STEPS": (554_400,)}, r"'SOLVER.STEPS' is \(554400,\)"),
     ],
     ids=lambda item: next(iter(item)) if isinstance(item, dict) else "",
 )
@@ -112,7 +112,7 @@ def test_files(tmp_path):
     (tmp_path / "mine.yaml").write_text("SOLVER: {BASE_LR: 0.5, STEPS: '(3, 4)', MAX_ITER: 9, AMP: {ENABLED: False}}")
     assert read_recipe(tmp_path / "mine.yaml") == Recipe(base_lr=0.5, steps=(3, 4), max_iter=9)
     (tmp_path / "wrong.yaml").write_text("SOLVER: {OPTIMIZER: LION, AMP: {ENABLED: False}}")
-    with pytest.raises(ConfigError, match=r"^config '.*wrong\.yaml': 'optimizer' is 'LION'"):
+    with pytest.raises(ConfigError, match=r"^config '.*wrong\.yaml': 'SOLVER.OPTIMIZER' is 'LION'"):
         read_recipe(tmp_path / "wrong.yaml")
 
 

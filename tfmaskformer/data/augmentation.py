@@ -37,6 +37,8 @@ NO_SEGMENT = -1
 """In a map of segments: none."""
 
 _NO_LIMIT = 2**31 - 1
+_KEYS = {"name": "DATASET_MAPPER_NAME", "crop_type": "CROP.TYPE", "crop_size": "CROP.SIZE"}
+"""Fields of :class:`Mapper` that have not the name of their key."""
 
 
 class Draws(NamedTuple):
@@ -103,15 +105,20 @@ class Mapper:
 
     def __post_init__(self) -> None:
         self._require("name", self.name in MAPPERS, f"one of {MAPPERS}")
+        self._require("size_divisibility", self.size_divisibility <= _NO_LIMIT, "a size in px, below 2**31")
         self._require("min_size_train_sampling", self.min_size_train_sampling in SAMPLINGS, f"one of {SAMPLINGS}")
         self._require("crop_type", self.crop_type in ("", *CROP_TYPES), f"one of {CROP_TYPES}")
         sizes = self.min_size_train
-        self._require("min_size_train", bool(sizes) and all(size >= 0 for size in sizes), "at least one size, in px")
+        self._require(
+            "min_size_train", bool(sizes) and all(0 <= size <= _NO_LIMIT for size in sizes), "at least one size, in px, below 2**31"
+        )
         ranged = self.min_size_train_sampling == "range"
         self._require("min_size_train", not ranged or (len(sizes) == 2 and sizes[0] <= sizes[1]), "the least and the largest size")
-        self._require("max_size_train", self.max_size_train > 0, "a size in px")
+        self._require("max_size_train", 0 < self.max_size_train <= _NO_LIMIT, "a size in px, below 2**31")
         first, second = self.crop_size
-        self._require("crop_size", first > 0 and second > 0, "numbers above 0")
+        self._require("crop_size", min(first, second) > 0 and max(first, second) <= _NO_LIMIT, "numbers above 0, below 2**31")
+        whole = "absolute" not in self.crop_type or all(isinstance(side, int) for side in self.crop_size)
+        self._require("crop_size", whole, f"whole numbers of px, as 'INPUT.CROP.TYPE' is {self.crop_type!r}")
         self._require("crop_size", "relative" not in self.crop_type or max(first, second) <= 1, "shares, 1 at most")
         self._require("crop_size", self.crop_type != "absolute_range" or first <= second, "the least and the largest side")
         if self._padded:
@@ -121,7 +128,8 @@ class Mapper:
 
     def _require(self, field: str, condition: bool, expected: str) -> None:
         if not condition:
-            raise ConfigError(f"input: '{field}' is {getattr(self, field)!r}, expected {expected}")
+            key = _KEYS.get(field, field.upper())
+            raise ConfigError(f"input: 'INPUT.{key}' is {getattr(self, field)!r}, expected {expected}")
 
     def canvas(self) -> tuple[int, int]:
         """Height and width in px of the smallest canvas that holds all that the mapper can make of any image.

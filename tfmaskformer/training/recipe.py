@@ -75,7 +75,7 @@ class Recipe:
 
     def _require(self, field: str, condition: bool, expected: str) -> None:
         if not condition:
-            raise ConfigError(f"recipe: '{field}' is {getattr(self, field)!r}, expected {expected}")
+            raise ConfigError(f"recipe: 'SOLVER.{field.upper()}' is {getattr(self, field)!r}, expected {expected}")
 
     @property
     def milestones(self) -> tuple[int, ...]:
