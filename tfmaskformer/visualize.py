@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tfmaskformer.config import MaskFormerConfig
 
 OPACITY = 0.55
-"""Share of a segment's colour in its pixels; the rest is the image."""
+"""Share of a segment's colour in its pixels; the rest is the image in greys, so that the colour can be found in the legend."""
 
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _GOLDEN_RATIO = 0.6180339887498949
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 
@@ -63,13 +64,14 @@ def panoptic_overlay(
         raise ValueError(f"visualize: category ids are {min(categories)} … {max(categories)}, but there are {len(class_colours)} colours")
 
     picture = np.clip(image, 0, 255).astype(np.float32)
+    greys = picture @ _LUMA[:, np.newaxis]
     instances: Counter[int] = Counter()
     labels = []
     for segment in segments_info:
         category = segment["category_id"]
         mask = panoptic_seg == segment["id"]
         colour = _shade(class_colours[category], instances[category])
-        picture[mask] += OPACITY * (colour - picture[mask])
+        picture[mask] = greys[mask] + OPACITY * (colour - greys[mask])
         instances[category] += 1
         labels.append((int(mask.sum()), mask, category))
     size = max(11, round((image.shape[0] * image.shape[1]) ** 0.5 / 45))
@@ -147,10 +149,10 @@ def _font(size: float) -> ImageFont.FreeTypeFont:
 def _shade(colour: np.ndarray, instance: int) -> np.ndarray:
     """The colour of an instance of a class, the first that of the class: hue and brightness vary, less than between classes."""
     hue, saturation, value = colorsys.rgb_to_hsv(*(colour / 255.0))
-    step = (instance + 1) // 2 * (-1) ** instance
+    step = (0, 1, -1)[instance % 3]
     value = (value, 0.55 * value, value, 0.75 * value)[instance % 4]
     saturation = (saturation, saturation, 0.5 * saturation, 0.75 * saturation)[instance % 4]
-    return np.array(colorsys.hsv_to_rgb((hue + 0.03 * step) % 1, saturation, value)) * 255
+    return np.array(colorsys.hsv_to_rgb((hue + 0.025 * step) % 1, saturation, value)) * 255
 
 
 def _borders(segments: np.ndarray, thickness: int) -> np.ndarray:
@@ -163,10 +165,11 @@ def _borders(segments: np.ndarray, thickness: int) -> np.ndarray:
 
 
 def _write_names(canvas: Image.Image, labels: Sequence[tuple[np.ndarray, str]], size: int) -> None:
-    """Writes each name into its segment, where at least three quarters of it lie inside and no other name is; else not at all."""
+    """Writes each name into its segment's largest piece: where three quarters of it lie inside and no other name is, or nowhere."""
     draw = ImageDraw.Draw(canvas)
     taken = np.zeros((canvas.height, canvas.width), bool)
     for mask, name in labels:
+        mask = _largest_piece(mask)
         for scale in (1.0, 0.8):
             font = _font(max(size * scale, 10))
             stroke = max(1, round(font.size / 9))
@@ -178,6 +181,25 @@ def _write_names(canvas: Image.Image, labels: Sequence[tuple[np.ndarray, str]], 
                 taken[top : top + height, left : left + width] = True
                 draw.text((left - box[0], top - box[1]), name, _WHITE, font, stroke_width=stroke, stroke_fill=_BLACK)
                 break
+
+
+def _largest_piece(mask: np.ndarray) -> np.ndarray:
+    """Of a mask, bool [height, width], the most pixels that hang together by their edges."""
+    width = mask.shape[1] + 1
+    steps = np.flatnonzero(np.diff(np.pad(mask, ((0, 0), (0, 1))).ravel(), prepend=False))
+    starts, ends = steps[::2], steps[1::2]  # of runs along rows, which a column of False keeps apart
+    first, last = np.searchsorted(ends, starts + width, "right"), np.searchsorted(starts, ends + width)  # runs that touch it from below
+    upper = np.repeat(np.arange(starts.size), last - first)
+    lower = np.arange(upper.size) + np.repeat(last - np.cumsum(last - first), last - first)
+    pieces = np.arange(starts.size)
+    while (pieces[upper] != pieces[lower]).any():
+        least = np.minimum(pieces[upper], pieces[lower])
+        np.minimum.at(pieces, upper, least)
+        np.minimum.at(pieces, lower, least)
+        pieces = pieces[pieces]
+    largest = np.zeros(mask.shape, bool)
+    largest[mask] = np.repeat(pieces == np.bincount(pieces, ends - starts, minlength=1).argmax(), ends - starts)
+    return largest
 
 
 def _place(mask: np.ndarray, taken: np.ndarray, width: int, height: int) -> tuple[int, int] | None:

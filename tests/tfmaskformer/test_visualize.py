@@ -1,9 +1,11 @@
 """Pictures: what is coloured, what is not, and that every name can be read."""
 
+import colorsys
 import itertools
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from tfmaskformer import visualize
 from tfmaskformer.config import MaskFormerConfig
@@ -59,6 +61,20 @@ def test_segments_have_their_colours_and_the_rest_is_the_image():
     np.testing.assert_array_equal(picture, panoptic_overlay(image, segments, infos, CONFIG))
 
 
+def test_segments_have_the_hue_of_their_class_in_the_legend():
+    """Of a photograph in the opposite colour, and of many instances."""
+    segments = np.repeat(np.arange(1, 21), 20)[np.newaxis].repeat(200, 0)
+    infos = [{"id": index, "isthing": True, "category_id": 0} for index in range(1, 21)]
+    red = np.array([[250, 20, 20]] * 4, np.uint8)
+    picture = panoptic_overlay(np.full((200, 400, 3), [0, 200, 200], np.uint8), segments, infos, CONFIG, red)
+    shades = {tuple(picture[5, 20 * index + 5]) for index in range(20)}
+    assert len(shades) >= 12
+    for shade in shades:
+        hue, saturation, _ = colorsys.rgb_to_hsv(*(np.array(shade) / 255))
+        assert min(hue, 1 - hue) < 0.04
+        assert saturation > 0.2
+
+
 def test_given_colours_are_used():
     segments, infos = quarters()
     colours = np.array([[0, 0, 0], [0, 0, 0], [10, 200, 30], [0, 0, 0]], np.uint8)
@@ -109,6 +125,28 @@ def test_names_that_do_not_fit_stay_in_the_legend(written):
     picture = panoptic_overlay(np.zeros((240, 320, 3)), segments, infos, CONFIG)
     assert written == []
     assert picture.shape[0] > 240
+
+
+def test_a_name_stands_in_the_largest_piece(written):
+    """Two pieces far apart, and an island between them that would hold the name as well."""
+    segments = np.zeros((240, 640), int)
+    segments[:, :200] = segments[80:140, 300:400] = segments[:, 450:] = 1
+    panoptic_overlay(np.zeros((240, 640, 3)), segments, [{"id": 1, "isthing": True, "category_id": 0}], CONFIG)
+    [(_, top, left, height, width)] = written
+    assert abs(top + height / 2 - 120) < 20
+    assert abs(left + width / 2 - 100) < 20
+
+
+def test_the_largest_piece_is_that_of_scipy():
+    rng = np.random.default_rng(5)
+    for index in range(300):
+        mask = rng.random(rng.integers(1, 14, 2)) < index / 300
+        labels, _ = ndimage.label(mask)
+        areas = np.bincount(labels[mask])
+        piece = visualize._largest_piece(mask)
+        assert piece.sum() == areas.max(initial=0)
+        assert len(np.unique(labels[piece])) <= 1
+        assert not (piece & ~mask).any()
 
 
 @pytest.mark.parametrize("lower", range(9, 14))
