@@ -216,7 +216,7 @@ def test_bad_input(task, data, tmp_path, capsys):
         (command("nowhere", out, **swin), "nowhere"),
         (command("", out, **swin), "task.train_data.input_path is empty"),
         (command(data, out, mode="eval", **swin), "task.validation_data.input_path is empty"),
-        (command(data, out, **swin, init_checkpoint="nowhere.pkl"), "'nowhere.pkl' holds no weights to start from"),
+        (command(data, out, **swin, init_checkpoint="nowhere.pkl"), "--init: expected the weights of a backbone"),
         (command(data, out, **swin, init_checkpoint=str(data)), "no TensorFlow checkpoint in it"),
         (command(data, out, model={"options": ["SOLVER.BASE_LRR", 1]}), "unknown key 'SOLVER.BASE_LRR'; nearest: SOLVER.BASE_LR"),
         (command(data, out, model={"options": ["SEED", 1]}), "'SEED' is 'task.train_data.seed' here"),

@@ -45,9 +45,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory, uncompiled):
-    """Four steps, with an evaluation."""
+    """Four steps, and an evaluation, though TEST.EVAL_PERIOD is 0: upstream evaluates after the last step all the same."""
     out = tmp_path_factory.mktemp("run") / "whole"
-    assert cli.main(arguments(data, out, SOLVER__MAX_ITER=4, TEST__EVAL_PERIOD=4)) == cli.OK
+    assert cli.main(arguments(data, out, SOLVER__MAX_ITER=4)) == cli.OK
     return out
 
 
@@ -77,11 +77,20 @@ def curves(folder):
     return found
 
 
-def test_compiled_on_one_device(data, tmp_path):
+def test_compiled_on_one_device(data, tmp_path, monkeypatch):
     """With XLA, in bfloat16, in parts, computing blocks again. Before the tests that replace ``tf.function``."""
     assert tf.function.__module__.startswith("tensorflow.")
+    function, compiled = tf.function, []
+
+    def seen(python_function=None, **options):
+        compiled.extend([python_function.__name__] if options.get("jit_compile") else [])
+        return function(python_function, **options)
+
+    monkeypatch.setattr(tf, "function", seen)
     more = ["--bfloat16", "--accumulate", "2", "--rematerialise"]
-    assert cli.main(arguments(data, tmp_path / "run", *more, SOLVER__MAX_ITER=2, **training_processes.QUICK)) == cli.OK
+    assert cli.main(arguments(data, tmp_path / "run", *more, SOLVER__MAX_ITER=2, DATASETS__TEST="()", **training_processes.QUICK)) == cli.OK
+    assert compiled == ["on_replica"]  # the whole step
+    assert not list((tmp_path / "run").glob("evaluation-*"))  # DATASETS.TEST is empty
     plan = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (plan["dtype"], plan["parts"], plan["rematerialise"]) == ("mixed_bfloat16", 2, True)
     assert all(value.dtype in (np.float32, np.float64, np.int64) for value in variables(tmp_path / "run").values())
@@ -90,7 +99,7 @@ def test_compiled_on_one_device(data, tmp_path):
 
 def test_what_a_training_leaves(whole, data, tmp_path, capsys):
     tree = named_tree("tiny_swin")[1]
-    options = training_processes.OPTIONS | {"SOLVER.MAX_ITER": 4, "TEST.EVAL_PERIOD": 4}
+    options = training_processes.OPTIONS | {"SOLVER.MAX_ITER": 4}
     override(tree, [part for option in options.items() for part in option])
     assert read_tree(whole / "config.yaml") == tree
     assert read_config(whole) == config_of(tree, "tiny_swin")
@@ -121,7 +130,7 @@ def test_what_a_training_leaves(whole, data, tmp_path, capsys):
         np.testing.assert_array_equal(back[name].numpy(), variable.numpy(), err_msg=name)
 
     before = {file.name: file.stat().st_mtime_ns for file in whole.iterdir()}
-    assert cli.main(arguments(data, whole, SOLVER__MAX_ITER=4, TEST__EVAL_PERIOD=4)) == cli.OK  # there is nothing left to do
+    assert cli.main(arguments(data, whole, SOLVER__MAX_ITER=4)) == cli.OK  # there is nothing left to do
     assert {file.name: file.stat().st_mtime_ns for file in whole.iterdir() if file.name != "events"} == {
         name: time for name, time in before.items() if name != "events"
     }
@@ -139,7 +148,7 @@ def test_a_training_ended_by_a_full_disk_goes_on(whole, data, tmp_path, monkeypa
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         return save(self, checkpoint_number)
 
-    command = arguments(data, tmp_path / "run", SOLVER__MAX_ITER=4, TEST__EVAL_PERIOD=4)
+    command = arguments(data, tmp_path / "run", SOLVER__MAX_ITER=4)
     with monkeypatch.context() as patch:
         patch.setattr(tf.train.CheckpointManager, "save", save_on_full_disk)
         try:
@@ -162,10 +171,49 @@ def test_a_training_ended_by_a_full_disk_goes_on(whole, data, tmp_path, monkeypa
     assert (report["metrics"], report["counts"]) == (expected["metrics"], expected["counts"])
     assert_same(tmp_path / "run", whole)
     assert len(variables(whole)) > 300
-    assert 5 < variables(whole)["guard/lowest/.ATTRIBUTES/VARIABLE_VALUE"] < 20
+    losses = variables(whole)["guard/recent/.ATTRIBUTES/VARIABLE_VALUE"]
+    assert np.isnan(losses[:16]).all()
+    assert ((losses[16:] > 5) & (losses[16:] < 20)).all()
     found, expected = curves(tmp_path / "run"), curves(whole)
     for tag in (*LOSSES, "gradient_norm", "lr", "sample", "evaluation/PQ"):
         assert found[tag] == expected[tag], tag
+
+
+def test_a_damaged_folder(whole, data, tmp_path, uncompiled, capsys):
+    """Where no file tells the last checkpoint, it is looked for; one that is damaged is told, and which other there is."""
+    command = arguments(data, tmp_path / "run", SOLVER__MAX_ITER=4)
+    shutil.copytree(whole, tmp_path / "run")
+    for name, bads in (
+        ("checkpoint", (None, b"")),
+        ("config.yaml", (None, b"", b"\xff{", b"MODEL: {")),
+        ("run.json", (None, b"", b"\xff{", b'{"format": ')),
+        ("ckpt-4.data-00000-of-00001", (b"\x00" * 1000,)),
+    ):
+        file = tmp_path / "run" / name
+        good = file.read_bytes()
+        for bad in bads:
+            file.unlink(missing_ok=True)
+            if bad is not None:
+                file.write_bytes(bad)
+            code = cli.main(command)
+            told = capsys.readouterr()
+            if name == "checkpoint":
+                assert (code, "step " in told.err) == (cli.OK, False)
+                assert tf.train.latest_checkpoint(str(tmp_path / "run")) == str(tmp_path / "run" / "ckpt-4")
+            elif name == "run.json" and bad is None:
+                assert code == cli.BAD_INPUT
+                assert "is not empty, and holds no training" in told.err
+            else:
+                assert code == cli.BAD_INPUT, (name, bad)
+                where = str(tmp_path / "run" / name.partition(".data")[0])
+                assert f"error: '{where}' " in told.err or "holds another training" in told.err
+        file.write_bytes(good)
+    assert "remove its files (ckpt-4.*) to go on from" in told.err
+    for file in (tmp_path / "run").glob("ckpt-4.*"):
+        file.unlink()
+    assert cli.main(command) == cli.OK
+    assert "step 4 of 4" in capsys.readouterr().err
+    assert_same(tmp_path / "run", whole)
 
 
 def test_what_is_asked_for_reaches_model_step_and_data(data, tmp_path, uncompiled, monkeypatch):
@@ -285,11 +333,21 @@ def test_what_is_not_finite_first():
 
 def test_the_guard_ends_a_training_that_diverges():
     guard = Guard()
-    for loss in (10.0, 4.0, 30.0):  # not ten times the lowest
-        guard.check([observed(step, loss_mask=loss) for step in range(3)])
-    with pytest.raises(DivergedError, match=r"step 2: the loss diverged: the median of the last 3 steps is 105, and it was 9"):
-        guard.check([observed(step, loss_mask=100.0) for step in range(3)])
-    guard.check([observed(0, loss_mask=1e9), observed(1), observed(2)])  # one wild step is none
+
+    def check(*losses, first=0):
+        guard.check([observed(first + step, loss_mask=loss) for step, loss in enumerate(losses)])  # and 5 of others
+
+    check(*[10.0] * 15)
+    check(0.001, first=15)  # a short window, as before an evaluation, is not judged by itself
+    assert guard.lowest.numpy() == np.inf
+    check(*[10.0] * 10, first=16)
+    assert guard.lowest.numpy() == 15
+    check(*[4.0] * 20)
+    check(*[30.0] * 20)  # not ten times the lowest
+    assert guard.lowest.numpy() == 9
+    check(*[1e9] * 9)  # nine wild steps are none
+    with pytest.raises(DivergedError, match=r"step 60: the loss diverged: the median of the last 20 steps is 105, and it was 9"):
+        check(*[100.0] * 11, first=50)
     with pytest.raises(DivergedError, match=r"step 7: loss_dice is nan$"):
         guard.check([observed(6), observed(7, loss_dice=float("nan")), observed(8, loss_ce_0=float("nan"))])
 
@@ -301,7 +359,7 @@ def test_a_training_that_goes_wrong(whole, data, tmp_path, uncompiled, capsys):
     err = capsys.readouterr().err
     assert "error: step 3: loss_ce_0 is nan, then loss_dice_0, loss_mask_0, loss_ce and 2 more" in err
     assert f"'{tmp_path / 'run' / 'ckpt-2'}' is the last good checkpoint" in err
-    assert all(np.isfinite(value).all() for value in variables(tmp_path / "run").values())
+    assert all(np.isfinite(value).all() for key, value in variables(tmp_path / "run").items() if not key.startswith("guard/"))
     reader, start = tf.train.load_checkpoint(str(tmp_path / "run" / "ckpt-1")), variables(whole)
     for key, value in start.items():
         if key.startswith("model/"):  # the rate of the first step was 1e-9
@@ -312,12 +370,12 @@ def test_bad_input(data, whole, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("")
-    good = {"SOLVER__MAX_ITER": 4, "TEST__EVAL_PERIOD": 4}
+    good = {"SOLVER__MAX_ITER": 4}
     for changes, options, message in (
         ({"--config": "maskformer_R5"}, {}, "no zoo entry 'maskformer_R5'"),
         ({"--config": "nowhere.yaml"}, {}, "'nowhere.yaml' does not exist"),
         ({"--data": "nowhere"}, {}, "nowhere"),
-        ({"--init": "nowhere.pkl"}, {}, "'nowhere.pkl' holds no weights to start from"),
+        ({"--init": "nowhere.pkl"}, {}, "--init: expected the weights of a backbone"),
         ({"--out": str(tmp_path / "file" / "run")}, {}, "choose another --out"),
         ({"--out": str(tmp_path / "full")}, {}, "is not empty, and holds no training"),
         ({"--out": str(whole)}, good | {"SOLVER__BASE_LR": 0.5}, "SOLVER.BASE_LR: 0.5, there 0.001"),

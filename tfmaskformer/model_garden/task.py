@@ -137,7 +137,7 @@ def experiment(config: str) -> cfg.ExperimentConfig:
             steps_per_loop=LOG_PERIOD,
             summary_interval=LOG_PERIOD,
             checkpoint_interval=recipe.checkpoint_period,
-            validation_interval=tree["TEST"]["EVAL_PERIOD"] or recipe.checkpoint_period,
+            validation_interval=max(tree["TEST"]["EVAL_PERIOD"], 0) or recipe.max_iter,  # 0: after the last step, as upstream
             max_to_keep=KEEP,
         ),
         runtime=cfg.RuntimeConfig(enable_xla=True),

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tfmaskformer.checkpoint import CheckpointError
         from tfmaskformer.config import ConfigError
         from tfmaskformer.data.records import DataError
+        from tfmaskformer.data.tfrecords import bad_data
         from tfmaskformer.evaluation.devices import DeviceError
         from tfmaskformer.evaluation.sources import EvaluationError
         from tfmaskformer.training.guard import DivergedError
@@ -53,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DeviceError as error:
         return _failed(str(error), COULD_NOT_RUN)
     except (OSError, tf.errors.OpError) as error:
-        return _failed(f"{getattr(error, 'message', error)}{goes_on}", COULD_NOT_RUN)
+        bad = bad_data(error)
+        if bad and bad.problem.kind != "unreadable file":  # that one may be read next time
+            return _failed(str(bad), BAD_INPUT)
+        return _failed(f"{bad or getattr(error, 'message', error)}{goes_on}", COULD_NOT_RUN)
     except KeyboardInterrupt:
         return _failed(f"interrupted{goes_on}", COULD_NOT_RUN)
 
@@ -86,7 +90,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--max-objects", type=_positive, metavar="N", help="of an image; default: the number of queries")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="values to change in the config, as SOLVER.BASE_LR 5e-5")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.replicas > 1 and arguments.device != "cpu":
         parser.error("--replicas belongs to --cpu: other devices are what they are")
     arguments.device = "tpu" if arguments.tpu else arguments.device
@@ -94,10 +98,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    import tensorflow as tf
-
     from checkpoints import registry
-    from tfmaskformer.data.datasets import open_dataset
+    from tfmaskformer.data.datasets import open_training_set
     from tfmaskformer.data.layouts import LAYOUTS
     from tfmaskformer.evaluation.devices import strategy_for, worker
     from tfmaskformer.evaluation.sources import open_source
@@ -108,7 +110,15 @@ def _train(arguments: argparse.Namespace) -> int:
     from tfmaskformer.training.run import Run, RunError
 
     name, tree = named_tree(arguments.config)
+    weights, folder, test = tree["MODEL"]["WEIGHTS"], tree["OUTPUT_DIR"], tuple(tree["DATASETS"]["TEST"])
     override(tree, [part for option in arguments.options for part in option.split("=", 1)])
+    for key, changed, instead in (
+        ("MODEL.WEIGHTS", tree["MODEL"]["WEIGHTS"] != weights, "give --init"),
+        ("OUTPUT_DIR", tree["OUTPUT_DIR"] != folder, "give --out"),
+        ("DATASETS.TEST", tuple(tree["DATASETS"]["TEST"]) not in (test, ()), "that of --data is evaluated; '()' turns evaluations off"),
+    ):
+        if changed:
+            raise RunError(f"'{key}' is not taken from the command line\n  {instead}")
     if arguments.dataset:
         tree["DATASETS"]["TRAIN"] = (registry.dataset(LAYOUTS[arguments.dataset].dataset).official_name,)
     config = config_of(tree, name)
@@ -128,15 +138,17 @@ def _train(arguments: argparse.Namespace) -> int:
     )
     strategy = strategy_for(arguments.device, tpu=arguments.tpu or "", replicas=arguments.replicas)
     shard = worker(strategy)
-    dataset = open_dataset(dataset_name, arguments.data, "train")
-    dataset.check_listing("stop")
-    validation = open_source(arguments.data, dataset_name, shard=shard) if tree["TEST"]["EVAL_PERIOD"] > 0 else None
+    dataset = open_training_set(dataset_name, arguments.data)
+    evaluated = bool(tree["DATASETS"]["TEST"])  # after the last step even if TEST.EVAL_PERIOD is 0, as upstream
+    validation = open_source(arguments.data, dataset_name, shard=shard) if evaluated else None
     plan = {"config": name, "dataset": dataset_name, "images": len(dataset.records), "init": arguments.init, **settings.plan()}
-    with tempfile.TemporaryDirectory() as scratch:
-        fresh = tf.train.latest_checkpoint(arguments.out) is None
-        initial = _initial(arguments.init, config, settings.seed, scratch) if arguments.init and fresh else None
-        training = Training(settings, dataset, strategy, initial=initial, validation=validation)
     run = Run(arguments.out, config, tree, plan, write=not shard[1])
+    if run.latest is None and arguments.init is None and weights:
+        told = f"all weights are random; the recipe begins with those of a backbone (MODEL.WEIGHTS: {weights}): --init"
+        print(f"note: {told}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as scratch:
+        initial = _initial(arguments.init, config, settings.seed, scratch) if arguments.init and run.latest is None else None
+        training = Training(settings, dataset, strategy, initial=initial, validation=validation)
     training.run(run, _Progress(settings.recipe.max_iter))
     if run.writes:
         print(f"{name}: {training.steps} steps on {dataset_name}: {arguments.out}")
@@ -156,10 +168,8 @@ def _initial(given: str, config: MaskFormerConfig, seed: int, scratch: str) -> s
     file.write_text(json.dumps(config.to_dict()), encoding="utf-8")
     with contextlib.redirect_stdout(sys.stderr):
         code = convert.load()(["--init", given, "--config", str(file), "--seed", str(seed), "--dst", directory])
-    if code:
-        raise RunError(
-            f"'{given}' holds no weights to start from\n  expected a backbone's, or a directory that 'convert --src' made of a model's"
-        )
+    if code:  # it has said why
+        raise RunError("--init: expected the weights of a backbone, or a directory that 'convert --src' made of a model's")
     return directory
 
 

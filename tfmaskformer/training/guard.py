@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-FACTOR = 10
-"""A training has diverged when the median loss of its last steps is so many times the lowest that it ever was."""
+FACTOR, WINDOW = 10, 20
+"""A training has diverged when the median loss of its last WINDOW steps is FACTOR times the lowest that it ever was."""
 
 
 class Observed(NamedTuple):
@@ -30,26 +29,31 @@ class Guard(tf.Module):
     """Looks at the losses and gradients of every step.
 
     Attributes:
-        lowest: float64, the lowest median loss of a window of steps so far; part of the checkpoint.
+        recent: float64 [WINDOW], total losses of the last steps, NaN for those before the first; part of the checkpoint.
+        lowest: float64, the lowest that their median has been; the same.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.recent = tf.Variable(np.full(WINDOW, np.nan), trainable=False)
         self.lowest = tf.Variable(np.inf, dtype=tf.float64, trainable=False)
 
     def check(self, window: Sequence[Observed]) -> None:
         """Looks at some steps in a row.
 
         Raises:
-            DivergedError: a loss or gradient that is not finite, or a median loss of :attr:`FACTOR` times the lowest one.
+            DivergedError: a loss or gradient that is not finite, or a median loss of :data:`FACTOR` times the lowest one.
         """
         for observed in window:
             if problem := not_finite(observed):
                 raise DivergedError(f"step {observed.step}: {problem}")
-        median = statistics.median(observed.losses["total_loss"] for observed in window)
-        lowest = float(self.lowest.numpy())
+        recent = np.append(self.recent.numpy(), [observed.losses["total_loss"] for observed in window])[-WINDOW:]
+        self.recent.assign(recent)
+        if np.isnan(recent).any():
+            return
+        median, lowest = float(np.median(recent)), float(self.lowest.numpy())
         if median > FACTOR * lowest:
-            medians = f"the median of the last {len(window)} steps is {median:.4g}, and it was {lowest:.4g}"
+            medians = f"the median of the last {WINDOW} steps is {median:.4g}, and it was {lowest:.4g}"
             raise DivergedError(f"step {window[-1].step}: the loss diverged: {medians}")
         self.lowest.assign(min(median, lowest))
 

@@ -2,7 +2,7 @@
 
 Source: MaskFormer ``train_net.py`` and Detectron2 ``engine/defaults.py`` (``DefaultTrainer``, with its hooks and their periods). Its state
 is what a checkpoint holds, and how many steps were taken: order and draws of the data depend on that number alone, as dropout does. On one
-device a training that was interrupted is bit for bit the one that was not.
+CPU a training that was interrupted is bit for bit the one that was not.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Training:
             self.optimizer = build_optimizer(settings.recipe, self.model)
             self.guard = Guard()
         if bad := self._not_finite():
-            raise RunError(f"'{initial}': the weight {bad[0]} is not finite, nor are {len(bad) - 1} others\n  start from another --init")
+            raise RunError(f"'{initial}': {_told_of(bad)}\n  start from another --init")
         self._step = TrainStep(
             self.model,
             self.optimizer,
@@ -151,11 +151,11 @@ class Training:
 
         Raises:
             DivergedError: the training went wrong. The checkpoints in the folder are from before.
+            RunError: the folder cannot be written, or its last checkpoint not be read.
             tf.errors.OpError, OSError: a checkpoint could not be written, or an image not read.
         """
-        manager = run.checkpoints(model=self.model, optimizer=self.optimizer, guard=self.guard)
-        if manager.latest_checkpoint:
-            manager.checkpoint.restore(manager.latest_checkpoint).assert_existing_objects_matched()
+        run.begin()
+        manager = run.restore(model=self.model, optimizer=self.optimizer, guard=self.guard)
         recipe, eval_period = self.settings.recipe, self.settings.tree["TEST"]["EVAL_PERIOD"]
         summaries = Summaries(run.path("events") if run.writes else None)
         if self.steps and self._due(eval_period, self.steps) and not tf.io.gfile.exists(run.path(_EVALUATION.format(self.steps))):
@@ -257,8 +257,7 @@ class Training:
 
     def _check_weights(self, step: int, good: str | None) -> None:
         if bad := self._not_finite():
-            more = f"nor are {len(bad) - 1} others\n  the last good checkpoint: {good or 'none'}"
-            raise DivergedError(f"step {step}: the weight {bad[0]} is not finite, {more}")
+            raise DivergedError(f"step {step}: {_told_of(bad)}\n  the last good checkpoint: {good or 'none'}")
 
     def _not_finite(self) -> list[str]:
         """Names of variables that hold NaN or infinities."""
@@ -300,3 +299,7 @@ class Training:
         summaries.scalars(step, values)
         if run.writes:
             run.write(_EVALUATION.format(step), (json.dumps(report, indent=1) + "\n").encode())
+
+
+def _told_of(bad: Sequence[str]) -> str:
+    return f"the weight {bad[0]} is not finite" + (f", nor are {len(bad) - 1} others" if bad[1:] else "")

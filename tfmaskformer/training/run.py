@@ -9,15 +9,17 @@
     evaluation-N.json      what ``tfmaskformer eval --json`` would write
     events/                for TensorBoard
 
-Everything but a checkpoint is whole or not there; a checkpoint counts when ``checkpoint`` names it. So a kill at any moment costs the steps
-since the last one, and the same command goes on.
+Everything but a checkpoint is whole or not there; a checkpoint counts when ``checkpoint`` names it, or when that names none and it can be
+read. So a kill at any moment costs the steps since the last one, and the same command goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -50,8 +52,11 @@ class Run:
         plan: whatever else the result depends on, of JSON types.
         write: whether this process is the one of a cluster that writes.
 
+    Attributes:
+        latest: prefix of the checkpoint to go on from; None: there is none.
+
     Raises:
-        RunError: the folder holds another training, or something that is none, or cannot be written.
+        RunError: the folder holds another training, or something that is none or damaged, or cannot be read.
     """
 
     def __init__(
@@ -63,23 +68,45 @@ class Run:
             CONFIG_FILE: json.dumps(config.to_dict(), indent=1) + "\n",
             _PLAN_FILE: json.dumps({"format": FORMAT, **plan}, indent=1) + "\n",  # last: where it is, the others are
         }
+        self._files = files
         try:
-            tf.io.gfile.makedirs(self.folder)
-            there = [name for name in tf.io.gfile.listdir(self.folder) if not name.endswith(".new")]
-            if _PLAN_FILE in there:
-                self._check({name: read_file(self.path(name)).decode() for name in files}, files)
+            there = tf.io.gfile.listdir(self.folder) if tf.io.gfile.exists(self.folder) else []
+            there = [name.rstrip("/") for name in there if not name.endswith(".new")]
+            self._is_new = _PLAN_FILE not in there
+            if not self._is_new:
+                self._check({name: self._read(name) for name in files})
             elif set(there) - files.keys():
                 raise RunError(f"'{self.folder}' is not empty, and holds no training\n  choose another --out")
-            elif write:
-                for name, text in files.items():
-                    self.write(name, text.encode())
+            self.latest = _latest(self.folder, there)
+        except (tf.errors.OpError, OSError) as error:
+            raise RunError(f"cannot read '{self.folder}': {_told(error)}\n  choose another --out") from error
+
+    def begin(self) -> None:
+        """Makes the folder of a new training.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        if not (self._is_new and self.writes):
+            return
+        try:
+            tf.io.gfile.makedirs(self.folder)
+            for name, text in self._files.items():
+                self.write(name, text.encode())
         except (tf.errors.OpError, OSError) as error:
             raise RunError(f"cannot write '{self.folder}': {_told(error)}\n  choose another --out") from error
 
-    def _check(self, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    def _read(self, name: str) -> Any:
+        try:
+            return yaml.safe_load(read_file(self.path(name)).decode())
+        except (tf.errors.NotFoundError, UnicodeDecodeError, yaml.YAMLError) as error:
+            why = "is missing" if isinstance(error, tf.errors.NotFoundError) else "is damaged"
+            raise RunError(f"'{self.path(name)}' {why}, and tells of which training the folder is\n  choose another --out") from error
+
+    def _check(self, found: Mapping[str, Any]) -> None:
         problems: dict[str, str] = {}
-        for name, text in expected.items():
-            old, new = _flat(yaml.safe_load(found[name])), _flat(yaml.safe_load(text))
+        for name, text in self._files.items():
+            old, new = _flat(found[name]), _flat(yaml.safe_load(text))
             problems |= {key: f"{key}: {new.get(key)}, there {old.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)}
         if problems:
             lines = "\n  ".join(list(problems.values())[:5])
@@ -93,9 +120,50 @@ class Run:
         """A file that is there whole, or not at all."""
         _write(self.path(name), content)
 
-    def checkpoints(self, **objects: Any) -> tf.train.CheckpointManager:
-        """What saves and restores these objects here."""
-        return tf.train.CheckpointManager(tf.train.Checkpoint(**objects), self.folder, max_to_keep=KEEP, checkpoint_name="ckpt")
+    def restore(self, **objects: Any) -> tf.train.CheckpointManager:
+        """Gives these objects the values of :attr:`latest`, if there is one; what they are saved with.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        if self.latest and self.writes and _named(self.folder) is None:
+            names = [os.path.basename(prefix) for prefix in _prefixes(self.folder, tf.io.gfile.listdir(self.folder))]
+            names = names[: names.index(os.path.basename(self.latest)) + 1]
+            text = [f'model_checkpoint_path: "{names[-1]}"', *(f'all_model_checkpoint_paths: "{name}"' for name in names)]
+            self.write("checkpoint", ("\n".join(text) + "\n").encode())
+        manager = tf.train.CheckpointManager(tf.train.Checkpoint(**objects), self.folder, max_to_keep=KEEP, checkpoint_name="ckpt")
+        if self.latest:
+            try:
+                manager.checkpoint.restore(self.latest).assert_existing_objects_matched()
+            except (tf.errors.OpError, AssertionError, IndexError, ValueError) as error:
+                older = [prefix for prefix in manager.checkpoints if prefix != self.latest][-1:]
+                its = f"{os.path.basename(self.latest)}.*"
+                remedy = f"remove its files ({its}) to go on from '{older[0]}'" if older else "choose another --out"
+                raise RunError(f"'{self.latest}' cannot be read: {str(error).splitlines()[0]}\n  {remedy}") from error
+        return manager
+
+
+def _prefixes(folder: str, there: Iterable[str]) -> list[str]:
+    """Of all checkpoints, the oldest first."""
+    numbers = [int(match[1]) for name in there if (match := re.fullmatch(r"ckpt-(\d+)\.index", name))]
+    return [os.path.join(folder, f"ckpt-{number}") for number in sorted(numbers)]
+
+
+def _latest(folder: str, there: Iterable[str]) -> str | None:
+    """Prefix of the checkpoint that the file ``checkpoint`` names or, where it is gone or damaged, of the newest that can be read."""
+    if named := _named(folder):
+        return named
+    for prefix in reversed(_prefixes(folder, there)):
+        with contextlib.suppress(tf.errors.OpError, IndexError, ValueError):
+            tf.train.load_checkpoint(prefix)
+            return prefix
+    return None
+
+
+def _named(folder: str) -> str | None:
+    with contextlib.suppress(ValueError):  # it is damaged
+        return tf.train.latest_checkpoint(folder)
+    return None
 
 
 def _flat(values: Any, where: str = "") -> dict[str, Any]:
