@@ -28,7 +28,7 @@ from tfmaskformer.export import LOGITS, Exported, ExportError
 
 
 def record_exported(export: str | Path, reference: str | Path, directory: str | Path, command: Sequence[str] = ()) -> Trace:
-    """Records what a float32 export computes on the images of a trace.
+    """Records what an export computes on the images of a trace: in float32, whatever dtype the weights of a LiteRT model are stored in.
 
     Args:
         export: directory that ``tfmaskformer export`` wrote.
@@ -42,10 +42,17 @@ def record_exported(export: str | Path, reference: str | Path, directory: str | 
     exported, inputs = Exported(export), Trace(reference)
     if exported.dtype not in ("float32", "int8", "float16"):
         raise InputError(f"'{export}' computes in {exported.dtype}: its outputs are judged in float32\n  export it in float32")
-    source, recorded = exported.manifest["source"], inputs.provenance.get("checkpoint", {})
+    source, recorded = exported.manifest.get("source"), inputs.provenance.get("checkpoint", {})
+    if not source:
+        raise InputError(
+            f"'{export}' does not tell of which file its weights are: its checkpoint was trained\n"
+            "  make a .pth file of that with 'convert', record it, and export what 'convert' makes of the file"
+        )
     if source.get("sha256") != recorded.get("sha256"):
         raise InputError(f"other weights: '{export}' is of {source.get('sha256')}, '{reference}' was recorded of {recorded.get('sha256')}")
     described = {name: case for name, case in inputs.manifest["cases"].items() if len(case["images"]) == 1}
+    for case in described.values():
+        exported.check_size(case["images"][0]["size_px"])
     provenance = {
         "framework": "tensorflow",
         "tool": f"tfmaskformer {tfmaskformer.__version__}",
@@ -94,10 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--export", required=True, metavar="DIR", help="written by 'tfmaskformer export'")
     parser.add_argument("--reference", required=True, metavar="DIR", help="a trace of the same weights")
     parser.add_argument("--out", required=True, metavar="DIR", help="the recording")
-    arguments = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(given)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        record_exported(arguments.export, arguments.reference, arguments.out, ["python", "-m", "parity.exported"])
+        record_exported(arguments.export, arguments.reference, arguments.out, ["python", "-m", "parity.exported", *given])
     except (ExportError, InputError, TraceError) as error:
         record.say(f"error: {error}")
         return 2

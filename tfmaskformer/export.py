@@ -63,7 +63,7 @@ def export(
     """Exports a checkpoint.
 
     Args:
-        checkpoint: directory written by ``convert``.
+        checkpoint: directory written by ``convert`` or by training; local or on any file system of TensorFlow (``gs://…``).
         destination: directory; its parent must exist.
         format: one of :data:`FORMATS`.
         dtype: what is computed in; of LiteRT what weights are stored in.
@@ -83,11 +83,11 @@ def export(
         raise ExportError("LiteRT has one shape for its input\n  give --size HEIGHT WIDTH, in which your images fit after resizing")
     if format == "keras" and size is not None:
         raise ExportError("a Keras model takes images of any size\n  leave --size out")
-    with _staging(Path(destination), force) as directory:
-        from tfmaskformer.checkpoint import CheckpointError, load
+    with _staging(destination, force) as directory:
+        from tfmaskformer.checkpoint import load
         from tfmaskformer.folding import FoldingError, fold
 
-        policy = FORMATS[format][dtype]
+        converted, policy = _converted(checkpoint), FORMATS[format][dtype]
         model = load(checkpoint, policy)
         folding = None
         if fold_batch_norm:
@@ -107,21 +107,40 @@ def export(
         if format == "litert":
             (directory / LITERT_FILE).write_bytes(_litert(saved_model, dtype, model, size))
             shutil.rmtree(saved_model)
-        try:
-            converted = json.loads((Path(checkpoint) / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{checkpoint}: cannot read {MANIFEST} ({error}); convert the source again") from error
         manifest = {
             "format": FORMAT,
             "version": VERSION,
             "tool": {"name": "tfmaskformer", "version": tfmaskformer.__version__},
-            "source": converted["source"],
+            "source": converted.get("source"),
             "weights_license": converted.get("weights_license"),
             "export": {"format": format, "dtype": dtype, "size": size, "fold_batch_norm": folding, "signatures": signatures},
             "versions": _versions(),
             "config": config.to_dict(),
         }
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def _converted(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``convert`` tells of a checkpoint; empty where training wrote it.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    import tensorflow as tf
+
+    from tfmaskformer.checkpoint import CheckpointError
+
+    path = os.path.join(checkpoint, MANIFEST)
+    try:
+        if not tf.io.gfile.exists(path):
+            return {}
+        with tf.io.gfile.GFile(path, "rb") as file:
+            manifest = json.loads(file.read().decode("utf-8"))
+    except (tf.errors.OpError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}\n  convert the source again") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("source"), dict):
+        raise CheckpointError(f"{path}: expected what 'convert' tells of the source, got something else\n  convert the source again")
     return manifest
 
 
@@ -159,6 +178,11 @@ def _serving(model: MaskFormer, size: tuple[int, int] | None, is_litert: bool) -
     height, width = size or (None, None)
 
     def logits(images: tf.Tensor, image_sizes: tf.Tensor) -> dict[str, tf.Tensor]:
+        if not is_litert:
+            canvas = tf.shape(images)[1:3]
+            fit = tf.reduce_all((image_sizes >= 1) & (image_sizes <= canvas))
+            with tf.control_dependencies([tf.debugging.Assert(fit, ["image_sizes are", image_sizes, "px, the canvas is", canvas])]):
+                image_sizes = tf.identity(image_sizes)
         outputs = model(images, image_sizes, padding="masked")
         told = {name: outputs[name] for name in LOGITS if name in outputs}
         if model.compute_dtype == "bfloat16":
@@ -313,32 +337,50 @@ class Exported:
         manifest: what :func:`export` returned.
         config: of the model.
         dtype: what was asked for.
+        canvas: (height, width) of the network's, px; None: any.
 
     Raises:
-        ExportError: it is none, or its runtime is not installed.
+        ExportError: it is none, or damaged, or its runtime is not installed.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
-        self.config = MaskFormerConfig.from_dict(self.manifest["config"])
-        self.dtype: str = self.manifest["export"]["dtype"]
-        self._logits: Callable[..., Mapping[str, Any]] = {
-            "saved_model": self._saved_model,
-            "keras": self._keras,
-            "litert": self._litert,
-        }[self.manifest["export"]["format"]]()
+        try:
+            how = self.manifest["export"]
+            self.config = MaskFormerConfig.from_dict(self.manifest["config"])
+            self.dtype: str = how["dtype"]
+            self.canvas: tuple[int, int] | None = how["size"] and tuple(how["size"])
+            loaders = {"saved_model": self._saved_model, "keras": self._keras, "litert": self._litert}
+            self._logits: Callable[..., Mapping[str, Any]] = loaders[how["format"]]()
+        except ExportError:
+            raise
+        except Exception as error:  # of the manifest, or any of three runtimes
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:500] if str(error).strip() else ''}"
+            raise ExportError(f"cannot load '{directory}': {reason}\n  if it is damaged, export the checkpoint again") from error
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raises ExportError where the canvas has no room for an image of ``size``: height and width, px."""
+        if self.canvas and (size[0] > self.canvas[0] or size[1] > self.canvas[1]):
+            canvas = "×".join(map(str, self.canvas))
+            raise ExportError(
+                f"an image has {size[0]}×{size[1]} px, the canvas of '{self.directory}' {canvas}\n  export it with a larger --size"
+            )
 
     def __call__(self, images: np.ndarray, image_sizes: np.ndarray | None = None) -> dict[str, Any]:
         """Final outputs of ``images``, uint8 [batch, height, width, 3], and ``valid_sizes``, as with masked padding.
 
         A canvas of fixed size is filled up with zeros.
+
+        Raises:
+            ExportError: larger than this canvas.
         """
         import tensorflow as tf
 
         batch, *size = images.shape[:3]
         sizes: np.ndarray = np.array([size] * batch, np.int32) if image_sizes is None else np.asarray(image_sizes, np.int32)
-        canvas = self.manifest["export"]["size"] or size
+        self.check_size(size)
+        canvas = self.canvas or size
         images = np.pad(images, [(0, 0), (0, canvas[0] - size[0]), (0, canvas[1] - size[1]), (0, 0)])
         return {name: tf.convert_to_tensor(tensor) for name, tensor in self._logits(images, sizes).items()}
 
@@ -393,13 +435,13 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _staging(destination: Path, force: bool) -> Iterator[Path]:
+def _staging(destination: str | os.PathLike[str], force: bool) -> Iterator[Path]:
     """A new directory beside the destination, which takes its name at the end.
 
     A killed run leaves a hidden sibling, which the next run into the same destination removes; a lock tells it from a run that is alive.
     """
-    destination = Path(os.path.abspath(destination))
-    staged, replaced = (destination.with_name(f".{destination.name}.{what}") for what in ("exporting", "replaced"))
+    destination = Path(os.path.realpath(destination))  # what a link leads to, not the link
+    staged, replaced = (destination.parent / f".{destination.name}.{what}" for what in ("exporting", "replaced"))
     try:
         if not destination.parent.is_dir():
             raise ExportError(f"cannot write '{destination}': the directory '{destination.parent}' does not exist\n  make it first")
@@ -459,6 +501,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--size takes positive numbers")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
+        import tensorflow as tf
+
         from tfmaskformer.checkpoint import CheckpointError
     except ImportError as error:
         return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
@@ -474,7 +518,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except (ExportError, CheckpointError) as error:
         return _failed(str(error), BAD_INPUT)
-    except MemoryError:
+    except (MemoryError, tf.errors.ResourceExhaustedError):
         return _failed("out of memory; nothing was written", COULD_NOT_RUN)
     except KeyboardInterrupt:
         return _failed("interrupted; nothing was written", COULD_NOT_RUN)
@@ -505,7 +549,7 @@ def _parser() -> argparse.ArgumentParser:
         "model, or as a Keras model.",
         epilog="docs/export.md tells the signatures. exit codes: 0 exported, 2 usage or bad input (nothing written), 3 could not run",
     )
-    parser.add_argument("--ckpt", required=True, metavar="DIR", help="directory written by 'convert'")
+    parser.add_argument("--ckpt", required=True, metavar="DIR", help="directory written by 'convert' or 'train'; may be gs://…")
     parser.add_argument("--dst", required=True, metavar="DIR", help="new directory; appears whole or not at all")
     parser.add_argument("--format", choices=tuple(FORMATS), default="saved_model", help="(default: %(default)s)")
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -66,13 +67,23 @@ def test_another_model_fails(converted, tmp_path, capsys):
     variable.assign(variable * 1.001)
     model.save(tmp_path / "export" / "model.keras")
     recording = str(tmp_path / "recording")
-    assert exported.main(["--export", str(tmp_path / "export"), "--reference", reference, "--out", recording]) == 0
+    given = ["--export", str(tmp_path / "export"), "--reference", reference, "--out", recording]
+    assert exported.main(given) == 0
+    assert Trace(recording).provenance["command"] == ["python", "-m", "parity.exported", *given]
     assert cli.main(["--actual", recording, "--reference", reference]) == 1
     assert "sem_seg" in capsys.readouterr().out
 
     other = str(GOLDEN / "tiny_swin")
     assert exported.main(["--export", str(tmp_path / "export"), "--reference", other, "--out", str(tmp_path / "no")]) == 2
     assert "other weights" in capsys.readouterr().err
+    manifest = json.loads((tmp_path / "export" / MANIFEST).read_text())
+    for change, message in (
+        ({"export": manifest["export"] | {"size": [64, 64]}}, "px, the canvas of"),
+        ({"source": None}, "does not tell of which file its weights are"),
+    ):
+        (tmp_path / "export" / MANIFEST).write_text(json.dumps(manifest | change))
+        assert exported.main(["--export", str(tmp_path / "export"), "--reference", reference, "--out", str(tmp_path / "no")]) == 2
+        assert message in capsys.readouterr().err
     (tmp_path / "export" / MANIFEST).unlink()
     assert exported.main(["--export", str(tmp_path / "export"), "--reference", reference, "--out", str(tmp_path / "no")]) == 2
     assert "expected a directory written by 'tfmaskformer export'" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def test_folding_is_exact_but_for_rounding(converted, tmp_path):
     exact, rounded = told["float64"], told["float32"]
     assert 0 < exact["worst_tap"]["error"] < 1e-12
     assert exact["unfolded"]["worst_tap"]["error"] == 0
+    assert exact["unfolded"]["worst_tap"]["name"].startswith("backbone."), "not the image, which is the same in both"
     assert 1e-9 < rounded["worst_tap"]["error"] < 2 * rounded["unfolded"]["worst_tap"]["error"]
     assert set(rounded["outputs"]) == set(OUTPUTS)
 
@@ -195,6 +197,7 @@ def test_keras_reads_it_in_a_new_process(folder, tmp_path):
         (["--dst", "{folder}/shapes", "--force"], "exists and is no export"),
         (["--dst", "{folder}/earlier"], "add --force to replace it"),
         (["--dst", "/proc/out"], "choose another --dst"),
+        (["--dst", "/", "--force"], "'/' exists and is no export"),
     ],
 )
 def test_bad_usage(folder, tmp_path, capsys, options, message):
@@ -208,6 +211,85 @@ def test_bad_usage(folder, tmp_path, capsys, options, message):
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert not list(folder.glob(".*"))
+
+
+def test_a_trained_checkpoint_has_no_source(folder, tmp_path):
+    """What 'tfmaskformer train' writes has no manifest; here it is named as a file system of TensorFlow names it."""
+    shutil.copytree(folder / "shapes", tmp_path / "trained", ignore=shutil.ignore_patterns("manifest.json"))
+    manifest = export.export(f"file://{tmp_path}/trained", tmp_path / "out", "keras")
+    assert manifest["source"] is None
+    assert manifest["config"]["name"] == "shapes_panoptic"
+    assert export.export(f"file://{folder}/shapes", tmp_path / "other", "keras")["source"]["sha256"]
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "{", '{"source": 1}'])
+def test_a_damaged_manifest_is_told_before_the_weights_are_read(tmp_path, capsys, text):
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "manifest.json").write_text(text)
+    assert export.main(["--ckpt", str(tmp_path / "ckpt"), "--dst", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert str(tmp_path / "ckpt" / "manifest.json") in told
+    assert "convert the source again" in told
+
+
+def test_out_of_memory_is_told(folder, tmp_path, monkeypatch, capsys):
+    def load(*arguments):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    monkeypatch.setattr("tfmaskformer.checkpoint.load", load)
+    assert export.main(["--ckpt", str(folder / "shapes"), "--dst", str(tmp_path / "out")]) == 3
+    assert "out of memory; nothing was written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def changed_manifest(**changes):
+    def change(directory):
+        manifest = json.loads((directory / export.MANIFEST).read_text())
+        (directory / export.MANIFEST).write_text(json.dumps({key: value for key, value in (manifest | changes).items() if value}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda directory: (directory / "saved_model.pb").unlink(),
+        lambda directory: os.truncate(directory / "saved_model.pb", 1000),
+        lambda directory: os.truncate(next((directory / "variables").glob("*.data*")), 1000),
+        changed_manifest(config=None),
+        changed_manifest(config={"head": 1}),
+        changed_manifest(export=[1]),
+        changed_manifest(export={"format": "onnx", "dtype": "float32", "size": None}),
+        changed_manifest(export={"format": "keras", "dtype": "float32", "size": None}),
+    ],
+    ids=["no graph", "cut graph", "cut variables", "no config", "bad config", "not how", "unknown format", "no file"],
+)
+def test_a_damaged_export_is_told(served, tmp_path, damage):
+    shutil.copytree(served / "fixed", tmp_path / "damaged")
+    damage(tmp_path / "damaged")
+    with pytest.raises(export.ExportError, match=r"cannot load '.*damaged': .*\n.*export the checkpoint again"):
+        export.Exported(tmp_path / "damaged")
+
+
+def test_image_sizes_are_checked(served):
+    logits = tf.saved_model.load(str(served / "fixed")).signatures["logits"]
+    images = tf.zeros([1, 160, 160, 3], tf.uint8)
+    for size in ([200, 200], [0, 0], [160, 161], [-1, 5]):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="image_sizes are"):
+            logits(images=images, image_sizes=tf.constant([size]))
+    logits(images=images, image_sizes=tf.constant([[160, 1]]))
+    with pytest.raises(export.ExportError, match=r"170×20 px, the canvas of '.*fixed' 160×160\n  export it with a larger --size"):
+        export.Exported(served / "fixed")(np.zeros((1, 170, 20, 3), np.uint8))
+
+
+def test_a_link_is_followed(folder, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for _ in range(2):
+        export.export(folder / "shapes", tmp_path / "link", "keras", force=True)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "real" / export.MANIFEST).exists()
+        assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
 
 
 def test_nothing_to_fold(converted, tmp_path):
