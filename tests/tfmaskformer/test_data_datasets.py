@@ -14,7 +14,7 @@ from PIL import Image
 
 from checkpoints import registry
 from tfmaskformer.data import generated, shapes
-from tfmaskformer.data.datasets import missing_files, open_dataset
+from tfmaskformer.data.datasets import missing_files, open_dataset, open_training_set
 from tfmaskformer.data.layouts import LAYOUTS
 from tfmaskformer.data.records import DataError
 
@@ -295,6 +295,36 @@ def test_bad_semantic_map(tmp_path, labels, kind):
         with Image.open(file) as image:
             (image.convert("RGB") if labels == "RGB" else Image.new("L", image.size, labels)).save(file)
     assert image_problem(tmp_path, 1, "coco_stuff_10k") == [(kind, LABEL)]
+
+
+def test_what_training_takes(tmp_path):
+    """No segments, ids that the JSON lacks, maps that are ignored everywhere; for everything else these are problems."""
+    generated.write("cityscapes_panoptic", tmp_path, "train", 4)
+    sound = open_dataset("cityscapes_panoptic", tmp_path, "train")
+    file = tmp_path / "cityscapes" / "gtFine" / "cityscapes_panoptic_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][1]["segments_info"] = []
+    lost = content["annotations"][2]["segments_info"].pop()
+    file.write_text(json.dumps(content))
+    labels = Path(sound.records[3].semantic)
+    Image.fromarray(np.full_like(np.asarray(Image.open(labels)), 255)).save(labels)
+
+    strict = open_dataset("cityscapes_panoptic", tmp_path, "train")
+    assert [problem.kind for problem in strict.problems] == ["empty annotation"]
+    found = [[problem.kind for problem in strict.examine(record)[1]] for record in strict.records]
+    assert found == [[], ["ids not in the JSON"], ["empty annotation"]]
+    dataset = open_training_set("cityscapes_panoptic", tmp_path)
+    assert [record.image_id for record in dataset.records] == [record.image_id for record in sound.records]
+    samples = list(dataset.samples())
+    assert [len(sample.segments_info) for sample in samples] == [len(record.segments) for record in dataset.records]
+    assert samples[1].segments_info == []
+    assert lost["id"] in samples[2].panoptic_seg
+    assert (samples[3].sem_seg == 255).all()
+
+    labels.unlink()
+    with pytest.raises(DataError, match="missing file") as raised:
+        open_training_set("cityscapes_panoptic", tmp_path)
+    assert raised.value.problem.file == str(labels)
 
 
 def test_unpaired_files(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from tfmaskformer.data import augmentation, shapes, tfrecords
 from tfmaskformer.data.datasets import open_training_set
 from tfmaskformer.data.records import DataError
 from tfmaskformer.data.training import panoptic_objects, semantic_objects, training_dataset
+from tfmaskformer.model_garden import __main__ as driver
 from tfmaskformer.official_config import config_of, named_tree
 from tfmaskformer.official_yaml import override
 from tfmaskformer.training import cli, loop
@@ -211,13 +214,35 @@ def test_a_file_that_could_not_be_read(data, out, uncompiled, monkeypatch, capfd
     ]
 
 
+def error_of(data):
+    """What ``tf.data`` makes of a bad file."""
+    with pytest.raises(tf.errors.OpError) as raised:
+        list(tfrecords.from_disk(open_training_set("shapes", data)))
+    return raised.value
+
+
+def test_the_model_garden_tells_it_as_well(data, monkeypatch, capsys):
+    """Its driver; what it drives is not needed for that."""
+    file = truncate(data)
+    error = error_of(data)
+
+    def fails(runner, mode):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "tfmaskformer.model_garden.task", types.ModuleType("task"))
+    monkeypatch.setattr(driver, "_runner", lambda arguments: None)
+    monkeypatch.setattr(driver, "_run", fails)
+    assert driver.main(["--experiment", "any", "--mode", "train", "--model_dir", "any"]) == driver.BAD_INPUT
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {file}: corrupt image\n  expected a whole image, got ")
+    assert err.endswith("\n  'tfmaskformer data check' lists all problems\n")
+    assert len(err.splitlines()) == 3
+
+
 def test_another_error_is_not_taken_for_bad_data(data):
     """Which may have been read ahead."""
     file = truncate(data)
-    dataset = open_training_set("shapes", data)
-    with pytest.raises(tf.errors.OpError) as raised:
-        list(tfrecords.from_disk(dataset))
-    found = tfrecords.bad_data(raised.value)
+    found = tfrecords.bad_data(error_of(data))
     assert isinstance(found, DataError)
     assert (found.problem.kind, found.problem.file) == ("corrupt image", file)
     assert tfrecords.bad_data(tf.errors.ResourceExhaustedError(None, None, f"cannot write beside {file}")) is None

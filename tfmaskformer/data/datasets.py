@@ -22,7 +22,7 @@ from PIL import Image
 from checkpoints import registry
 from tfmaskformer.data import listing, preprocessing
 from tfmaskformer.data.layouts import LAYOUTS, Layout
-from tfmaskformer.data.records import VOID, DataError, Problem, Record
+from tfmaskformer.data.records import UNREADABLE, VOID, DataError, Problem, Record
 
 ON_ERROR = ("stop", "skip")
 """What to do about bad data: stop at the first problem, or leave its image out."""
@@ -214,7 +214,7 @@ def _attempt(read: Callable[[bytes, str], np.ndarray], file: str, problems: list
     except tf.errors.NotFoundError:
         problems.append(Problem("missing file", file, "a file", "none"))
     except tf.errors.OpError as error:
-        problems.append(Problem("unreadable file", file, "a file that can be read", listing.told(error)))
+        problems.append(Problem(UNREADABLE, file, "a file that can be read", listing.told(error)))
     except DataError as error:
         problems.append(error.problem)
     except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, ValueError, struct.error, DecompressionBombError …

@@ -8,6 +8,9 @@ from typing import NamedTuple
 VOID = 0
 """The id of pixels without a segment."""
 
+UNREADABLE = "unreadable file"
+"""The kind of a problem that may be gone next time, as of a bucket that did not answer."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:

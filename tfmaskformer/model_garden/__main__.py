@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         import tensorflow as tf
 
         import tfmaskformer.model_garden.task  # noqa: F401 (registers the experiments)
+        from tfmaskformer.data.records import UNREADABLE
+        from tfmaskformer.data.tfrecords import bad_data
     except ImportError as error:
         return _failed(str(error), COULD_NOT_RUN)
     try:
@@ -41,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _failed(f"{error}{goes_on}", DIVERGED)
     except (OSError, tf.errors.OpError) as error:
-        return _failed(f"{getattr(error, 'message', error)}{goes_on}", COULD_NOT_RUN)
+        bad = bad_data(error)
+        if bad and bad.problem.kind != UNREADABLE:
+            return _failed(str(bad), BAD_INPUT)
+        return _failed(f"{bad or getattr(error, 'message', error)}{goes_on}", COULD_NOT_RUN)
     except KeyboardInterrupt:
         return _failed(f"interrupted{goes_on}", COULD_NOT_RUN)
     return OK

@@ -21,7 +21,7 @@ import tensorflow as tf
 from checkpoints import registry
 from tfmaskformer import checkpoint
 from tfmaskformer.config import ConfigError
-from tfmaskformer.data.datasets import DataSet, Sample, open_dataset
+from tfmaskformer.data.datasets import DataSet, Sample, open_training_set
 from tfmaskformer.data.layouts import LAYOUTS
 from tfmaskformer.data.preprocessing import resize_shortest_edge, resized_shape
 from tfmaskformer.data.training import step_arguments, training_dataset
@@ -197,9 +197,7 @@ class MaskFormerTask(base_task.Task):
     @functools.cached_property
     def dataset(self) -> DataSet:
         """To train on."""
-        dataset = open_dataset(self.settings.config.dataset, self._folder("train_data"), "train")
-        dataset.check_listing("stop")
-        return dataset
+        return open_training_set(self.settings.config.dataset, self._folder("train_data"))
 
     @functools.cached_property
     def source(self) -> Source:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from tfmaskformer.checkpoint import CheckpointError
         from tfmaskformer.config import ConfigError
-        from tfmaskformer.data.records import DataError
+        from tfmaskformer.data.records import UNREADABLE, DataError
         from tfmaskformer.data.tfrecords import bad_data
         from tfmaskformer.evaluation.devices import DeviceError
         from tfmaskformer.evaluation.sources import EvaluationError
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(str(error), COULD_NOT_RUN)
     except (OSError, tf.errors.OpError) as error:
         bad = bad_data(error)
-        if bad and bad.problem.kind != "unreadable file":  # that one may be read next time
+        if bad and bad.problem.kind != UNREADABLE:
             return _failed(str(bad), BAD_INPUT)
         return _failed(f"{bad or getattr(error, 'message', error)}{goes_on}", COULD_NOT_RUN)
     except KeyboardInterrupt:
