@@ -115,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--rematerialise and --objects belong to --step train")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
+        import tensorflow as tf
+
         from tfmaskformer import aot
         from tfmaskformer.checkpoint import CheckpointError, load
         from tfmaskformer.config import ConfigError
@@ -140,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(str(error), BAD_INPUT)
     except aot.AotError as error:
         return _failed(str(error), REFUSED)
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        return _failed("out of memory", COULD_NOT_RUN)
     except KeyboardInterrupt:
         return _failed("interrupted", COULD_NOT_RUN)
     told = {

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from checkpoints import registry
-from tfmaskformer.aot import AotError, compile_for_tpu
+from tfmaskformer.aot import AotError, TargetError, check_target, compile_for_tpu
 from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.criterion import SetCriterion
 from tfmaskformer.model import MaskFormer
@@ -77,7 +77,11 @@ def test_variables_may_be_updated():
     [
         (lambda x: tf.boolean_mask(x, x > 0), VECTOR, r"shape of an output depends on data.*f32\[<=128\]"),
         (lambda x: tf.numpy_function(lambda a: a, [x], tf.float32), VECTOR, r"operation PyFunc .*test_aot.py:\d+\) has no XLA kernel"),
-        (lambda x: x @ tf.transpose(x), tf.TensorSpec([80_000, 80_000]), "compiler for v5e:2x2 refuses the program.*memory on HBM"),
+        (
+            lambda x: x @ tf.transpose(x),
+            tf.TensorSpec([80_000, 80_000]),
+            r"compiler for v5e:2x2 refuses the program.*memory on HBM.*\n.*smaller --batch",
+        ),
     ],
     ids=["data-dependent shape", "host callback", "too large"],
 )
@@ -90,6 +94,17 @@ def test_refused(fn, spec, message):
 def test_unknown_topology():
     with pytest.raises(AotError, match="no topology 'v99:2x2'"):
         compile_for_tpu(tf.identity, VECTOR, topology="v99:2x2")
+
+
+@needs_compiler
+def test_what_has_a_shape_by_data_inside_is_padded():
+    assert compile_for_tpu(lambda x: tf.reduce_sum(tf.boolean_mask(x, x > 0)), VECTOR).flops > 0
+
+
+@pytest.mark.parametrize("topology", ["", "v5e", "v5e:", "v5e:2", "v5e:2x2\n", "2x2"])
+def test_no_topology_is_taken_for_a_default(topology):
+    with pytest.raises(TargetError, match=r"no topology .*\n  expected one like 'v5e:2x2'"):
+        check_target(topology)
 
 
 def test_dynamic_argument():

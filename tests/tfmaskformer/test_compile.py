@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
 
 from checkpoints import registry
 from converters.convert import convert
@@ -74,8 +75,6 @@ def test_rematerialisation_is_that_of_the_training_step(checkpoint, monkeypatch,
 @needs_compiler
 def test_what_is_computed_again_is_told():
     """The sines and tangents of 40 layers, which the gradient needs, take more than the 15.75 GiB of a v5e."""
-    import tensorflow as tf
-
     weights = [tf.Variable(tf.zeros([128, 128])) for _ in range(40)]
 
     def step(inputs):
@@ -112,6 +111,16 @@ def test_without_the_compiler(checkpoint, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jax", None)
     assert compile.main(["--ckpt", checkpoint]) == 3
     assert "install the extra: pip install 'tfmaskformer[aot]'" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_told(checkpoint, monkeypatch, capsys):
+    def load(*arguments):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    monkeypatch.setattr(aot, "check_target", lambda target: None)
+    monkeypatch.setattr("tfmaskformer.checkpoint.load", load)
+    assert compile.main(["--ckpt", checkpoint]) == 3
+    assert "out of memory" in capsys.readouterr().err
 
 
 def test_bad_usage(tmp_path, monkeypatch, capsys):
