@@ -1,18 +1,20 @@
 """The command ``tfmaskformer predict``: what a checkpoint finds in photographs, as pictures to look at and as data.
 
 Each photograph is read, resized and segmented as in an evaluation (:mod:`tfmaskformer.evaluation.evaluate`), on a canvas with masked
-padding, so that photographs of similar sizes, and all frames of a video, share one compiled program.
+padding, so that photographs of similar sizes, and all frames of a video, share one traced graph.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import glob
 import io
 import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +32,9 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 KINDS = ("panoptic", "semantic")
 
+PICTURES = (".panoptic.png", ".semantic.png", ".ids.png")
+"""What is written beside NAME.json; a file so named is a result, and no photograph where a folder is searched for such."""
+
 CANVAS_PX = 128
 """A canvas is the resized photograph's size rounded up to a multiple of this."""
 
@@ -45,11 +50,13 @@ class Prediction(NamedTuple):
         image: uint8 [height, width, 3] RGB, upright, at the size of the results.
         panoptic: ids int32 [height, width], 0 for none, and ``segments_info``; None for a model without panoptic inference.
         semantic: int32 [height, width], the class of each pixel.
+
+    A kind that was not asked for is None.
     """
 
     image: np.ndarray
     panoptic: tuple[np.ndarray, list[dict[str, Any]]] | None
-    semantic: np.ndarray
+    semantic: np.ndarray | None
 
 
 class Predictor:
@@ -59,13 +66,20 @@ class Predictor:
         model: with its weights.
         max_size: the longer side of results in px, so that memory is bounded: semantic scores take 4 bytes for each class and pixel.
             0: always the photograph's own size.
+        kinds: of :data:`KINDS`, what is computed.
     """
 
-    def __init__(self, model: MaskFormer, max_size: int = 0):
+    def __init__(self, model: MaskFormer, max_size: int = 0, kinds: Sequence[str] = KINDS):
         import tensorflow as tf
 
-        self._model, self._max_size = model, max_size
-        self._step = tf.function(lambda images, sizes: model(images, sizes, padding="masked"))
+        self._model, self._max_size, self._kinds = model, max_size, kinds
+
+        @functools.cache  # a graph for each canvas: one tf.function for all of them warns of retracing
+        def step(*canvas: int) -> Callable[..., Any]:
+            traced = tf.function(lambda images, sizes: model(images, sizes, padding="masked"))
+            return traced.get_concrete_function(tf.TensorSpec(canvas, tf.uint8), tf.TensorSpec((1, 2), tf.int32))
+
+        self._step = step
 
     @property
     def config(self) -> MaskFormerConfig:
@@ -84,25 +98,28 @@ class Predictor:
         size = resized.shape[:2]
         canvas = np.zeros((1, *(-(-side // CANVAS_PX) * CANVAS_PX for side in size), 3), np.uint8)
         canvas[0, : size[0], : size[1]] = resized
-        outputs = self._step(tf.constant(canvas), tf.constant([size], tf.int32))
+        outputs = self._step(*canvas.shape)(tf.constant(canvas), tf.constant([size], tf.int32))
 
         image = photograph
         if 0 < self._max_size < max(photograph.shape[:2]):
             image = resize_shortest_edge(photograph, max(photograph.shape[:2]), self._max_size)
         sizes, output_sizes = [size], [image.shape[:2]]
-        panoptic = None
-        if config.test.panoptic_on:
+        panoptic = semantic = None
+        if "panoptic" in self._kinds and config.test.panoptic_on:
             [(ids, segments_info)] = panoptic_inference(outputs, config, sizes, output_sizes)
             panoptic = np.asarray(ids, np.int32), segments_info
-        [scores] = semantic_inference(outputs, config, sizes, output_sizes)
-        return Prediction(image, panoptic, tf.argmax(scores, 0, tf.int32).numpy())
+        if "semantic" in self._kinds:
+            [scores] = semantic_inference(outputs, config, sizes, output_sizes)
+            semantic = tf.argmax(scores, 0, tf.int32).numpy()
+        return Prediction(image, panoptic, semantic)
 
 
 def photographs(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
     """Every photograph that the arguments name, and the name of its results: without its suffix, below the folder it was found in.
 
-    A folder stands for all photographs in it and below it, a pattern for what fits it. Numbers in names count as numbers, so that frames
-    of a video keep their order.
+    A folder stands for all photographs in it and below it, without results (:data:`PICTURES`) and what is hidden by a leading dot; a
+    pattern for what fits it. Numbers in names count as numbers, so that frames of a video keep their order. b.jpg and b.png beside each
+    other keep their suffixes.
 
     Raises:
         PredictError: an argument names none, or two photographs would have one result.
@@ -110,23 +127,32 @@ def photographs(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
     found: list[tuple[Path, Path]] = []
     for argument in arguments:
         path = Path(argument)
-        if path.is_dir():
-            inside = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+        is_folder = os.path.isdir(argument)  # Path("") would be the current one
+        if is_folder:
+            inside = [file for file in path.rglob("*") if _is_photograph(file.relative_to(path)) and file.is_file()]
             named = [(file, file.relative_to(path).with_suffix("")) for file in sorted(inside, key=_natural)]
         else:
             files = [path] if path.exists() else sorted(map(Path, glob.glob(argument, recursive=True)), key=_natural)
             named = [(file, Path(file.stem)) for file in files if file.is_file()]
         if not named:
-            what = "holds no photographs" if path.is_dir() else "is no file, and no file fits it"
+            what = "holds no photographs" if is_folder else "is no file, and no file fits it"
             raise PredictError(f"'{argument}' {what}\n  expected files, folders or patterns of {', '.join(SUFFIXES)}")
         found += named
+    claims = Counter(name for _, name in dict.fromkeys(found))
     results: dict[Path, Path] = {}
     for file, name in found:
+        name = name.with_name(file.name) if claims[name] > 1 else name
         if results.setdefault(name, file) != file:
             raise PredictError(
-                f"'{results[name]}' and '{file}' would both be '{name}'\n  give the folder that holds both, or one at a time"
+                f"'{results[name]}' and '{file}' would both be '{name}'\n  give the folder that holds both, or each its own --out"
             )
     return [(file, name) for name, file in results.items()]
+
+
+def _is_photograph(path: Path) -> bool:
+    """By its name, below the folder that is searched."""
+    hidden = any(part.startswith(".") for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not hidden and not path.name.endswith(PICTURES)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -142,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
+        import tensorflow as tf
+
         from tfmaskformer.checkpoint import CheckpointError, load
         from tfmaskformer.data.cli import _Progress
     except ImportError as error:
@@ -149,16 +177,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = _Progress()
     try:
         todo = photographs(arguments.photographs)
+        model = load(arguments.ckpt)
+        predictor = Predictor(model, arguments.max_size, _kinds(arguments.kind, model))
         out = Path(arguments.out)
         out.mkdir(parents=True, exist_ok=True)
-        model = load(arguments.ckpt)
-        kinds = _kinds(arguments.kind, model)
-        unread = list(_predict_all(Predictor(model, arguments.max_size), todo, kinds, out, progress))
+        unread = list(_predict_all(predictor, todo, out, progress))
     except (PredictError, CheckpointError) as error:
         return _failed(str(error), BAD_INPUT)
     except OSError as error:
         return _failed(f"cannot write '{error.filename or arguments.out}': {error.strerror or error}\n  choose another --out", BAD_INPUT)
-    except MemoryError:
+    except (MemoryError, tf.errors.ResourceExhaustedError):
         return _failed("out of memory\n  take a smaller --max-size", COULD_NOT_RUN)
     except KeyboardInterrupt:
         return _failed("interrupted; what is written is whole", COULD_NOT_RUN)
@@ -184,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kind", choices=KINDS, help="one kind of overlay only (default: all that the model is for)")
     parser.add_argument(
         "--max-size",
-        type=int,
+        type=_size,
         default=1600,
         metavar="PX",
         help="longer side of the results; 0: that of the photograph, however much memory it takes (default: %(default)s)",
@@ -192,42 +220,67 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _size(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in px, nor 0")
+    return int(text)
+
+
 def _kinds(asked: str | None, model: MaskFormer) -> tuple[str, ...]:
     if asked == "panoptic" and not model.config.test.panoptic_on:
         raise PredictError(f"{model.config.name} is for semantic segmentation: it has no panoptic result\n  leave --kind out")
-    return (asked,) if asked else KINDS if model.config.test.panoptic_on else ("semantic",)
+    return (asked,) if asked else KINDS
 
 
-def _predict_all(
-    predictor: Predictor, todo: Sequence[tuple[Path, Path]], kinds: Sequence[str], out: Path, progress: Callable[[int, int], None]
-) -> Iterator[str]:
+def _predict_all(predictor: Predictor, todo: Sequence[tuple[Path, Path]], out: Path, progress: Callable[[int, int], None]) -> Iterator[str]:
     """Writes all results; yields what is wrong with photographs that cannot be read."""
     from PIL import UnidentifiedImageError
-
-    from tfmaskformer.data.preprocessing import decode_image
 
     for done, (file, name) in enumerate(todo):
         progress(done, len(todo))
         try:
-            photograph = decode_image(file.read_bytes())
+            photograph = _read(file.read_bytes())
         except Exception as error:  # Pillow raises many kinds
             reason = "it is of no kind that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
             yield f"cannot read '{file}' as an image: {reason}"
             continue
-        _write_all(predictor(photograph), predictor.config, file, out / name, kinds)
+        _write_all(predictor(photograph), predictor.config, file, out / name)
     progress(len(todo), len(todo))
 
 
-def _write_all(prediction: Prediction, config: Any, file: Path, place: Path, kinds: Sequence[str]) -> None:
-    """The JSON comes last, so that where it is, all is."""
+def _read(data: bytes) -> np.ndarray:
+    """:func:`~tfmaskformer.data.preprocessing.decode_image`, but for what comes out wrong as Detectron2 reads it: greys of 16 bits, which
+    are cut off at 255, and a TIFF's orientation, which Pillow has applied already. Of 16 bits the high byte counts, as for TensorFlow.
+    """
+    from PIL import Image, ImageOps
+
+    from tfmaskformer.data.preprocessing import decode_image
+
+    with Image.open(io.BytesIO(data)) as image:
+        is_16_bit = image.mode.startswith("I;16") or (image.format, image.mode) == ("PNG", "I")  # the latter in Pillow before 11
+        if image.mode in ("I", "F") and not is_16_bit:
+            raise ValueError("its pixels have 32 bits, and nothing tells which value is white; save it with 8 or 16")
+        if not is_16_bit and image.format != "TIFF":
+            return decode_image(data)
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        if is_16_bit:
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return np.asarray(upright.convert("RGB"))
+
+
+def _write_all(prediction: Prediction, config: Any, file: Path, place: Path) -> None:
+    """The JSON goes first and comes last, so that where it is, all is, and of one run."""
     from tfmaskformer.evaluation.results import encode_png
     from tfmaskformer.visualize import panoptic_overlay, semantic_overlay
 
     place.parent.mkdir(parents=True, exist_ok=True)
-    height, width = prediction.semantic.shape
+    for suffix in (".json", *PICTURES):
+        _with_suffix(place, suffix).unlink(missing_ok=True)
+    height, width = prediction.image.shape[:2]
     told: dict[str, Any] = {"file": file.name, "height": height, "width": width, "model": config.name}
     names = config.class_names or [f"class {index}" for index in range(config.num_classes)]
-    if "panoptic" in kinds and prediction.panoptic is not None:
+    if prediction.panoptic is not None:
         ids, segments = prediction.panoptic
         areas = np.bincount(ids.ravel(), minlength=1)
         told["segments_info"] = [
@@ -236,7 +289,7 @@ def _write_all(prediction: Prediction, config: Any, file: Path, place: Path, kin
         ]
         _write(place, ".panoptic.png", _png(panoptic_overlay(prediction.image, ids, segments, config)))
         _write(place, ".ids.png", encode_png(ids))
-    if "semantic" in kinds:
+    if prediction.semantic is not None:
         areas = np.bincount(prediction.semantic.ravel(), minlength=config.num_classes)
         present = sorted(np.flatnonzero(areas).tolist(), key=lambda index: -areas[index])
         told["classes"] = [{"category_id": index, "category": names[index], "area": int(areas[index])} for index in present]
@@ -260,9 +313,13 @@ def _png(picture: np.ndarray) -> bytes:
         return file.getvalue()
 
 
+def _with_suffix(place: Path, suffix: str) -> Path:
+    return place.with_name(place.name + suffix)
+
+
 def _write(place: Path, suffix: str, content: bytes) -> None:
     """A file that is whole, or not there."""
-    path = place.with_name(place.name + suffix)
+    path = _with_suffix(place, suffix)
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(content)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from checkpoints import registry
 from converters.convert import convert
 from tfmaskformer import predict
 from tfmaskformer.checkpoint import load
+from tfmaskformer.config import MaskFormerConfig, TestConfig
 from tfmaskformer.data import shapes
 from tfmaskformer.evaluation.results import decode_png
 from tfmaskformer.inference import panoptic_inference
@@ -35,6 +39,28 @@ def frames(tmp_path):
     return folder
 
 
+class Stub:
+    """A model that finds nothing, fast; ``canvases`` are those it was traced for."""
+
+    config = MaskFormerConfig(name="stub", num_classes=2, test=TestConfig(panoptic_on=True, min_size=0))
+
+    def __init__(self):
+        self.canvases = []
+
+    def __call__(self, images, sizes, padding):
+        assert padding == "masked"
+        self.canvases.append(tuple(images.shape))
+        masks = tf.zeros([1, 3, images.shape[1] // 4, images.shape[2] // 4])
+        return {"pred_logits": tf.zeros([1, 3, 3]), "pred_masks": masks, "valid_sizes": sizes}
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    model = Stub()
+    monkeypatch.setattr("tfmaskformer.checkpoint.load", lambda _: model)
+    return model
+
+
 def names(pairs):
     return [name.as_posix() for _, name in pairs]
 
@@ -50,8 +76,24 @@ def test_what_arguments_stand_for(frames):
     with pytest.raises(predict.PredictError, match="holds no photographs"):
         predict.photographs([str(frames / "empty")])
     (frames / "more" / "frame2.png").touch()
-    with pytest.raises(predict.PredictError, match="would both be 'frame2'"):
+    with pytest.raises(predict.PredictError, match=r"would both be 'frame2\.png'"):
         predict.photographs([str(frames / "frame2.png"), str(frames / "more" / "frame2.png")])
+    (frames / "more" / "frame2.jpg").touch()
+    assert names(predict.photographs([str(frames)])) == ["frame2", "frame10", "more/frame1", "more/frame2.jpg", "more/frame2.png"]
+
+
+def test_results_and_hidden_files_in_a_folder_are_no_photographs(frames, monkeypatch):
+    before = predict.photographs([str(frames)])
+    for name in ("frame2.panoptic.png", "out/more/frame1.semantic.png", "out/frame2.ids.png", "._frame2.jpg", ".git/icon.png"):
+        (frames / name).parent.mkdir(parents=True, exist_ok=True)
+        (frames / name).touch()
+    assert predict.photographs([str(frames)]) == before
+    assert names(predict.photographs([str(frames / ".git")])) == ["icon"]
+    assert names(predict.photographs([str(frames / "frame2.panoptic.png")])) == ["frame2.panoptic"]
+    monkeypatch.chdir(frames)
+    assert names(predict.photographs(["."])) == names(before)
+    with pytest.raises(predict.PredictError, match="'' is no file"):
+        predict.photographs([""])
 
 
 def test_results_are_those_of_the_model(checkpoint, frames, tmp_path, capsys):
@@ -88,7 +130,7 @@ def test_upright_and_no_larger_than_asked(checkpoint, tmp_path):
     exif[274] = 6  # rotated by 90°
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     image.save(tmp_path / "upright.png")
-    for options, suffix in (([], "a"), (["--max-size", "64"], "b"), (["--kind", "semantic"], "c")):
+    for options, suffix in (([], "a"), (["--max-size", "64"], "b")):
         arguments = ["--ckpt", checkpoint, str(tmp_path / "turned.png"), str(tmp_path / "upright.png"), "--out", str(tmp_path / suffix)]
         assert predict.main(arguments + options) == 0
     turned, upright = (json.loads((tmp_path / "a" / f"{name}.json").read_text()) for name in ("turned", "upright"))
@@ -97,13 +139,93 @@ def test_upright_and_no_larger_than_asked(checkpoint, tmp_path):
     small = json.loads((tmp_path / "b" / "upright.json").read_text())
     assert max(small["height"], small["width"]) == 64
     assert decode_png((tmp_path / "b" / "upright.ids.png").read_bytes()).shape == (small["height"], small["width"])
-    assert sorted(path.name for path in (tmp_path / "c").glob("upright*")) == ["upright.json", "upright.semantic.png"]
 
 
-def test_bad_photographs_do_not_stop_the_others(checkpoint, frames, tmp_path, capsys):
+def test_one_kind_alone(stub, frames, tmp_path, monkeypatch):
+    """Nothing else is computed, and nothing of an earlier run lies beside it."""
+    photograph, out = str(frames / "frame2.png"), tmp_path / "out"
+    out.mkdir()
+    for suffix in (".json", *predict.PICTURES):
+        (out / f"frame2{suffix}").write_text("old")
+
+    def must_not_run(*_):
+        raise AssertionError("was not asked for")
+
+    for kind, other, written in (("semantic", "panoptic", ["semantic.png"]), ("panoptic", "semantic", ["ids.png", "panoptic.png"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"tfmaskformer.inference.{other}_inference", must_not_run)
+            assert predict.main(["--ckpt", "stub", photograph, "--out", str(out), "--kind", kind]) == 0
+        assert sorted(path.name for path in out.iterdir()) == sorted(f"frame2.{suffix}" for suffix in ["json", *written])
+    assert "classes" not in json.loads((out / "frame2.json").read_text())
+
+
+def test_json_is_gone_while_pictures_are_written(stub, frames, tmp_path, monkeypatch):
+    (tmp_path / "frame2.json").write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(predict, "_write", full)
+    assert predict.main(["--ckpt", "stub", str(frames / "frame2.png"), "--out", str(tmp_path)]) == 2
+    assert not (tmp_path / "frame2.json").exists()
+
+
+def saved(image, kind, **options):
+    with io.BytesIO() as file:
+        image.save(file, kind, **options)
+        return file.getvalue()
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+def test_greys_of_16_bits_are_those_that_tensorflow_reads(big_endian):
+    values = np.random.default_rng(0).integers(0, 65536, (30, 20)).astype(">u2" if big_endian else "<u2")
+    image = Image.frombytes("I;16B" if big_endian else "I;16", (20, 30), values.tobytes())
+    expected = np.repeat((values >> 8).astype(np.uint8)[..., np.newaxis], 3, -1)
+    assert np.array_equal(predict._read(saved(image, "TIFF")), expected)
+    png = saved(Image.fromarray(values.astype(np.uint16)), "PNG")
+    assert np.array_equal(predict._read(png), expected)
+    assert np.array_equal(tf.io.decode_png(png, channels=3), expected)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("TIFF", "RGB"), ("PNG", "RGB"), ("WEBP", "RGB"), ("TIFF", "I;16"), ("PNG", "I;16")])
+def test_every_kind_is_turned_once(kind, mode):
+    exif = Image.Exif()
+    exif[274] = 6
+    values = np.arange(600, dtype=np.uint16).reshape(20, 30)
+    image = Image.fromarray(values * 100) if mode == "I;16" else Image.fromarray(values.astype(np.uint8)).convert(mode)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    upright = predict._read(saved(image, kind, **options))
+    assert np.array_equal(predict._read(saved(image, kind, exif=exif, **options)), np.rot90(upright, -1))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_a_white_are_refused(dtype):
+    with pytest.raises(ValueError, match="nothing tells which value is white"):
+        predict._read(saved(Image.fromarray(np.ones((4, 5), dtype)), "TIFF"))
+
+
+def test_a_graph_for_each_canvas_and_no_warning(stub, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("tensorflow"), "propagate", True)
+    predictor = predict.Predictor(stub)
+    for width in (100, 200, 300, 400, 500, 600, 700, 800, 100):
+        assert predictor(np.zeros((100, width, 3), np.uint8)).semantic.shape == (100, width)
+    assert stub.canvases == [(1, 128, width, 3) for width in (128, 256, 384, 512, 640, 768, 896)]
+    assert not caplog.messages
+
+
+def test_out_of_memory_is_told(stub, frames, tmp_path, monkeypatch, capsys):
+    def allocate(*_):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    monkeypatch.setattr(predict.Predictor, "__call__", allocate)
+    assert predict.main(["--ckpt", "stub", str(frames), "--out", str(tmp_path / "out")]) == 3
+    assert "out of memory\n  take a smaller --max-size" in capsys.readouterr().err
+
+
+def test_bad_photographs_do_not_stop_the_others(stub, frames, tmp_path, capsys):
     (frames / "bad.jpg").write_bytes(b"no image")
     (frames / "cut.png").write_bytes((frames / "frame2.png").read_bytes()[:200])
-    assert predict.main(["--ckpt", checkpoint, str(frames), "--out", str(tmp_path / "out")]) == 2
+    assert predict.main(["--ckpt", "stub", str(frames), "--out", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert captured.out.startswith("3 of 5 photographs")
     assert f"cannot read '{frames / 'bad.jpg'}' as an image: it is of no kind that Pillow knows" in captured.err
@@ -114,7 +236,7 @@ def test_bad_photographs_do_not_stop_the_others(checkpoint, frames, tmp_path, ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ckpt", "{tmp}/none", "{frames}"], "cannot read config.json"),
+        (["--ckpt", "{tmp}/none", "{frames}", "--out", "{tmp}/out"], "cannot read config.json"),
         (["--ckpt", "{ckpt}", "{tmp}/none.jpg"], "is no file, and no file fits it"),
         (["--ckpt", "{ckpt}", "{frames}", "--out", "{frames}/frame2.png"], "choose another --out"),
         (["--ckpt", "{ckpt}", "{frames}", "--out", "{frames}/frame2.png/x"], "choose another --out"),
@@ -126,3 +248,10 @@ def test_bad_usage(arguments, message, checkpoint, frames, tmp_path, capsys):
     captured = capsys.readouterr()
     assert message in captured.err
     assert not captured.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_negative_size_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        predict.main(["--ckpt", "any", "photo.jpg", "--max-size", "-5"])
+    assert "'-5' is no size in px, nor 0" in capsys.readouterr().err
