@@ -4,7 +4,7 @@ What the config says of it (``INPUT``) is read, and done to a single image, by :
 Detectron2 ``data/samplers/distributed_sampler.py`` (``TrainingSampler``): an endless stream of permutations of the whole data set, which
 batches, and the shards of a batch, take one after the other.
 
-    batches = training_dataset(config, open_dataset("coco_panoptic", folder, "train"), seed=0, batch=16, max_objects=100)
+    batches = training_dataset(config, open_training_set("coco_panoptic", folder), seed=0, batch=16, max_objects=100)
     for batch in batches:
         step(*step_arguments(batch))
 """
@@ -66,7 +66,8 @@ def training_dataset(
 
     Raises:
         ConfigError: a value of the config that is not supported.
-        DataError: a data set without images or without the ground truth that the config wants. Bad files raise ``tf.errors.OpError``.
+        DataError: a data set without images or without the ground truth that the config wants. Bad files raise
+            ``tf.errors.OpError``, of which :func:`~tfmaskformer.data.tfrecords.bad_data` tells what is wrong with them.
         ValueError: a canvas that cannot hold what the config makes, or a batch that has no such parts.
     """
     model, mapper = config_of(config, dataset.name), mapper_of(config, dataset.info.ignore_label)
