@@ -209,6 +209,12 @@ def test_a_damaged_folder(whole, data, tmp_path, uncompiled, capsys):
                 assert f"error: '{where}' " in told.err or "holds another training" in told.err
         file.write_bytes(good)
     assert "remove its files (ckpt-4.*) to go on from" in told.err
+    file = tmp_path / "run" / "run.json"
+    good = file.read_text()
+    file.write_text(good.replace('"images_sha256": "', '"images_sha256": "0'))  # as many images, and others
+    assert cli.main(command) == cli.BAD_INPUT
+    assert "holds another training:\n  images_sha256: " in capsys.readouterr().err
+    file.write_text(good)
     for file in (tmp_path / "run").glob("ckpt-4.*"):
         file.unlink()
     assert cli.main(command) == cli.OK

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import io
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +50,11 @@ class Sample(NamedTuple):
     panoptic_seg: np.ndarray | None
     segments_info: list[dict[str, Any]]
     sem_seg: np.ndarray | None
+
+
+def identity(records: Iterable[Record]) -> str:
+    """What tells a list of images from others: SHA-256 of their ids."""
+    return hashlib.sha256(json.dumps([record.image_id for record in records]).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
-import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
@@ -16,7 +14,7 @@ from PIL import Image
 from checkpoints import registry
 from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.data import tfrecords
-from tfmaskformer.data.datasets import DataSet, Sample, open_dataset
+from tfmaskformer.data.datasets import DataSet, Sample, identity, open_dataset
 from tfmaskformer.data.layouts import LAYOUTS, Layout
 from tfmaskformer.data.records import Problem, Record
 
@@ -121,7 +119,7 @@ def _file_source(dataset: DataSet, limit: int | None, shard: tuple[int, int]) ->
         layout=dataset.layout,
         images=len(records),
         share=len(records[shard[1] :: shard[0]]),
-        identity=hashlib.sha256(json.dumps([record.image_id for record in records]).encode()).hexdigest(),
+        identity=identity(records),
         skipped=len(dataset.problems),
         problems=dataset.problems,
         sizes=sizes,

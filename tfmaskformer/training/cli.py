@@ -99,7 +99,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _train(arguments: argparse.Namespace) -> int:
     from checkpoints import registry
-    from tfmaskformer.data.datasets import open_training_set
+    from tfmaskformer.data.datasets import identity, open_training_set
     from tfmaskformer.data.layouts import LAYOUTS
     from tfmaskformer.evaluation.devices import strategy_for, worker
     from tfmaskformer.evaluation.sources import open_source
@@ -141,7 +141,8 @@ def _train(arguments: argparse.Namespace) -> int:
     dataset = open_training_set(dataset_name, arguments.data)
     evaluated = bool(tree["DATASETS"]["TEST"])  # after the last step even if TEST.EVAL_PERIOD is 0, as upstream
     validation = open_source(arguments.data, dataset_name, shard=shard) if evaluated else None
-    plan = {"config": name, "dataset": dataset_name, "images": len(dataset.records), "init": arguments.init, **settings.plan()}
+    data = {"dataset": dataset_name, "images": len(dataset.records), "images_sha256": identity(dataset.records)}
+    plan = {"config": name, **data, "init": arguments.init, **settings.plan()}
     run = Run(arguments.out, config, tree, plan, write=not shard[1])
     if run.latest is None and arguments.init is None and weights:
         told = f"all weights are random; the recipe begins with those of a backbone (MODEL.WEIGHTS: {weights}): --init"
