@@ -42,6 +42,10 @@ MAX_NUMBER = 10**9
 Tree = dict[str, Any]
 
 
+_MAX_SIDE_PX = 2**15
+"""Of an image padded to it, which has 3 GB."""
+
+
 def _names(values: Sequence[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
 
@@ -52,6 +56,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "INPUT.CROP.SIZE": (lambda size: len(size) == 2, "two numbers"),
     "INPUT.MAX_SIZE_TEST": (lambda size: 0 < size < 2**31, "a size in px, below 2**31"),
     "INPUT.MIN_SIZE_TEST": (lambda size: 0 <= size < 2**31, "a size in px, below 2**31"),
+    "INPUT.SIZE_DIVISIBILITY": (lambda side: side <= _MAX_SIDE_PX, f"a size in px, {_MAX_SIDE_PX} at most"),
+    "MODEL.MASK_FORMER.SIZE_DIVISIBILITY": (lambda side: side <= _MAX_SIDE_PX, f"a size in px, {_MAX_SIDE_PX} at most"),
     "MODEL.PIXEL_MEAN": (lambda mean: len(mean) == 3, "three numbers"),
     "MODEL.PIXEL_STD": (lambda std: len(std) == 3 and min(std) > 0, "three numbers above 0"),
     "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": (lambda value: -(2**31) <= value < 2**31, "an integer of 32 bits"),

@@ -202,6 +202,8 @@ WRONG = [
     ("INPUT.MAX_SIZE_TEST", "0", "is 0, " + PIXELS),
     ("INPUT.MIN_SIZE_TEST", "-1", "is -1, " + PIXELS),
     ("INPUT.MIN_SIZE_TEST", str(2**31), f"is {2**31}, " + PIXELS),
+    ("INPUT.SIZE_DIVISIBILITY", "32769", "is 32769, expected a size in px, 32768 at most"),
+    ("MODEL.MASK_FORMER.SIZE_DIVISIBILITY", "32769", "is 32769, expected a size in px, 32768 at most"),
     ("INPUT.CROP.SIZE", "(64,)", "is [64], expected two numbers"),
     ("INPUT.CROP.SIZE", "(64, 64, 64)", "is [64, 64, 64], expected two numbers"),
     ("INPUT.CROP.SIZE", "('a', 'b')", "is ['a', 'b'], expected list of float as in the default [0.9, 0.9]"),

@@ -26,7 +26,6 @@ WRONG = [
     ("INPUT.MIN_SIZE_TRAIN", f"({2**31},)", "below 2**31"),
     ("INPUT.MAX_SIZE_TRAIN", "0", "a size in px"),
     ("INPUT.MAX_SIZE_TRAIN", str(2**31), "below 2**31"),
-    ("INPUT.SIZE_DIVISIBILITY", str(2**31), "below 2**31"),
     ("INPUT.DATASET_MAPPER_NAME", "mine", "one of"),
 ]
 CROPS = [

@@ -105,7 +105,6 @@ class Mapper:
 
     def __post_init__(self) -> None:
         self._require("name", self.name in MAPPERS, f"one of {MAPPERS}")
-        self._require("size_divisibility", self.size_divisibility <= _NO_LIMIT, "a size in px, below 2**31")
         self._require("min_size_train_sampling", self.min_size_train_sampling in SAMPLINGS, f"one of {SAMPLINGS}")
         self._require("crop_type", self.crop_type in ("", *CROP_TYPES), f"one of {CROP_TYPES}")
         sizes = self.min_size_train
