@@ -325,8 +325,7 @@ class MaskFormerTask(base_task.Task):
         """The sum of all weighted losses. :meth:`train_step` has it from the step, with each of them."""
         criterion = build_criterion(self.settings.config)
         found = criterion(model_outputs, labels)
-        losses = found if isinstance(found, dict) else found[0]
-        return tf.add_n([criterion.weights[key] * loss for key, loss in losses.items()])
+        return criterion.weighted_total(found if isinstance(found, dict) else found[0])
 
     def build_metrics(self, training: bool = True) -> list[Any]:
         """In training, of a loop's steps: means of each loss, by its official key, and of the gradient's norm; objects left out."""
