@@ -1,7 +1,7 @@
 """What an export costs in accuracy, on the small trained model: ``python -m bench.export`` writes the table of docs/export.md.
 
 Panoptic quality is taken of the validation images of :mod:`tfmaskformer.data.shapes`; errors are relative L2 errors against the float64
-model, those of taps of an export of the same conversion that shows them.
+model. Those of taps, which exports do not show, are of the model that a SavedModel was made of, and of a LiteRT conversion that shows them.
 """
 
 from __future__ import annotations

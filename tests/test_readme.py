@@ -1,12 +1,19 @@
-"""The README's example is run as it is written; its other commands are verbs of make, which CI and people run."""
+"""The README's example is run as it is written; its other commands are verbs of make, which CI and people run. Those in its sentences, and
+those of docs that tell more of them, are taken by their parsers: running them would take minutes."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from tfmaskformer import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,6 +42,42 @@ def test_other_commands_are_make_verbs_or_the_install():
     assert commands
     for command in commands:
         assert command.split() in [["make", verb] for verb in VERBS] or command == 'pip install -e ".[cpu]"'
+
+
+class ParsedError(Exception):
+    """The arguments were taken."""
+
+
+def told() -> list[str]:
+    """Commands with options in the README's sentences, and those in blocks of the pages to which these lead."""
+    texts = [(ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("compile.md", "export.md", "predict.md")]
+    lines = [
+        line
+        for text in texts
+        for block in re.findall(r"^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+        for line in block.splitlines()
+    ]
+    inline: list[str] = re.findall(r"`(tfmaskformer [^`…]* --[^`…]*)`", README)
+    return inline + [line for line in lines if line.startswith("tfmaskformer ")]
+
+
+@pytest.mark.parametrize("command", told())
+def test_commands_are_taken(command, monkeypatch):
+    def only(parse):
+        def parse_only(self, arguments=None, namespace=None):
+            parse(self, arguments, namespace)
+            raise ParsedError
+
+        return parse_only
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, only(getattr(argparse.ArgumentParser, name)))
+    with pytest.raises(ParsedError):
+        cli.main(shlex.split(command)[1:])
+
+
+def test_the_commands_are_there():
+    assert {command.split()[1] for command in told()} >= {"compile", "predict", "export", "eval", "train"}
 
 
 def test_ci_runs_the_test_command_of_the_readme():
