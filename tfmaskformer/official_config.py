@@ -1,7 +1,7 @@
 """The model that an official YAML config describes.
 
 Every key that the official model reads is either a field of :class:`~tfmaskformer.config.MaskFormerConfig`, or has one value that is
-supported (:data:`SUPPORTED`); any other value is refused by name, so that nothing in a file is silently ignored.
+supported (:data:`SUPPORTED`); any other value is refused by name, so that nothing of a model is silently ignored.
 """
 
 from __future__ import annotations
