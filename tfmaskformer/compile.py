@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tfmaskformer.config import ConfigError, MaskFormerConfig
+
 if TYPE_CHECKING:
     from tfmaskformer.aot import CompiledStats
-    from tfmaskformer.config import MaskFormerConfig
     from tfmaskformer.model import MaskFormer
 
 OK, BAD_INPUT, COULD_NOT_RUN = 0, 2, 3
@@ -86,7 +87,6 @@ def default_size(config: MaskFormerConfig, step: str) -> tuple[int, int]:
         ConfigError: "train", and the config's name is no entry of the zoo.
     """
     if step == "train":
-        from tfmaskformer.config import ConfigError
         from tfmaskformer.data.augmentation import mapper_of
         from tfmaskformer.data.training import _canvas
         from tfmaskformer.official_config import named_tree
@@ -119,7 +119,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from tfmaskformer import aot
         from tfmaskformer.checkpoint import CheckpointError, load
-        from tfmaskformer.config import ConfigError
     except ImportError as error:
         return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu,aot]'", COULD_NOT_RUN)
     dtype = arguments.dtype or {"eval": "float32", "train": "bfloat16"}[arguments.step]
