@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo    convert a checkpoint, check its parity, draw what both frameworks see; in demo/"
 	@echo "make parity-check    the parity of a synthetic checkpoint (ENTRY=…, of the model zoo); report in parity-report/report"
-	@echo "make trajectory    train small models for 20 and 100 steps, R50 for 20 and the loop for 100, beside recorded official trainings; results in parity-report"
+	@echo "make trajectory    train small models for 20 and 100 steps, R50 for 20 and the loop for 100, beside recorded official trainings; results in parity-report and docs"
 	@echo "make test    everything that CI runs: make check, then the tests"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make zoo     prove all 30 official models against the official code's traces, and make the README's table (an hour)"
@@ -39,7 +39,7 @@ trajectory: $(VENV)/demo.stamp
 	  $(BIN)/convert --src parity-report/$$model.pkl --dst parity-report/$$model --config $$model --force && \
 	  $(BIN)/parity-check steps --ckpt parity-report/$$model --reference tests/golden/trajectory/$$name --json parity-report/$$name.json || exit $$?; \
 	done
-	$(BIN)/python -m parity.trajectory_figure parity-report/trajectory.png $(TRAJECTORIES:%=parity-report/$$(basename %).json)
+	$(BIN)/python -m parity.trajectory_figure parity-report/trajectory.png $(TRAJECTORIES:%=parity-report/$$(basename %).json) --results docs/trajectory.json --page docs/training_parity.md
 
 test: check
 	$(BIN)/python -m pytest -n 2 --durations=25

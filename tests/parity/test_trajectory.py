@@ -23,6 +23,7 @@ from tfmaskformer.training.schedule import WarmupMultiStepLR
 from tfmaskformer.training.step import TrainStep
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "trajectory"
+DOCS = Path(__file__).parents[2] / "docs"
 MODEL = "tiny_panoptic"
 
 
@@ -307,9 +308,34 @@ def test_picture(tmp_path):
     training = json.loads((tmp_path / "a.json").read_text())["trainings"][0]
     assert trajectory_figure._largest(training, "losses", "error") == {1: 1e-7, 2: 1e-7}
     assert trajectory_figure._largest(training, "weights", "drift") == {1: 1e-3, 2: 1e-3}
-    assert trajectory_figure.main([str(tmp_path / name) for name in ("picture.png", "a.json", "b.json")]) == 0
+    files = [str(tmp_path / name) for name in ("picture.png", "a.json", "b.json")]
+    assert trajectory_figure.main([*files, "--results", str(tmp_path / "results.json")]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results == trajectory_figure.digest([tmp_path / "a.json", tmp_path / "b.json"])
+    assert [(of["recording"], of["dtype"]) for of in results] == [(name, dtype) for name in "ab" for dtype in ("float64", "float32")]
+    assert results[1]["errors"] == {"losses": 1e-7, "gradient norm": 1e-6, "clipped gradients": 0.0, "moments": 0.0, "weights moved": 1e-3}
+    assert results[1]["of_drift"] == {"losses": 0.1, "gradient norm": 0.5, "clipped gradients": 0.0, "moments": 0.0, "weights moved": 1.0}
+    assert results[0]["of_drift"] == {}
+    (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace('"passed": true', '"passed": false', 2))
+    assert trajectory_figure.main(files) == 1
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.width > picture.height > 400
+
+
+def test_the_page_shows_trainings_that_match():
+    results = json.loads((DOCS / "trajectory.json").read_text(encoding="utf-8"))
+    text = (DOCS / "training_parity.md").read_text(encoding="utf-8")
+    assert text == trajectory_figure.page_of(text, results), "make trajectory writes both"
+    assert [(of["recording"], of["training"]) for of in results if not of["passed"]] == []
+    recorded = {folder.name for folder in GOLDEN.iterdir() if folder.is_dir()}
+    assert {of["recording"] for of in results} == recorded
+    steps = {of["recording"]: of["steps"] for of in results}
+    assert (steps["R50_20"], steps["tiny_swin_100"], steps["shapes_100"]) == (20, 100, 100)
+    for of in results:
+        if of["dtype"] == "float64":
+            assert max(of["errors"].values()) < 1e-9, of
+    with pytest.raises(ValueError, match="between which the table goes"):
+        trajectory_figure.page_of("# A page", results)
 
 
 def test_command(stage, capsys, tmp_path, monkeypatch):
