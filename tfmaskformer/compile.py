@@ -88,11 +88,11 @@ def default_size(config: MaskFormerConfig, step: str) -> tuple[int, int]:
     """
     if step == "train":
         from tfmaskformer.data.augmentation import mapper_of
-        from tfmaskformer.data.training import _canvas
+        from tfmaskformer.data.training import canvas_of
         from tfmaskformer.official_config import named_tree
 
         try:
-            return _canvas(mapper_of(named_tree(config.name)[1]), config, None)
+            return canvas_of(mapper_of(named_tree(config.name)[1]), config)
         except ConfigError as error:
             raise ConfigError(f"how large '{config.name}' is trained is not known: {error}\n  give --size HEIGHT WIDTH") from None
     shorter = config.test.min_size or 800

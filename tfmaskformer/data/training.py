@@ -74,7 +74,7 @@ def training_dataset(
     if config["DATALOADER"]["SAMPLER_TRAIN"] != SAMPLER:
         raise ConfigError(f"config: 'DATALOADER.SAMPLER_TRAIN' is {config['DATALOADER']['SAMPLER_TRAIN']!r}, supported: {SAMPLER!r}")
     _check_dataset(dataset, mapper, model)
-    size = _canvas(mapper, model, canvas)
+    size = canvas_of(mapper, model, canvas)
     index, count = shard
     if batch % count or not 0 <= index < count:
         raise ValueError(f"training data: shard is {shard} of a batch of {batch} images, expected an index and a count that divides them")
@@ -195,8 +195,12 @@ def _check_dataset(dataset: DataSet, mapper: Mapper, model: MaskFormerConfig) ->
         raise DataError(Problem("empty data set", dataset.root, f"images of {dataset.split}", "none"))
 
 
-def _canvas(mapper: Mapper, model: MaskFormerConfig, canvas: tuple[int, int] | None) -> tuple[int, int]:
-    """The canvas, checked, or the smallest there is."""
+def canvas_of(mapper: Mapper, model: MaskFormerConfig, canvas: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(height, width) in px on which training images lie: the given one, or the smallest that holds every image.
+
+    Raises:
+        ValueError: the given one is too small, or no multiple of the model's divisibility.
+    """
     divisibility = max(model.size_divisibility, 1)
     smallest = tuple(-(-side // divisibility) * divisibility for side in mapper.canvas()) if canvas is None or mapper.bounded else (0, 0)
     chosen = smallest if canvas is None else canvas
