@@ -257,8 +257,9 @@ def test_what_is_asked_for_reaches_model_step_and_data(data, tmp_path, uncompile
         DivergedError, match=f"step 4: all losses are finite, but the gradient of {names[7]} is not\n  there is no checkpoint"
     ):
         second._observe([timed(3, loss=4.0), timed(4, loss=8.0, bad=[names[7]])], None)
+    second.guard.lowest.assign(6.0)
     with pytest.raises(DivergedError, match=r"step 4: the loss diverged.*\n  'run/ckpt-3' is the last good checkpoint"):
-        second._observe([timed(4, loss=61.0)], "run/ckpt-3")
+        second._observe([timed(4, loss=61.0)] * 20, "run/ckpt-3")
     with monkeypatch.context() as patch:
         fine = timed(5, loss=4.0).result
         patch.setattr(second, "_local", lambda result: [fine, result])  # of two replicas
@@ -269,7 +270,8 @@ def test_what_is_asked_for_reaches_model_step_and_data(data, tmp_path, uncompile
     third._check_weights(1, None)
     variable.assign(variable.numpy() * np.inf)
     with pytest.raises(
-        DivergedError, match=r"step 9: the weight sem_seg_head\.predictor\.class_embed\.weight is not finite, nor are 0 others"
+        DivergedError,
+        match=r"step 9: the weight sem_seg_head\.predictor\.class_embed\.weight is not finite\n  the last good checkpoint: run/ckpt-8",
     ):
         third._check_weights(9, "run/ckpt-8")
 
