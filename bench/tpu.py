@@ -168,9 +168,9 @@ def page(results: Mapping[str, Mapping[str, Mapping[str, Batches]]]) -> str:
     return (
         "# Memory on a TPU\n\n"
         "Written by `python -m bench.tpu` and `python -m bench.tpu --step train`, which [compile](compile.md) for one core of a TPU that "
-        "was not there: peak HBM of one image, and the largest batch of a core. \\*: fits only because the compiler computes intermediate "
-        "results again. –: does not fit. ≥: this batch fits; how much larger one may be has not been compiled. Nor has what is empty. All "
-        "that the compiler told is in [tpu_memory.json](tpu_memory.json).\n\n"
+        "was not there: peak HBM of one image, and the largest batch of a core, behind which the next did not fit. \\*: fits only because "
+        "the compiler computes intermediate results again. –: does not fit. ≥: this batch fits; how much larger one may be has not been "
+        "compiled. Nor has what is empty. All that the compiler told is in [tpu_memory.json](tpu_memory.json).\n\n"
         + _table("eval", results, "Evaluation", "Network and post-processing, results as large as the canvas, float32.")
         + "\n"
         + _table("train", results, "Training", training)
