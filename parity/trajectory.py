@@ -346,7 +346,6 @@ def _run_of(step: TrainStep, embeddings: Mapping[str, Any]) -> Callable[..., Any
 
     It takes images, sizes and targets and, where it shall not match by itself, the assignment.
     """
-
     from tfmaskformer.criterion import SetCriterion
     from tfmaskformer.module import record_taps
 

@@ -149,6 +149,20 @@ def photographs(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
     return [(file, name) for name, file in results.items()]
 
 
+def _check_free(out: Path, todo: Sequence[tuple[Path, Path]]) -> None:
+    """Refuses to replace a JSON that is no result, as of labels that lie beside their photographs."""
+    for _, name in todo:
+        path = _with_suffix(out / name, ".json")
+        try:
+            found = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            found = None
+        if not (isinstance(found, dict) and {"file", "model"} <= found.keys()):
+            raise PredictError(f"'{path}' is there already, and no result of this command\n  choose another --out")
+
+
 def _is_photograph(path: Path) -> bool:
     """By its name, below the folder that is searched."""
     hidden = any(part.startswith(".") for part in path.parts)
@@ -177,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = _Progress()
     try:
         todo = photographs(arguments.photographs)
+        _check_free(Path(arguments.out), todo)
         model = load(arguments.ckpt)
         predictor = Predictor(model, arguments.max_size, _kinds(arguments.kind, model))
         out = Path(arguments.out)

@@ -141,12 +141,15 @@ def test_upright_and_no_larger_than_asked(checkpoint, tmp_path):
     assert decode_png((tmp_path / "b" / "upright.ids.png").read_bytes()).shape == (small["height"], small["width"])
 
 
+RESULT = '{"file": "frame2.png", "model": "stub"}'
+
+
 def test_one_kind_alone(stub, frames, tmp_path, monkeypatch):
     """Nothing else is computed, and nothing of an earlier run lies beside it."""
     photograph, out = str(frames / "frame2.png"), tmp_path / "out"
     out.mkdir()
     for suffix in (".json", *predict.PICTURES):
-        (out / f"frame2{suffix}").write_text("old")
+        (out / f"frame2{suffix}").write_text(RESULT)
 
     def must_not_run(*_):
         raise AssertionError("was not asked for")
@@ -160,7 +163,7 @@ def test_one_kind_alone(stub, frames, tmp_path, monkeypatch):
 
 
 def test_json_is_gone_while_pictures_are_written(stub, frames, tmp_path, monkeypatch):
-    (tmp_path / "frame2.json").write_text("old")
+    (tmp_path / "frame2.json").write_text(RESULT)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -255,3 +258,12 @@ def test_a_negative_size_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         predict.main(["--ckpt", "any", "photo.jpg", "--max-size", "-5"])
     assert "'-5' is no size in px, nor 0" in capsys.readouterr().err
+
+
+def test_labels_beside_photographs_are_left_alone(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    for labels in ('{"shapes": []}', "not JSON"):
+        (tmp_path / "a.json").write_text(labels)
+        assert predict.main(["--ckpt", "nowhere", str(tmp_path), "--out", str(tmp_path)]) == predict.BAD_INPUT
+        assert f"'{tmp_path / 'a.json'}' is there already, and no result of this command" in capsys.readouterr().err
+        assert (tmp_path / "a.json").read_text() == labels
