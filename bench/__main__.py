@@ -15,7 +15,7 @@ from pathlib import Path
 from bench.common import progress
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("forward", "train", "data", "check", "evaluate", "convert", "assignment")
+SCRIPTS = ("forward", "train", "gpu", "data", "check", "evaluate", "convert", "assignment")
 PACKAGES = ("tensorflow-cpu", "tensorflow", "keras", "numpy", "torch")
 
 

@@ -42,11 +42,15 @@ def progress(message: str) -> None:
 
 
 class Worker:
-    """A process that makes one pass for each line it is given: ``python -m module NAME …``. It answers with seconds, or its peak memory."""
+    """A process that makes one pass for each line it is given: ``python -m module NAME …``. It answers with seconds, or its peak memory.
 
-    def __init__(self, module: str, name: str, *arguments: str):
+    It sees no GPU unless it is asked for.
+    """
+
+    def __init__(self, module: str, name: str, *arguments: str, gpu: bool = False):
         progress(f"  starting {name}")
         environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "TF_CPP_MIN_LOG_LEVEL": "2"}
+        environment |= {} if gpu else {"CUDA_VISIBLE_DEVICES": "-1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, name, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -78,7 +82,7 @@ def official_given() -> bool:
 
 
 def in_turns(
-    module: str, names: Sequence[str], *arguments: str, warm_ups: int, passes: int
+    module: str, names: Sequence[str], *arguments: str, warm_ups: int, passes: int, gpu: bool = False
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Runs a worker for every name, ``python -m module NAME arguments``, and lets them make their passes in turns.
 
@@ -87,7 +91,7 @@ def in_turns(
     Returns:
         Name → seconds of each pass after the ``warm_ups``; name → peak memory in bytes.
     """
-    workers = {name: Worker(module, name, *arguments) for name in names}
+    workers = {name: Worker(module, name, *arguments, gpu=gpu) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(warm_ups + passes):
         for name, worker in workers.items():

@@ -8,7 +8,7 @@ the same objects. Every framework runs in a process of its own, and they take tu
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,7 @@ PHOTO = Path(checkpoints.registry.__file__).parent / "photos" / "coffee.png"
 
 def main() -> int:
     """Measures and prints the section."""
-    names = [OFFICIAL, GRAPH, XLA] if official_given() else [GRAPH, XLA]
-    rows = []
-    for batch in BATCHES:
-        seconds, peaks = in_turns("bench.train", names, str(batch), warm_ups=WARM_UPS, passes=PASSES)
-        for name, timing in timings(seconds, OFFICIAL).items():
-            rows.append([f"{name}, batch {batch}", *timing, gigabytes(peaks[name])])
+    rows = measured(BATCHES)
     text = (
         f"`python -m bench.train`: {ENTRY}, photographs of {SIZE_PX}×{SIZE_PX} px with {OBJECTS} objects each, float32, {THREADS} threads: "
         f"forward pass, matcher, losses and gradients of all parameters, with dropout; {PASSES} passes each, taken in turns. "
@@ -40,6 +35,18 @@ def main() -> int:
     )
     print(section("Gradients", text, ["", "median", "fastest", "ratio", "peak memory"], rows))
     return 0
+
+
+def measured(batches: Sequence[int], gpu: bool = False) -> list[list[str]]:
+    """A row of the table for each framework and batch; of a GPU without its last column, for the memory of its frameworks is its own."""
+    names = [OFFICIAL, GRAPH, XLA] if official_given() else [GRAPH, XLA]
+    rows = []
+    for batch in batches:
+        device = "gpu" if gpu else "cpu"
+        seconds, peaks = in_turns("bench.train", names, str(batch), device, warm_ups=WARM_UPS, passes=PASSES, gpu=gpu)
+        for name, timing in timings(seconds, OFFICIAL).items():
+            rows.append([f"{name}, batch {batch}", *timing, *([] if gpu else [gigabytes(peaks[name])])])
+    return rows
 
 
 def _examples(batch: int, classes: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -50,7 +57,7 @@ def _examples(batch: int, classes: int) -> list[tuple[np.ndarray, np.ndarray, np
     return [(pixels, *make_targets(SIZE_PX, SIZE_PX, OBJECTS, classes, f"bench {index}")) for index in range(batch)]
 
 
-def _tensorflow(batch: int, jit_compile: bool) -> Callable[[], Any]:
+def _tensorflow(batch: int, gpu: bool, jit_compile: bool) -> Callable[[], Any]:
     import tensorflow as tf
 
     from tfmaskformer.config import MaskFormerConfig
@@ -60,6 +67,7 @@ def _tensorflow(batch: int, jit_compile: bool) -> Callable[[], Any]:
     from tfmaskformer.training.step import TrainStep
 
     tf.config.threading.set_intra_op_parallelism_threads(THREADS)
+    tf.config.experimental.enable_tensor_float_32_execution(False)
     config = MaskFormerConfig.from_dict(checkpoints.registry.entry(ENTRY).config)
     model = MaskFormer(config)
     model.build_parameters()
@@ -69,23 +77,29 @@ def _tensorflow(batch: int, jit_compile: bool) -> Callable[[], Any]:
     function = tf.function(step.gradients, jit_compile=jit_compile)
 
     def one_pass() -> None:
-        for gradient in function(pixels, None, targets)[1]:  # a tensor is there when its value is read
+        gradients = function(pixels, None, targets)[1]
+        if gpu:
+            tf.test.experimental.sync_devices()
+            return
+        for gradient in gradients:  # a tensor is there when its value is read
             if gradient is not None:
                 gradient.numpy()
 
     return one_pass
 
 
-def _official(batch: int) -> Callable[[], Any]:
+def _official(batch: int, gpu: bool) -> Callable[[], Any]:
     import torch
 
     from parity import official
 
     torch.set_num_threads(THREADS)
+    torch.backends.cudnn.allow_tf32 = False  # as `tfmaskformer train` has it
     code = official.load()
     from detectron2.structures import Instances
 
     model = code.model(code.config(checkpoints.registry.entry(ENTRY).official_config.removeprefix("configs/"))).train()
+    model.to("cuda" if gpu else "cpu")
     inputs = []
     for pixels, labels, masks in _examples(batch, model.sem_seg_head.num_classes):
         instances = Instances((SIZE_PX, SIZE_PX), gt_classes=torch.from_numpy(labels), gt_masks=torch.from_numpy(masks))
@@ -94,12 +108,15 @@ def _official(batch: int) -> Callable[[], Any]:
     def one_pass() -> None:
         model.zero_grad()
         sum(model(inputs).values()).backward()
+        if gpu:
+            torch.cuda.synchronize()
 
     return one_pass
 
 
-def _worker(name: str, batch: str) -> int:
-    return serve(_official(int(batch)) if name == OFFICIAL else _tensorflow(int(batch), name == XLA))
+def _worker(name: str, batch: str, device: str) -> int:
+    what = int(batch), device == "gpu"
+    return serve(_official(*what) if name == OFFICIAL else _tensorflow(*what, jit_compile=name == XLA))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 import tfmaskformer
 from parity import judge, probes, record
 from parity.inputs import InputError
-from parity.tensorflow_run import _flat_outputs, _in_float64, _inferences, _panoptic, _semantic
+from parity.tensorflow_run import _flat_outputs, _in_float64, _inferences, _panoptic, _resized, _semantic
 from parity.trace import Trace, TraceError, TraceFileWriter
 from tfmaskformer.export import LOGITS, Exported, ExportError
 
@@ -82,7 +82,7 @@ def record_exported(export: str | Path, reference: str | Path, directory: str | 
             groups = {
                 "outputs": {key: value.numpy() for key, value in _flat_outputs(outputs, [key for key in LOGITS if key in outputs])},
                 "inference": dict(_semantic(outputs, exported.config, fed, _inferences(fed))),
-                "inference_float64": dict(_semantic(_in_float64(outputs), exported.config, fed, _inferences(fed)[1:])),
+                "inference_float64": dict(_semantic(_in_float64(outputs), exported.config, fed, _resized(fed))),
             }
             if test.panoptic_on:
                 groups["inference"] |= _panoptic(outputs, exported.config, fed, 0.0, 0.0)

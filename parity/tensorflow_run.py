@@ -164,7 +164,7 @@ def run(
             own["inference"] = collections.ChainMap(panoptic(0.0, 0.0), own["inference"])  # type: ignore[arg-type]
         exact = {}
         if model.compute_dtype == "float32":
-            again = _semantic(_in_float64(own_outputs), model.config, case, _inferences(case)[1:])
+            again = _semantic(_in_float64(own_outputs), model.config, case, _resized(case))
             exact_inference = _kept(spool, f"exact/{index}", again)
             exact = {"losses": _numpy(exact_losses[index]), "inference": exact_inference}
         losses_under = functools.partial(_losses_under, task, own_outputs, case, (height, width)) if own["matcher"] else None
@@ -433,10 +433,15 @@ Inference: TypeAlias = "tuple[str, Sequence[Sequence[int]], Sequence[Sequence[in
 """Prefix, sizes of the images, and sizes of the results."""
 
 
-def _inferences(case: CaseInputs) -> tuple[Inference, Inference]:
-    """One at the images' own size, and one at another, which computes all that the first one does."""
+def _inferences(case: CaseInputs) -> list[Inference]:
+    """One at the images' own size, and one at another."""
     sizes = [image.shape[:2] for image in case.images]
-    return ("", sizes, sizes), ("resized/", sizes, case.resized)
+    return [("", sizes, sizes), *_resized(case)]
+
+
+def _resized(case: CaseInputs) -> list[Inference]:
+    """The one at another size, which computes all that the first one does: enough to tell what float64 makes of the same outputs."""
+    return [("resized/", [image.shape[:2] for image in case.images], case.resized)]
 
 
 def _numpy(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -25,6 +25,22 @@ def forgotten_graphs() -> Iterator[None]:
         compiled.forget_gradients(compiled.traced_gradients() - before)
 
 
+@pytest.fixture(scope="module")
+def uncompiled() -> Iterator[None]:
+    """Trains by plain graphs: compiling takes seconds, and XLA is free to round the sums of another program otherwise."""
+    import tensorflow as tf
+
+    from tests.tfmaskformer import training_processes
+    from tfmaskformer.training import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf, "function", tf.function)  # to be put back
+        patch.setattr(loop, "LOG_PERIOD", 1)
+        training_processes.plain(tf)
+        yield
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+
+
 @pytest.fixture(scope="session")
 def official_sources() -> tuple[Path, Path]:
     """Folders of the official MaskFormer and Detectron2 code; skips where they or PyTorch are missing (CI has neither)."""

@@ -68,29 +68,15 @@ def test_page_is_made_of_the_results(results, tmp_path):
         convergence.page_of("", results)
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """Plain graphs: compiling takes longer than some steps."""
-    import tensorflow as tf
-
-    from tests.tfmaskformer.training_processes import plain
-
-    monkeypatch.setattr(tf, "function", tf.function)  # to be put back
-    plain(tf)
-    yield
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
-
-
 def test_trained_here_converted_back_evaluated_officially(official_sources, uncompiled, tmp_path, monkeypatch):
     """Some steps from the small model; a whole training from scratch takes minutes, and what came of three is in the results."""
     from converters.convert import convert
     from parity.train_shapes_tensorflow import CANVAS, OPTIONS
     from tfmaskformer.data import shapes
-    from tfmaskformer.training import cli, loop
+    from tfmaskformer.training import cli
 
     monkeypatch.setattr(train_shapes, "PARTS", (6,))
     monkeypatch.setattr(train_shapes, "LOSS_STEPS", 2)
-    monkeypatch.setattr(loop, "LOG_PERIOD", 1)
     data, start, run = (tmp_path / name for name in ("data", "start", "run"))
     for split in shapes.SPLITS:
         shapes.write(data, split, 6)

@@ -57,19 +57,3 @@ def small(request):
     model = MaskFormer(config, "float64")
     model.build_parameters(values.__getitem__)
     return config, model
-
-
-@pytest.fixture(scope="module")
-def uncompiled():
-    """Trains by plain graphs: compiling takes seconds, and XLA is free to round the sums of another program otherwise."""
-    import tensorflow as tf
-
-    from tests.tfmaskformer import training_processes
-    from tfmaskformer.training import loop
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tf, "function", tf.function)  # to be put back
-        patch.setattr(loop, "LOG_PERIOD", 1)
-        training_processes.plain(tf)
-        yield
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
