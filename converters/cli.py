@@ -14,10 +14,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tfmaskformer.cli import COULD_NOT_RUN, OK, failed
+
 if TYPE_CHECKING:
     from converters.convert import Conversion
 
-OK, DIFFERENT, COULD_NOT_RUN = 0, 1, 3
+DIFFERENT = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -330,8 +332,7 @@ def _print(text: str) -> None:
 
 def _failed(progress: _Progress, message: str, code: int) -> int:
     progress.end()
-    print(f"error: {message}", file=sys.stderr)
-    return code
+    return failed(message, code)
 
 
 class _Progress:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, failed
+
 if TYPE_CHECKING:
     from parity.check import Check, Settings
 
@@ -21,7 +23,7 @@ PHOTOS = Path(__file__).parents[1] / "checkpoints" / "photos"
 DEFAULT_IMAGES = ("coffee.png@256x320", "chelsea.png@225x301")
 """What --reference official takes without --image: two sizes, one of them odd in both axes."""
 
-MATCH, MISMATCH, BAD_INPUT, COULD_NOT_RUN = 0, 1, 2, 3
+MATCH, MISMATCH = OK, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +86,7 @@ def _inputs(argv: Sequence[str]) -> int:
     try:
         tensorflow_record.copy_inputs(arguments.trace, arguments.copy)
     except (OSError, TraceError) as error:
-        return _failed(str(error), BAD_INPUT)
+        return failed(str(error), BAD_INPUT)
     print(arguments.copy)
     return MATCH
 
@@ -139,7 +141,7 @@ def _compare(argv: Sequence[str]) -> int:
         before, after = map(regression.read, names)
         found = regression.regression(before, after, names, arguments.factor)
     except (OSError, regression.ReportError) as error:
-        return _failed(str(error), BAD_INPUT)
+        return failed(str(error), BAD_INPUT)
     _tell(arguments.json, lambda: regression.text(found), lambda: regression.as_json(found))
     return MISMATCH if found.regressed else MATCH
 
@@ -174,9 +176,9 @@ def _selftest(argv: Sequence[str]) -> int:
         if arguments.readme:
             selftest.write_table(Path(arguments.readme), proof)
     except (OSError, ValueError) as error:
-        return _failed(str(error), BAD_INPUT)
+        return failed(str(error), BAD_INPUT)
     except (selftest.SelftestError, ImportError) as error:
-        return _failed(str(error), COULD_NOT_RUN)
+        return failed(str(error), COULD_NOT_RUN)
     _tell(arguments.json, lambda: selftest.text(proof), lambda: selftest.as_json(proof))
     return MATCH if proof.passed else MISMATCH
 
@@ -228,13 +230,13 @@ def _check(argv: Sequence[str]) -> int:
         for path in (arguments.report, arguments.json):
             _check_writable(path)
         with tempfile.TemporaryDirectory(prefix="parity-check-") as scratch:
-            if arguments.reference == "official" and (failed := _record_reference(arguments, scratch)):
-                return failed
+            if arguments.reference == "official" and (code := _record_reference(arguments, scratch)):
+                return code
             settings = _settings(arguments, scratch)
             prepare(settings.memory_budget)
             return _run(arguments, settings)
     except (OSError, InputError) as error:
-        return _failed(str(error), BAD_INPUT)
+        return failed(str(error), BAD_INPUT)
 
 
 def _needs_run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str | None:
@@ -265,7 +267,7 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> int:
                 gc.collect()
                 gc.freeze()
     except ImportError as error:
-        return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
+        return failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
 
     def progress(step: str) -> None:
         print(f"{step} …", file=sys.stderr, flush=True)
@@ -276,13 +278,13 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         else:
             result = recorded.check_recorded(arguments.actual, arguments.reference, arguments.baseline, settings, progress)
     except unusable as error:
-        return _failed(str(error), BAD_INPUT)
+        return failed(str(error), BAD_INPUT)
     except check.EnvironmentBrokenError as error:
-        return _failed(str(error), COULD_NOT_RUN)
+        return failed(str(error), COULD_NOT_RUN)
     except MemoryError:
-        return _failed("out of memory; check one case at a time (--case) or one dtype (--dtype float32)", COULD_NOT_RUN)
+        return failed("out of memory; check one case at a time (--case) or one dtype (--dtype float32)", COULD_NOT_RUN)
     except KeyboardInterrupt:
-        return _failed("interrupted; nothing was concluded", COULD_NOT_RUN)
+        return failed("interrupted; nothing was concluded", COULD_NOT_RUN)
     if warning := over_budget(settings.memory_budget):
         print(f"warning: {warning}", file=sys.stderr)
     if arguments.report:
@@ -371,12 +373,12 @@ def _record_reference(arguments: argparse.Namespace, directory: str) -> int:
     """Records the images, and a training step of the first, into ``directory``; returns an exit code, 0 where it worked."""
     config = arguments.config or _zoo_config(arguments.ckpt)
     if config is None:
-        return _failed(
+        return failed(
             f"the manifest of '{arguments.ckpt}' names no zoo entry, so its official config is not known; give --config", BAD_INPUT
         )
     digest = hashlib.sha256(Path(arguments.src).read_bytes()).hexdigest()
     if digest != (converted := _manifest(arguments.ckpt).get("source", {}).get("sha256", digest)):
-        return _failed(
+        return failed(
             f"other weights: '{arguments.ckpt}' was converted from a file with SHA-256 {converted}, '{arguments.src}' has {digest}",
             BAD_INPUT,
         )
@@ -387,9 +389,9 @@ def _record_reference(arguments: argparse.Namespace, directory: str) -> int:
     stdout, sys.stdout = sys.stdout, sys.stderr  # the path of a temporary folder is no result
     images = arguments.image or [f"{PHOTOS / name}" for name in DEFAULT_IMAGES]
     try:
-        failed = _record([*argv, "--out", directory, *(part for image in images for part in ("--case", image))])
-        if failed or arguments.no_gradients:
-            return failed
+        code = _record([*argv, "--out", directory, *(part for image in images for part in ("--case", image))])
+        if code or arguments.no_gradients:
+            return code
         step = ["--steps", "1", "--training", "plain", "--case", images[0], "--out", str(Path(directory) / "steps")]
         return _record_steps([*argv, *step])
     finally:
@@ -423,11 +425,6 @@ def _check_writable(path: str | None) -> None:
         raise NotADirectoryError(f"cannot write '{path}': '{parent}' is no directory")
     if not os.access(parent, os.W_OK):
         raise PermissionError(f"cannot write '{path}': no permission in '{parent}'; give another place")
-
-
-def _failed(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from parity.compiled import compiled
 from parity.judge import THREADS, Item
 from parity.sampling import write
 from parity.trace import Case, Record, TraceError, file_path
+from tfmaskformer.cli import failed
 
 if TYPE_CHECKING:
     from parity.diagnose import Finding
@@ -692,11 +693,11 @@ def text(checks: Sequence[TrainingCheck]) -> str:
                 lines += [f"  diagnosis: {words}" for words in (of.finding.statement, *(f"or {other}" for other in of.finding.others))]
         lines.append("")
     passed = bool(checks) and all(of.passed for of in checks)
-    failed = [of for of in checks if not of.passed]
+    outside = [of for of in checks if not of.passed]
     lines.append(
         f"match: {len(checks)} trainings are inside the drift of the official code"
         if passed
-        else f"MISMATCH: {describe(failed[0].first_failure)} ({failed[0].training}, {failed[0].dtype})"  # type: ignore[arg-type]
+        else f"MISMATCH: {describe(outside[0].first_failure)} ({outside[0].training}, {outside[0].dtype})"  # type: ignore[arg-type]
     )
     return "\n".join(lines)
 
@@ -790,17 +791,17 @@ def run(arguments: argparse.Namespace) -> int:
     """``parity-check steps``: 0 match, 1 mismatch, 2 bad input, 3 could not run."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if arguments.steps is not None and arguments.steps < 1:
-        return _failed(f"--steps {arguments.steps}: expected 1 or more", 2)
+        return failed(f"--steps {arguments.steps}: expected 1 or more", 2)
     if arguments.json not in (None, "-") and not os.access(Path(arguments.json).absolute().parent, os.W_OK):
-        return _failed(f"cannot write '{arguments.json}': no folder to write in; give another place", 2)
+        return failed(f"cannot write '{arguments.json}': no folder to write in; give another place", 2)
     try:
         from parity import probes
         from tfmaskformer.checkpoint import CheckpointError
     except ImportError as error:
-        return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", 3)
+        return failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", 3)
     try:
         if broken := probes.examine().broken:
-            return _failed(f"TensorFlow computes garbage on this machine: {broken[0].name}\n  {probes.REMEDY}", 3)
+            return failed(f"TensorFlow computes garbage on this machine: {broken[0].name}\n  {probes.REMEDY}", 3)
         checks = check(
             arguments.ckpt,
             arguments.reference,
@@ -811,9 +812,9 @@ def run(arguments: argparse.Namespace) -> int:
             progress=lambda text: print(f"{text} …", file=sys.stderr, flush=True),
         )
     except (StepsError, TraceError, CheckpointError) as error:
-        return _failed(str(error), 2)
+        return failed(str(error), 2)
     except KeyboardInterrupt:
-        return _failed("interrupted; nothing was concluded", 3)
+        return failed("interrupted; nothing was concluded", 3)
     if arguments.json != "-":
         print(text(checks))
     if arguments.json:
@@ -823,8 +824,3 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             Path(arguments.json).write_text(content, encoding="utf-8")
     return 0 if all(of.passed for of in checks) else 1
-
-
-def _failed(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code

@@ -12,6 +12,14 @@ from collections.abc import Sequence
 from importlib import metadata
 
 GROUP = "tfmaskformer.commands"
+OK, BAD_INPUT, COULD_NOT_RUN = 0, 2, 3
+"""Exit codes; 1 is a command's own: what it was to find out is not as it should be."""
+
+
+def failed(message: str, code: int) -> int:
+    """Tells on stderr what went wrong, and returns the exit code."""
+    print(f"error: {message}", file=sys.stderr)
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

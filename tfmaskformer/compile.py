@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, failed
 from tfmaskformer.config import ConfigError, MaskFormerConfig
 
 if TYPE_CHECKING:
     from tfmaskformer.aot import CompiledStats
     from tfmaskformer.model import MaskFormer
 
-OK, BAD_INPUT, COULD_NOT_RUN = 0, 2, 3
 REFUSED = 1
 
 STEPS = ("eval", "train")
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tfmaskformer import aot
         from tfmaskformer.checkpoint import CheckpointError, load
     except ImportError as error:
-        return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu,aot]'", COULD_NOT_RUN)
+        return failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu,aot]'", COULD_NOT_RUN)
     dtype = arguments.dtype or {"eval": "float32", "train": "bfloat16"}[arguments.step]
     start_s = time.monotonic()
     try:
@@ -136,15 +136,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"compiling for {arguments.target}, which takes a minute or two …", file=sys.stderr, flush=True)
         stats = aot.compile_for_tpu(step, *specs, topology=arguments.target)
     except aot.UnavailableError as error:
-        return _failed(str(error), COULD_NOT_RUN)
+        return failed(str(error), COULD_NOT_RUN)
     except (CheckpointError, ConfigError, aot.TargetError) as error:
-        return _failed(str(error), BAD_INPUT)
+        return failed(str(error), BAD_INPUT)
     except aot.AotError as error:
-        return _failed(str(error), REFUSED)
+        return failed(str(error), REFUSED)
     except (MemoryError, tf.errors.ResourceExhaustedError):
-        return _failed("out of memory", COULD_NOT_RUN)
+        return failed("out of memory", COULD_NOT_RUN)
     except KeyboardInterrupt:
-        return _failed("interrupted", COULD_NOT_RUN)
+        return failed("interrupted", COULD_NOT_RUN)
     told = {
         "model": model.config.name,
         "step": arguments.step,
@@ -212,11 +212,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
-
-
-def _failed(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import tfmaskformer
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, failed
 from tfmaskformer.config import MaskFormerConfig
 
 if TYPE_CHECKING:
     from tfmaskformer.model import MaskFormer
 
-OK, BAD_INPUT, COULD_NOT_RUN = 0, 2, 3
 
 FORMATS = {
     "saved_model": {"float32": "float32", "float64": "float64", "bfloat16": "mixed_bfloat16"},
@@ -505,7 +505,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from tfmaskformer.checkpoint import CheckpointError
     except ImportError as error:
-        return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
+        return failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
     try:
         manifest = export(
             arguments.ckpt,
@@ -517,11 +517,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             force=arguments.force,
         )
     except (ExportError, CheckpointError) as error:
-        return _failed(str(error), BAD_INPUT)
+        return failed(str(error), BAD_INPUT)
     except (MemoryError, tf.errors.ResourceExhaustedError):
-        return _failed("out of memory; nothing was written", COULD_NOT_RUN)
+        return failed("out of memory; nothing was written", COULD_NOT_RUN)
     except KeyboardInterrupt:
-        return _failed("interrupted; nothing was written", COULD_NOT_RUN)
+        return failed("interrupted; nothing was written", COULD_NOT_RUN)
     print(json.dumps(manifest, indent=1) if arguments.json else "\n".join(_lines(manifest, arguments.dst)))
     return OK
 
@@ -565,11 +565,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
     parser.add_argument("--json", action="store_true", help="print the manifest")
     return parser
-
-
-def _failed(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

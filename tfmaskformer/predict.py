@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, failed
+
 if TYPE_CHECKING:
     from tfmaskformer.config import MaskFormerConfig
     from tfmaskformer.model import MaskFormer
 
-OK, BAD_INPUT, COULD_NOT_RUN = 0, 2, 3
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Of files in a folder that are taken for photographs."""
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tfmaskformer.checkpoint import CheckpointError, load
         from tfmaskformer.data.cli import _Progress
     except ImportError as error:
-        return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
+        return failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
     progress = _Progress()
     try:
         todo = photographs(arguments.photographs)
@@ -198,13 +199,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         unread = list(_predict_all(predictor, todo, out, progress))
     except (PredictError, CheckpointError) as error:
-        return _failed(str(error), BAD_INPUT)
+        return failed(str(error), BAD_INPUT)
     except OSError as error:
-        return _failed(f"cannot write '{error.filename or arguments.out}': {error.strerror or error}\n  choose another --out", BAD_INPUT)
+        return failed(f"cannot write '{error.filename or arguments.out}': {error.strerror or error}\n  choose another --out", BAD_INPUT)
     except (MemoryError, tf.errors.ResourceExhaustedError):
-        return _failed("out of memory\n  take a smaller --max-size", COULD_NOT_RUN)
+        return failed("out of memory\n  take a smaller --max-size", COULD_NOT_RUN)
     except KeyboardInterrupt:
-        return _failed("interrupted; what is written is whole", COULD_NOT_RUN)
+        return failed("interrupted; what is written is whole", COULD_NOT_RUN)
     finally:
         progress.end()
     for message in unread:
@@ -341,11 +342,6 @@ def _write(place: Path, suffix: str, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _failed(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, failed
 from tfmaskformer.data.layouts import LAYOUTS
 
-OK, PROBLEMS, BAD_INPUT, COULD_NOT_RUN = 0, 1, 2, 3
+PROBLEMS = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,17 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tfmaskformer.data import datasets
         from tfmaskformer.data.records import DataError
     except ImportError as error:
-        return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
+        return failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
     try:
         _require_writable(arguments.json)
         dataset = datasets.open_dataset(arguments.dataset, arguments.data, arguments.split)
     except (DataError, OSError) as error:
-        return _failed(str(error), BAD_INPUT)
+        return failed(str(error), BAD_INPUT)
     progress = _Progress()
     try:
         return arguments.run(arguments, dataset, progress)
     except KeyboardInterrupt:
-        return _failed("interrupted; a build goes on where it was when it is started again", COULD_NOT_RUN)
+        return failed("interrupted; a build goes on where it was when it is started again", COULD_NOT_RUN)
     finally:
         progress.end()
 
@@ -134,11 +135,11 @@ def _tfrecords(arguments: argparse.Namespace, dataset: Any, progress: _Progress)
             progress=progress,
         )
     except tfrecords.DestinationError as error:
-        return _failed(str(error), BAD_INPUT)
+        return failed(str(error), BAD_INPUT)
     except DataError as error:
-        return _failed(f"{error}\n  finished shards stay; --on-error skip leaves the image out", PROBLEMS)
+        return failed(f"{error}\n  finished shards stay; --on-error skip leaves the image out", PROBLEMS)
     except (OSError, tf.errors.OpError, concurrent.futures.BrokenExecutor) as error:
-        return _failed(f"{error}\n  finished shards stay; the same command goes on with the others", COULD_NOT_RUN)
+        return failed(f"{error}\n  finished shards stay; the same command goes on with the others", COULD_NOT_RUN)
     progress.end()
     shards = manifest["shards"].values()
     problems = manifest["problems"] + [problem for shard in shards for problem in shard["problems"]]
@@ -169,11 +170,6 @@ def _require_writable(path: str | None) -> None:
         file = pathlib.Path(str(path))
         if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
             raise OSError(f"cannot write '{path}'\n  choose another --json file, in a directory that exists")
-
-
-def _failed(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 class _Progress:

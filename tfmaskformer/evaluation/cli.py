@@ -10,10 +10,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, failed
 from tfmaskformer.data.cli import _Progress
 from tfmaskformer.data.layouts import LAYOUTS
-
-OK, BAD_INPUT, COULD_NOT_RUN = 0, 2, 3
 
 _GROUPS = ("all", "things", "stuff")
 _PUBLISHED = {"PQ": ("panoptic", "all", "pq"), "mIoU": ("semantic", "miou")}
@@ -204,8 +203,7 @@ def _not_writable(path: str | None) -> str:
 
 def _failed(progress: _Progress, message: str, code: int) -> int:
     progress.end()
-    print(f"error: {message}", file=sys.stderr)
-    return code
+    return failed(message, code)
 
 
 if __name__ == "__main__":
