@@ -57,7 +57,8 @@ def _sections(page: str) -> dict[str, str]:
 
 def _page(sections: Mapping[str, str]) -> str:
     parts = [f"{MARK.format(script)}\n{sections[script]}" for script in SCRIPTS if script in sections]
-    return "\n".join(["# Benchmarks\n\nWritten by `make bench`; every section is from one run of its script.\n", *parts])
+    written = "Written by `make bench`; every section is from one run of its script. `bench.gpu` adds its own where it finds an NVIDIA GPU."
+    return "\n".join([f"# Benchmarks\n\n{written}\n", *parts])
 
 
 def _when() -> str:
