@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -289,7 +290,7 @@ def processes(*command):
 
 def test_replicas_and_processes(data, tmp_path):
     """Two processes are two replicas of one, dropout included; step_replicas.py has what a replica is."""
-    processes("replicas", data, tmp_path)
+    apart = processes("replicas", data, tmp_path)["apart"]
     two, workers = curves(tmp_path / "two"), curves(tmp_path / "workers")
     for tag in (*LOSSES, "gradient_norm", "lr"):
         for step, rel in ((1, 1e-5), (2, 1e-3)):
@@ -298,6 +299,35 @@ def test_replicas_and_processes(data, tmp_path):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_allclose(found[key], value, rtol=1e-2, atol=1e-4, err_msg=key)
+    assert json.loads((tmp_path / "workers" / "evaluation-2.json").read_text())["images"]["evaluated"] == 2  # one each
+
+    # Where they were not told the same, none begins. They heed SIGTERM.
+    assert apart == [-signal.SIGTERM] * 2
+    for seed in range(2):
+        told = (tmp_path / f"apart{seed}.log").read_text()
+        assert "error: worker 1 is to do something else:\n  config.yaml.SEED: 1, worker 0 0\n  run.json.seed: 1, worker 0 0" in told
+        assert told.endswith(f"code {cli.BAD_INPUT}\n")
+    assert not (tmp_path / "apart").exists()
+
+
+def test_a_cluster_of_other_jobs_than_workers(data, tmp_path, monkeypatch, capsys):
+    """TensorFlow knows a chief, too; taken for one machine, each would write the same folder."""
+    monkeypatch.setenv("TF_CONFIG", '{"cluster": {"chief": ["a:1"], "worker": ["b:1"]}, "task": {"type": "worker", "index": 0}}')
+    assert cli.main(arguments(data, tmp_path / "run")) == cli.COULD_NOT_RUN
+    assert "TF_CONFIG lists jobs chief, worker, expected all machines under 'worker'" in capsys.readouterr().err
+
+
+def test_another_worker_that_ends(data, tmp_path, uncompiled, monkeypatch, capsys):
+    """As TensorFlow 2.21 tells it."""
+    lost = "{{function_node f}} Collective ops is aborted by: recvmsg:Connection reset by peer\nAdditional GRPC error information\n [[Op]]"
+
+    def run(*given):
+        raise tf.errors.UnavailableError(None, None, lost)
+
+    monkeypatch.setattr(loop.Training, "run", run)
+    assert cli.main(arguments(data, tmp_path / "run", **training_processes.QUICKEST)) == cli.COULD_NOT_RUN
+    told = "error: another worker ended, or cannot be reached: recvmsg:Connection reset by peer\n  the same command goes on from the last"
+    assert told in capsys.readouterr().err
 
 
 def test_a_training_killed_at_random_moments(data, tmp_path):

@@ -1,9 +1,10 @@
 """Trainings in processes of their own; run by test_training_loop.py, imports TensorFlow once and then only forks.
 
-``python training_processes.py replicas DATA OUT`` trains on two devices of one process, and in two processes; ``… kills DATA OUT KILLS
-[SEED]`` trains once undisturbed (``whole``), kills another training with SIGKILL at random moments, goes on with what it left, and begins
-anew when it is complete (``completed-…``). Folders of trainings are in OUT; a JSON object is printed: of each kill, the last step that had
-been told, the step of the checkpoint that it left, 0 for none and -1 where it cannot be read, and what it interrupted.
+``python training_processes.py replicas DATA OUT`` trains on two devices of one process, in two processes, and in two that were not told the
+same (``apart``); ``… kills DATA OUT KILLS [SEED]`` trains once undisturbed (``whole``), kills another training with SIGKILL at random
+moments, goes on with what it left, and begins anew when it is complete (``completed-…``). Folders of trainings are in OUT; a JSON object is
+printed: how the two ended, which get SIGTERM at their end; of each kill, the last step that had been told, the step of the checkpoint that
+it left, 0 for none and -1 where it cannot be read, and what it interrupted.
 """
 
 from __future__ import annotations
@@ -92,15 +93,18 @@ def main(what: str, data: str, out: str, kills: str = "0", seed: str = "0") -> N
     plain(tf)
     loop.LOG_PERIOD = 1
 
-    def start(name: str, *more: str, cluster: str = "", **options: object) -> int:
+    def start(name: str, *more: str, cluster: str = "", log: str = "", **options: object) -> int:
         child = os.fork()
         if child:
             return child
         code = 1
         try:
             os.environ |= {"TF_CONFIG": cluster} if cluster else {}
-            with open(folder / f"{name}.log", "w", buffering=1) as log, contextlib.redirect_stderr(log):
+            with open(folder / f"{log or name}.log", "w", buffering=1) as file, contextlib.redirect_stderr(file):
                 code = cli.main(arguments(data, folder / name, *more, **options))
+                if log:
+                    print(f"code {code}", file=file)
+                    os.kill(os.getpid(), signal.SIGTERM)
         except Exception:
             traceback.print_exc()
         finally:
@@ -112,9 +116,9 @@ def main(what: str, data: str, out: str, kills: str = "0", seed: str = "0") -> N
     result: dict[str, object] = {}
     if what == "replicas":
         codes = [ended(start("two", "--replicas", "2", SOLVER__MAX_ITER=2))]
-        workers = [f"localhost:{port}" for port in free_ports(2)]
-        clusters = [json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}) for index in range(2)]
-        codes += map(ended, [start("workers", cluster=cluster, SOLVER__MAX_ITER=2) for cluster in clusters])
+        codes += map(ended, [start("workers", cluster=cluster, SOLVER__MAX_ITER=2) for cluster in clusters()])
+        apart = [start("apart", cluster=cluster, log=f"apart{seed}", SEED=seed) for seed, cluster in enumerate(clusters())]
+        result["apart"] = [ended(child) for child in apart]
     else:
         options = {"SOLVER__MAX_ITER": STEPS, "TEST__EVAL_PERIOD": EVAL_PERIOD, **QUICKEST}
         moments = random.Random(int(seed))
@@ -190,6 +194,12 @@ def left_by_kill(folder: pathlib.Path) -> int:
         return int(reader.get_tensor("optimizer/_iterations/.ATTRIBUTES/VARIABLE_VALUE"))
     except (tf.errors.OpError, RuntimeError, ValueError):
         return -1
+
+
+def clusters() -> list[str]:
+    """``TF_CONFIG`` of each of two workers."""
+    workers = [f"localhost:{port}" for port in free_ports(2)]
+    return [json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}) for index in range(2)]
 
 
 def free_ports(number: int) -> list[int]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 
+import numpy as np
 import tensorflow as tf
 
 
@@ -26,11 +32,14 @@ def strategy_for(device: str | None = None, *, tpu: str = "", replicas: int = 1)
         DeviceError: not there.
     """
     try:
-        workers = json.loads(os.environ.get("TF_CONFIG", "{}")).get("cluster", {}).get("worker", [])
-    except (ValueError, AttributeError) as error:
+        cluster = json.loads(os.environ.get("TF_CONFIG", "{}")).get("cluster", {})
+        machines = sum(map(len, cluster.values()))
+    except (ValueError, AttributeError, TypeError) as error:
         raise DeviceError(
             f"the environment's TF_CONFIG is not what TensorFlow reads: {error}\n  unset it, or see docs/evaluate.md"
         ) from error
+    if machines > 1 and list(cluster) != ["worker"]:  # each would work by itself, in the same folders
+        raise DeviceError(f"the environment's TF_CONFIG lists jobs {', '.join(sorted(cluster))}, expected all machines under 'worker'")
     try:
         # TensorFlow would let a GPU multiply float32 with 10 bits of mantissa, and tell XLA that a TPU may take bfloat16, with 7.
         tf.config.experimental.enable_tensor_float_32_execution(False)
@@ -47,8 +56,10 @@ def strategy_for(device: str | None = None, *, tpu: str = "", replicas: int = 1)
         if replicas > 1:
             [cpu] = tf.config.get_visible_devices("CPU")
             tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
-        if len(workers) > 1:
-            return tf.distribute.MultiWorkerMirroredStrategy()
+        if machines > 1:
+            print(f"note: waits for all {machines} workers of TF_CONFIG", file=sys.stderr, flush=True)
+            with _own_sigterm():
+                return tf.distribute.MultiWorkerMirroredStrategy()
         if len(gpus) > 1:
             return tf.distribute.MirroredStrategy()
         if replicas > 1:
@@ -63,9 +74,32 @@ def strategy_for(device: str | None = None, *, tpu: str = "", replicas: int = 1)
         raise DeviceError(f"cannot use {device or 'the devices'}: {told}") from error
 
 
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """TensorFlow's own handler, which workers get, tells its preemption service and goes on: ``kill`` would do nothing."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
 def worker(strategy: tf.distribute.Strategy) -> tuple[int, int]:
     """(n, i): how many processes run this program together, and which of them this one is."""
     cluster = strategy.cluster_resolver
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) or cluster is None:
         return 1, 0
     return len(cluster.cluster_spec().as_dict()["worker"]), cluster.task_id
+
+
+def gathered(strategy: tf.distribute.Strategy, line: str) -> list[str]:
+    """A line of text, not an empty one, of each worker, in their order; all of them must call this, and wait for each other."""
+    if worker(strategy)[0] == 1:
+        return [line]
+    codes = np.frombuffer(f"{line}\n".encode(), np.uint8).astype(np.int32)
+    local = len(strategy.extended.worker_devices)
+    # The first replica of each worker tells; the others say nothing but an end of line.
+    values = strategy.experimental_distribute_values_from_function(
+        lambda context: tf.constant(codes if context.replica_id_in_sync_group % local == 0 else codes[-1:])
+    )
+    text = strategy.gather(values, axis=0).numpy().astype(np.uint8).tobytes().decode()
+    return [line for line in text.split("\n") if line]

@@ -35,7 +35,7 @@ from tfmaskformer.data.records import DataError, Problem
 from tfmaskformer.evaluation.augmentation import Augmentation, augmented_images
 from tfmaskformer.evaluation.canvases import Canvas, choose_canvases
 from tfmaskformer.evaluation.counts import Counts, ids_of
-from tfmaskformer.evaluation.devices import worker
+from tfmaskformer.evaluation.devices import gathered, worker
 from tfmaskformer.evaluation.instances import instance_truth
 from tfmaskformer.evaluation.results import JSON_NAME, PNG_FOLDER, _mask_api, encode_png, semantic_annotations
 from tfmaskformer.evaluation.sources import EvaluationError, Source
@@ -201,11 +201,7 @@ class Evaluation:
         """The counts of all workers, each of which must call this."""
         if worker(self.strategy)[0] == 1:
             return self.counts
-        text = np.frombuffer(json.dumps(self.counts.to_dict()).encode() + b"\n", np.uint8).astype(np.int32)
-        local = len(self.strategy.extended.worker_devices)
-        # The first replica of each worker tells; the others say nothing but an end of line.
-        gathered = self.strategy.gather(self._values(lambda replica: text if replica % local == 0 else text[-1:]), axis=0)
-        parts = [line for line in gathered.numpy().astype(np.uint8).tobytes().splitlines() if line]
+        parts = gathered(self.strategy, json.dumps(self.counts.to_dict()))
         return functools.reduce(
             lambda total, part: total + Counts.from_dict(json.loads(part)), parts, Counts.none(self.metrics, self.source.info)
         )

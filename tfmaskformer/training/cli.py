@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import time
@@ -57,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         bad = bad_data(error)
         if bad and bad.problem.kind != UNREADABLE:
             return _failed(str(bad), BAD_INPUT)
-        return _failed(f"{bad or getattr(error, 'message', error)}{goes_on}", COULD_NOT_RUN)
+        message = f"{bad or getattr(error, 'message', error)}"
+        if lost := re.search(r"Collective ops is aborted by: (.*)", message):
+            message, goes_on = f"another worker ended, or cannot be reached: {lost[1]}", f"{goes_on}; start it on all of them"
+        return _failed(f"{message}{goes_on}", COULD_NOT_RUN)
     except KeyboardInterrupt:
         return _failed(f"interrupted{goes_on}", COULD_NOT_RUN)
 
@@ -144,6 +148,7 @@ def _train(arguments: argparse.Namespace) -> int:
     data = {"dataset": dataset_name, "images": len(dataset.records), "images_sha256": identity(dataset.records)}
     plan = {"config": name, **data, "init": arguments.init, **settings.plan()}
     run = Run(arguments.out, config, tree, plan, write=not shard[1])
+    run.agree(strategy, validation=validation.identity if validation else "")
     if run.latest is None and arguments.init is None and weights:
         told = f"all weights are random; the recipe begins with those of a backbone (MODEL.WEIGHTS: {weights}): --init"
         print(f"note: {told}", file=sys.stderr)

@@ -70,7 +70,7 @@ def not_finite(observed: Observed) -> str:
         return f"all losses are finite, but the gradient of {first} is not{more}"
     total, norm = observed.losses["total_loss"], observed.gradient_norm
     if not np.isfinite([total, norm]).all():
-        return f"total_loss is {total}, the gradient's norm {norm}, and all their terms are finite"
+        return f"total_loss is {total}, the gradient's norm {norm}, and all their terms here are finite"
     return ""
 
 

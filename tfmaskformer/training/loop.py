@@ -22,7 +22,7 @@ from tfmaskformer import checkpoint
 from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.data.datasets import DataSet
 from tfmaskformer.data.training import step_arguments, training_dataset
-from tfmaskformer.evaluation.devices import worker
+from tfmaskformer.evaluation.devices import gathered, worker
 from tfmaskformer.evaluation.evaluate import Evaluation
 from tfmaskformer.evaluation.sources import Source, metrics_of
 from tfmaskformer.model import MaskFormer
@@ -158,10 +158,12 @@ class Training:
         manager = run.restore(model=self.model, optimizer=self.optimizer, guard=self.guard)
         recipe, eval_period = self.settings.recipe, self.settings.tree["TEST"]["EVAL_PERIOD"]
         summaries = Summaries(run.path("events") if run.writes else None)
-        if self.steps and self._due(eval_period, self.steps) and not tf.io.gfile.exists(run.path(_EVALUATION.format(self.steps))):
+        owed = self.steps and self._due(eval_period, self.steps) and not tf.io.gfile.exists(run.path(_EVALUATION.format(self.steps)))
+        if gathered(self.strategy, str(bool(owed)))[0] == "True":  # worker 0 knows: a network disk may show another an old folder
             self._evaluate(run, summaries, self.steps)  # it ended between the two
         batches = self._shared(self._batches(self.steps))
         window: list[_Timed] = []
+        good = run.latest
         start_s = time.monotonic()
         for step in range(self.steps + 1, recipe.max_iter + 1):
             waiting_s = time.monotonic()
@@ -170,16 +172,17 @@ class Training:
             window.append(_Timed(step, *self._train(batch), data_s))
             save, evaluate = (self._due(period, step) for period in (recipe.checkpoint_period, eval_period))
             if save or evaluate or step % LOG_PERIOD == 0:
-                values = self._observe(window, manager.latest_checkpoint)
+                values = self._observe(window, good)
                 values["images_per_second"] = len(window) * recipe.ims_per_batch / (time.monotonic() - start_s)
                 summaries.scalars(step, values)
                 progress(step, values)
                 window.clear()
             if save or evaluate:
-                self._check_weights(step, manager.latest_checkpoint)
+                self._check_weights(step, good)
                 if run.writes:  # the checkpoint last: what comes before it is made again after a kill
                     summaries.picture(step, "sample", self._overlay(batch))
                     manager.save(checkpoint_number=step)
+                good = run.path(f"ckpt-{step}")  # the next step waits for the worker that writes it
             if evaluate:
                 self._evaluate(run, summaries, step)
             if not window:

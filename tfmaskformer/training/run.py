@@ -28,6 +28,7 @@ import yaml
 from tfmaskformer.checkpoint import CONFIG_FILE
 from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.data.listing import read_file, told
+from tfmaskformer.evaluation.devices import gathered
 from tfmaskformer.evaluation.evaluate import _write
 from tfmaskformer.official_yaml import Tree, dump
 
@@ -80,6 +81,25 @@ class Run:
             self.latest = _latest(self.folder, there)
         except (tf.errors.OpError, OSError) as error:
             raise RunError(f"cannot read '{self.folder}': {_told(error)}\n  choose another --out") from error
+
+    def agree(self, strategy: tf.distribute.Strategy, **more: str) -> None:
+        """Compares what the workers of a cluster are to do; each must call this.
+
+        Args:
+            strategy: whose workers they are.
+            more: whatever has to be the same for all of them, beside the settings and the checkpoint.
+
+        Raises:
+            RunError: on all of them, where one has settings, data or a checkpoint of its own.
+        """
+        its = {name: yaml.safe_load(text) for name, text in self._files.items()} | more
+        its["last checkpoint"] = self.latest and os.path.basename(self.latest)
+        first, *others = (_flat(json.loads(line)) for line in gathered(strategy, json.dumps(its)))
+        for index, other in enumerate(others, 1):
+            if differing := [key for key in {**first, **other} if first.get(key) != other.get(key)]:
+                lines = "\n  ".join(f"{key}: {other.get(key)}, worker 0 {first.get(key)}" for key in differing[:5])
+                remedy = "give all workers the same command, the same data, and one folder --out that all of them see"
+                raise RunError(f"worker {index} is to do something else:\n  {lines}\n  {remedy}")
 
     def begin(self) -> None:
         """Makes the folder of a new training.
