@@ -145,6 +145,15 @@ def build_parameters(root: keras.layers.Layer, value_of: Callable[[str], Any] | 
         module.build()
 
 
+def share_parameters(root: keras.layers.Layer, other: keras.layers.Layer) -> None:
+    """Makes every declared variable below ``root`` the one of the same name below ``other``."""
+    variables = named_variables(other)
+    for path, module in named_modules(root):
+        for name in module._declared:
+            setattr(module, name, variables[f"{path}.{name}"])
+        module.built = True
+
+
 def _constant(value: Any) -> Callable[..., tf.Tensor]:
     return lambda shape, dtype=None: tf.cast(tf.ensure_shape(value, shape), dtype)
 

@@ -26,12 +26,14 @@ from tfmaskformer.checkpoint import read_config
 from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.data import shapes
 from tfmaskformer.evaluation import cli as evaluation_cli
+from tfmaskformer.evaluation import evaluate
 from tfmaskformer.module import named_variables
 from tfmaskformer.official_config import config_of, named_tree
 from tfmaskformer.official_yaml import dump, override, read_tree
 from tfmaskformer.training import cli, loop
 from tfmaskformer.training.guard import DivergedError, Guard, Observed, not_finite
 from tfmaskformer.training.step import StepResult
+from tfmaskformer.training.summaries import Summaries
 
 LOSSES = [f"loss_{term}{layer}" for term in ("ce", "mask", "dice") for layer in ("", "_0")]
 
@@ -328,6 +330,29 @@ def test_another_worker_that_ends(data, tmp_path, uncompiled, monkeypatch, capsy
     assert cli.main(arguments(data, tmp_path / "run", **training_processes.QUICKEST)) == cli.COULD_NOT_RUN
     told = "error: another worker ended, or cannot be reached: recvmsg:Connection reset by peer\n  the same command goes on from the last"
     assert told in capsys.readouterr().err
+
+
+def test_evaluations_of_a_training(data, tmp_path, uncompiled, monkeypatch):
+    """They are traced once, and each is what ``tfmaskformer eval`` finds: of the last checkpoint, in float32."""
+    made = []
+    monkeypatch.setattr(loop.Training, "run", lambda self, run, *rest: made.append((self, run)))
+    assert cli.main(arguments(data, tmp_path / "run", "--bfloat16", **training_processes.QUICKEST)) == cli.OK
+    [(training, run)] = made
+    run.begin()
+    manager, reports, traced, infer_step = run.restore(model=training.model), [], [], evaluate.infer_step
+    monkeypatch.setattr(evaluate, "infer_step", lambda *given: traced.append(given) or infer_step(*given))
+    for step in (1, 2):
+        for variable in named_variables(training.model).values():
+            variable.assign(variable * 1.25)
+        manager.save(checkpoint_number=step)
+        training._evaluate(run, Summaries(None), step)
+        reports.append(json.loads((tmp_path / "run" / f"evaluation-{step}.json").read_text()))
+    assert len(traced) == 1
+    assert reports[0]["counts"] != reports[1]["counts"]
+    assert evaluation_cli.main(["--ckpt", run.folder, "--data", str(data), "--cpu", "--json", str(tmp_path / "again.json")]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    for key in ("metrics", "counts", "checkpoint", "images"):
+        assert reports[1][key] == again[key], key
 
 
 def test_a_training_killed_at_random_moments(data, tmp_path):

@@ -96,6 +96,7 @@ class Evaluation:
         on_error: "stop" at bad data, or "skip" its image.
         results: folder for the predictions in COCO's and Detectron2's formats; a path or ``gs://…``.
         resume: folder for what has been counted; an evaluation that is there already goes on.
+        model: with the weights of the directory's last checkpoint; default: it is loaded from there.
 
     Raises:
         CheckpointError: no checkpoint there.
@@ -116,6 +117,7 @@ class Evaluation:
         on_error: str = "stop",
         results: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | None = None,
+        model: MaskFormer | None = None,
     ):
         self.source, self.strategy, self.metrics = source, strategy, tuple(metrics)
         self._on_error, self._batch, self._augmentation = on_error, batch, augmentation
@@ -126,14 +128,15 @@ class Evaluation:
                 _make(os.fspath(folder))
         if "instances" in metrics or (results is not None and "panoptic" not in metrics):
             _mask_api()  # for its error
-        self._plan = self._planned(directory)
+        self._directory = directory
+        self._plan = {} if model and resume is None else self._planned(directory)
         self.counts = Counts.none(metrics, source.info)
         if resume is not None:
             workers, index = worker(strategy)
             self._state_file = os.path.join(os.fspath(resume), f"state-{index}-of-{workers}.json")
             self._resume()
         with strategy.scope():
-            self.model = checkpoint.load(directory)
+            self.model = model or checkpoint.load(directory)
         self._rooms = self._chosen(canvases)
         self._seconds = 0.0
         self._seen = 0
@@ -190,6 +193,11 @@ class Evaluation:
         self._seconds += time.monotonic() - start_s
         self._seen += len(self.counts.done) - before
 
+    def forget(self) -> None:
+        """Begins anew, for a model that got other weights; what was compiled stays."""
+        self.counts = Counts.none(self.metrics, self.source.info)
+        self._seconds, self._seen, self._saved = 0.0, 0, 0
+
     def save(self) -> None:
         """Writes what has been counted, where there is a folder for it: whole, or not at all."""
         if self._state_file is not None:
@@ -208,18 +216,18 @@ class Evaluation:
 
     def report(self, counts: Counts) -> dict[str, Any]:
         """All metrics of :meth:`total`'s counts in percent, and what they are of, for JSON."""
-        skipped = self.source.skipped + counts.skipped
+        skipped, plan = self.source.skipped + counts.skipped, self._plan or self._planned(self._directory)
         report: dict[str, Any] = {
             "format": "tfmaskformer-evaluation",
             "version": FORMAT,
             "metrics": counts.metrics(self.source.info),
-            "checkpoint": self._plan["checkpoint"] | {"model": self.config.name, "published": _published(self.config.name)},
+            "checkpoint": plan["checkpoint"] | {"model": self.config.name, "published": _published(self.config.name)},
             "dataset": {"name": self.source.name, "split": self.source.split, "root": self.source.root},
             "images": {"evaluated": len(counts.done) - counts.skipped, "skipped": skipped, "of": self.source.images + self.source.skipped},
             "problems": [dataclasses.asdict(problem) for problem in (*self.source.problems, *counts.problems)],
             "run": {
                 "canvases": [canvas._asdict() for canvas in self.canvases],
-                "augmentation": self._plan["augmentation"],
+                "augmentation": plan["augmentation"],
                 "batch": self._batch,
                 "replicas": self.strategy.num_replicas_in_sync,
                 "strategy": type(self.strategy).__name__,

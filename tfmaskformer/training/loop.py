@@ -26,7 +26,7 @@ from tfmaskformer.evaluation.devices import gathered, worker
 from tfmaskformer.evaluation.evaluate import Evaluation
 from tfmaskformer.evaluation.sources import Source, metrics_of
 from tfmaskformer.model import MaskFormer
-from tfmaskformer.module import named_variables
+from tfmaskformer.module import named_variables, share_parameters
 from tfmaskformer.official_yaml import Tree
 from tfmaskformer.training.guard import DivergedError, Guard, Observed
 from tfmaskformer.training.optimizer import build_optimizer
@@ -112,6 +112,7 @@ class Training:
         devices, parts, images = strategy.num_replicas_in_sync, settings.parts, settings.recipe.ims_per_batch
         if images % (devices * parts):
             raise RunError(f"SOLVER.IMS_PER_BATCH is {images}, expected a multiple of {devices * parts}: {devices} devices, {parts} parts")
+        self._evaluation: Evaluation | None = None  # kept: compiling takes long, and XLA frees no program
         self._metrics = [] if validation is None else metrics_of(settings.config, validation)
         try:
             self._batches(0)
@@ -283,14 +284,20 @@ class Training:
         return sample_overlay(self.model, images[0, :height, :width].numpy(), own)
 
     def _evaluate(self, run: Run, summaries: Summaries, step: int) -> None:
-        """Of the last checkpoint; all workers have a part in it."""
+        """What the last checkpoint has; all workers have a part in it."""
         if self.validation is None:
             return
-        if worker(self.strategy)[0] > 1:  # until the first one has written the checkpoint
-            self.strategy.reduce(tf.distribute.ReduceOp.SUM, self.strategy.run(lambda: tf.ones([])), axis=None)
-        evaluation = Evaluation(run.folder, self.validation, self.strategy, self._metrics, on_error="skip")
+        if self._evaluation is None:
+            model = MaskFormer(self.settings.config)  # in float32, as it is loaded
+            share_parameters(model, self.model)
+            self._evaluation = Evaluation(run.folder, self.validation, self.strategy, self._metrics, on_error="skip", model=model)
+        evaluation = self._evaluation
+        evaluation.forget()
         evaluation.run()
-        report = evaluation.report(evaluation.total())
+        counts = evaluation.total()
+        if not run.writes:
+            return
+        report = evaluation.report(counts)
         found = {"PQ": ("panoptic", "all", "pq"), "mIoU": ("semantic", "miou")}
         values = {}
         for name, path in found.items():
@@ -300,8 +307,7 @@ class Training:
             if value is not None:
                 values[f"evaluation/{name}"] = float(value)
         summaries.scalars(step, values)
-        if run.writes:
-            run.write(_EVALUATION.format(step), (json.dumps(report, indent=1) + "\n").encode())
+        run.write(_EVALUATION.format(step), (json.dumps(report, indent=1) + "\n").encode())
 
 
 def _told_of(bad: Sequence[str]) -> str:
