@@ -225,6 +225,19 @@ def test_example_in_the_docs(capsys):
     assert float(norm) == pytest.approx(sum(variable.shape.num_elements() for variable in map(tf.convert_to_tensor, variables)) ** 0.5)
 
 
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_compiled_for_several_gpus(kind):
+    """As far as it goes without them: traced, where TensorFlow refuses whatever needs all replicas at once but a sum (``merge_call``)."""
+    strategy = tf.distribute.MirroredStrategy(["/gpu:0", "/gpu:1"])
+    with strategy.scope():
+        variable, optimizer = keras.Variable([1.0, 2.0]), kind(WarmupPolyLR.of(Recipe()), [("a.weight", "", 1.0, 0.1)], clip_norm=0.5)
+        optimizer.build([variable])
+    step = tf.function(lambda: optimizer.apply([tf.ones([2])], [variable]), jit_compile=True, autograph=False)
+    traced = tf.function(lambda: strategy.run(step), autograph=False).get_concrete_function()
+    programs = {operation.get_attr("f").name for operation in traced.graph.get_operations() if operation.type == "StatefulPartitionedCall"}
+    assert len(programs) == 2
+
+
 def test_wrong_variables_are_refused():
     variable, optimizer = plain()
     with pytest.raises(ValueError, match="Unknown variable"):

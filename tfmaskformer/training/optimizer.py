@@ -10,7 +10,7 @@ docs/decisions/0013-optimizer.md.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -92,6 +92,11 @@ def clip_coefficient(norm: tf.Tensor, clip_norm: float) -> tf.Tensor:
     return tf.minimum(clip_norm / (norm + _CLIP_EPSILON), 1)
 
 
+def _own_copies(create: Callable[..., Any], **options: Any) -> Any:
+    """A variable to which each replica assigns the same. Keras has the first one tell the others, which XLA cannot on several GPUs."""
+    return create(**options | {"aggregation": tf.VariableAggregation.NONE})
+
+
 class TorchOptimizer(keras.optimizers.Optimizer):
     """What both optimizers share: parameters with their own learning rate and decay, clipping, and slots by official name.
 
@@ -119,7 +124,8 @@ class TorchOptimizer(keras.optimizers.Optimizer):
         clip_norm: float = 0.0,
         name: str | None = None,
     ):
-        super().__init__(learning_rate=learning_rate, name=name)
+        with tf.variable_creator_scope(_own_copies):
+            super().__init__(learning_rate=learning_rate, name=name)
         self.parameters = tuple(Parameter(*parameter) for parameter in parameters)
         self.clip_norm = clip_norm
 
@@ -148,7 +154,7 @@ class TorchOptimizer(keras.optimizers.Optimizer):
                     node = getattr(node, part)
                 setattr(node, name, self.add_variable_from_reference(variable, name=slot))
             setattr(self, slot, root)
-        self.gradient_norm = self.add_variable([], dtype=variables[0].dtype, aggregation="only_first_replica", name="gradient_norm")
+        self.gradient_norm = self.add_variable([], dtype=variables[0].dtype, name="gradient_norm")
 
     def slot(self, slot: str, name: str) -> keras.Variable:
         """A slot ("exp_avg") of the variable with an official name."""
