@@ -18,6 +18,7 @@ import tfmaskformer
 from checkpoints import registry
 from converters import cli as convert
 from tests.tfmaskformer import training_processes
+from tests.tfmaskformer.test_training_loop import processes
 from tests.tfmaskformer.training_processes import arguments
 from tfmaskformer.data import shapes
 from tfmaskformer.evaluation import cli as evaluation_cli
@@ -26,6 +27,8 @@ from tfmaskformer.module import named_variables
 from tfmaskformer.training import cli
 
 LOSSES = [f"loss_{term}{layer}" for term in ("ce", "mask", "dice") for layer in ("", "_0")]
+TAGS = {"training_loss": "total_loss"} | {name: name for name in (*LOSSES, "gradient_norm", "dropped_objects")}
+"""What the Model Garden logs → the curve of ``tfmaskformer train``."""
 STEPS = 4
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the Model Garden and what it imports
@@ -60,15 +63,16 @@ def garden(task, data, tmp_path_factory, uncompiled):
     return folder, *train(task, data, folder)
 
 
-def parameters(task, data, **trainer):
+def parameters(task, data, *, steps=STEPS, options=(), runtime=(), **trainer):
     params = task.experiment("tiny_swin")
-    options = training_processes.OPTIONS | {"SOLVER.MAX_ITER": STEPS}
+    options = training_processes.OPTIONS | dict(options)
     model = {"options": [part for key, value in options.items() if key not in task.PLACES for part in (key, str(value))]}
     train_data = {"input_path": str(data), "global_batch_size": 4}
     params.override(
         {
-            "task": {"model": model, "max_iter": STEPS, "train_data": train_data, "validation_data": {"input_path": str(data)}},
-            "trainer": {"train_steps": STEPS, "steps_per_loop": 1, "summary_interval": 1, "checkpoint_interval": 2, **trainer},
+            "task": {"model": model, "max_iter": steps, "train_data": train_data, "validation_data": {"input_path": str(data)}},
+            "trainer": {"train_steps": steps, "steps_per_loop": 1, "summary_interval": 1, "checkpoint_interval": 2, **trainer},
+            "runtime": dict(runtime),
         }
     )
     params.validate()
@@ -90,14 +94,22 @@ def train(task, data, folder, mode="train", **trainer):
 
 
 def curves(folder):
-    """Tag → step → value."""
+    """Tag → step → value, of a folder's event files; TensorFlow writes scalars as tensors."""
     found: dict[str, dict[int, float]] = {}
-    for file in sorted((folder / "events").iterdir()):
+    for file in sorted(folder.iterdir()):
         for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
             event = tf.compat.v1.Event.FromString(record)
             for value in event.summary.value:
-                found.setdefault(value.tag, {})[event.step] = value.simple_value
+                number = tf.make_ndarray(value.tensor) if value.HasField("tensor") else value.simple_value
+                found.setdefault(value.tag, {})[event.step] = number
     return found
+
+
+def written(params, folder):
+    """The parameters as a ``--config_file``."""
+    file = folder / "values.yaml"
+    file.write_text(str(params.as_dict()).replace("None", "null"))
+    return file
 
 
 def tensors(folder):
@@ -123,17 +135,85 @@ def test_every_official_entry_is_an_experiment(task):
         assert settings.config.to_dict() == entry.config
         assert settings.recipe.max_iter == params.trainer.train_steps == params.task.max_iter
         assert settings.recipe.ims_per_batch == params.task.train_data.global_batch_size
+    params.task.train_data.seed = -1
+    assert task.settings_of(params.task).seed == 0  # as tfmaskformer train
+
+
+def assert_close(found, expected, rel):
+    """Curves of the Model Garden, and of ``tfmaskformer train``; they may differ relatively by as much in each step."""
+    for name, tag in TAGS.items():
+        if tag in expected or name in found:
+            assert found[name] == {step: pytest.approx(expected[tag][step], rel=by, abs=0) for step, by in rel.items()}, name
+    assert found.keys() >= {"training_loss", "loss_ce", "gradient_norm", "dropped_objects"}
+
+
+def test_one_program(task, data, tmp_path, monkeypatch):
+    """``enable_xla`` for one GPU; what is for one that is not there TensorFlow puts on the CPU. Before ``tf.function`` is replaced."""
+    function, compiled = tf.function, []
+
+    def seen(python_function=None, **options):
+        compiled.extend([python_function.__name__] if options.get("jit_compile") else [])
+        return function(python_function, **options)
+
+    options = {key.replace("__", "."): value for key, value in training_processes.QUICK.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(tf, "function", seen)
+        train(task, data, tmp_path / "run", steps=2, options=options, runtime={"distribution_strategy": "one_device", "num_gpus": 1})
+    assert compiled == ["train_step"]
+    quick = training_processes.QUICK | {"SOLVER__MAX_ITER": 2, "SOLVER__CHECKPOINT_PERIOD": 1, "DATASETS__TEST": "()"}
+    assert cli.main(arguments(data, tmp_path / "ours", **quick)) == cli.OK
+    assert_close(curves(tmp_path / "run" / "train"), curves(tmp_path / "ours" / "events"), {1: 1e-5, 2: 1e-3})
+
+
+def test_bfloat16(task, data, tmp_path, uncompiled):
+    from official.modeling import performance
+
+    assert cli.main(arguments(data, tmp_path / "ours", "--bfloat16", SOLVER__MAX_ITER=2, DATASETS__TEST="()")) == cli.OK
+    params = parameters(task, data, steps=2, runtime={"mixed_precision_dtype": "bfloat16"})
+    try:
+        assert driver.main([*command(data, tmp_path / "run")[:6], "--config_file", str(written(params, tmp_path))]) == driver.OK
+    finally:
+        performance.set_mixed_precision_policy("float32")
+    assert_close(curves(tmp_path / "run" / "train"), curves(tmp_path / "ours" / "events"), {1: 0, 2: 0})
+    assert_same(tensors(tmp_path / "run"), tensors(tmp_path / "ours"))
+    made = task.MaskFormerTask(params.task, str(tmp_path / "other"))
+    made.build_model()
+    with pytest.raises(task.ConfigError, match="is 'bfloat16', and the model computes in float32"):
+        made.create_optimizer(params.trainer.optimizer_config, params.runtime)
+
+
+def test_replicas_and_workers(task, data, tmp_path):
+    """Two replicas, and two workers, which are stopped after two steps and go on."""
+    params = parameters(task, data, steps=3, validation_interval=3)
+    params.override({"task": {"train_data": {"max_objects": 3}}})
+    written(params, tmp_path)
+    processes("model_garden", data, tmp_path)
+    expected = curves(tmp_path / "two" / "events")
+    assert expected["dropped_objects"][3] > 0
+    metrics = json.loads((tmp_path / "two" / "evaluation-3.json").read_text())["metrics"]
+    for name, rel in (("replicas", {1: 0, 2: 0, 3: 0}), ("workers", {1: 1e-5, 2: 1e-3, 3: 1e-2})):
+        assert_close(curves(tmp_path / name / "train"), expected, rel)
+        found = curves(tmp_path / name / "validation")
+        assert found["skipped_images"][3] == 0
+        assert found["PQ"][3] == pytest.approx(metrics["panoptic"]["all"]["pq"], abs=1e-5)
+        assert found["mIoU"][3] == pytest.approx(metrics["semantic"]["miou"], abs=1e-5)
+    found = {name: tensors(tmp_path / name) for name in ("two", "replicas", "workers")}
+    assert_same(found["replicas"], found["two"])
+    assert found["workers"].keys() == found["two"].keys()
+    for key, value in found["two"].items():
+        np.testing.assert_allclose(found["workers"][key], value, rtol=1e-2, atol=1e-4, err_msg=key)
+    for name in ("train", "validation"):  # of the first worker alone, before and after
+        assert len(list((tmp_path / "workers" / name).iterdir())) == 2
 
 
 def test_the_same_numbers_step_for_step(ours, garden):
     """Every loss, gradient norm, learning rate; weights and moments after the last step: bit for bit."""
     _, logged, _ = garden
-    expected = curves(ours)
-    names = {"training_loss": "total_loss"} | {name: name for name in (*LOSSES, "gradient_norm", "dropped_objects")}
+    expected = curves(ours / "events")
     assert len(logged) == STEPS
     for step, numbers in enumerate(logged, 1):
-        assert numbers.keys() == {*names, "learning_rate"}
-        for name, tag in names.items():
+        assert numbers.keys() == {*TAGS, "learning_rate"}
+        for name, tag in TAGS.items():
             assert np.float32(numbers[name]) == np.float32(expected[tag][step]), (step, name)
         if step < STEPS:  # the Model Garden tells that of the next step
             assert np.float32(numbers["learning_rate"]) == np.float32(expected["lr"][step + 1])
@@ -198,8 +278,7 @@ def command(data, folder, *more, mode="train", name="maskformer_panoptic_R50_bs6
 def test_the_command(task, data, uncompiled, tmp_path, capsys):
     """Two steps, and a third by the parameters that it saved."""
     params = parameters(task, data, train_steps=2, validation_interval=2)
-    values = tmp_path / "values.yaml"
-    values.write_text(str(params.as_dict()).replace("None", "null"))
+    values = written(params, tmp_path)
     for steps in (2, 3):
         more = ["--config_file", str(values), "--params_override", f"trainer.train_steps={steps}"]
         assert driver.main([*command(data, tmp_path / "run")[:6], *more]) == driver.OK
@@ -212,6 +291,7 @@ def test_bad_input(task, data, tmp_path, capsys):
     out = tmp_path / "run"
     swin = {"model": {"config": "tiny_swin", "options": ["DATASETS.TRAIN", "('shapes_train',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 7]}}
     for given, message in (
+        ([*command(data, out)[:6], "--params_override", "runtime.mixed_precision_dtype=float16"], "dtype is 'mixed_float16'"),
         (command(data, out, name="maskformer_R5"), "maskformer_R5"),
         (command("nowhere", out, **swin), "nowhere"),
         (command("", out, **swin), "task.train_data.input_path is empty"),
@@ -222,8 +302,10 @@ def test_bad_input(task, data, tmp_path, capsys):
         (command(data, out, model={"options": ["SEED", 1]}), "'SEED' is 'task.train_data.seed' here"),
         (command(data, out, **swin, max_iter=10), "inconsistency between key `trainer.train_steps"),
         (command(data, out, batch=1), "batch"),
+        ([*command(data, out)[:6], "--params_override", "runtime.num_gpus=8"], "runtime.num_gpus is 8, and TensorFlow sees 0 GPUs"),
     ):
-        assert driver.main(given) == driver.BAD_INPUT, message
+        code = driver.COULD_NOT_RUN if "GPUs" in message else driver.BAD_INPUT
+        assert driver.main(given) == code, message
         told = capsys.readouterr()
         assert message in told.err, told.err
         assert not out.exists() or not list(out.iterdir())

@@ -1,15 +1,17 @@
 """Trainings in processes of their own; run by test_training_loop.py, imports TensorFlow once and then only forks.
 
 ``python training_processes.py replicas DATA OUT`` trains on two devices of one process, in two processes, and in two that were not told the
-same (``apart``); ``… kills DATA OUT KILLS [SEED]`` trains once undisturbed (``whole``), kills another training with SIGKILL at random
-moments, goes on with what it left, and begins anew when it is complete (``completed-…``). Folders of trainings are in OUT; a JSON object is
-printed: how the two ended, which get SIGTERM at their end; of each kill, the last step that had been told, the step of the checkpoint that
-it left, 0 for none and -1 where it cannot be read, and what it interrupted.
+same (``apart``); ``… model_garden DATA OUT`` on two devices, and by the Model Garden, with the parameters in ``OUT/values.yaml``, on two
+devices and in two processes, which are stopped once; ``… kills DATA OUT KILLS [SEED]`` trains once undisturbed (``whole``), kills another
+training with SIGKILL at random moments, goes on with what it left, and begins anew when it is complete (``completed-…``). Folders of
+trainings are in OUT; a JSON object is printed: how the two that are ``apart`` ended, which get SIGTERM at their end; of each kill, the last
+step that had been told, the step of the checkpoint that it left, 0 for none and -1 where it cannot be read, and what it interrupted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -21,6 +23,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import NamedTuple
 
 OPTIONS = {
@@ -93,7 +96,7 @@ def main(what: str, data: str, out: str, kills: str = "0", seed: str = "0") -> N
     plain(tf)
     loop.LOG_PERIOD = 1
 
-    def start(name: str, *more: str, cluster: str = "", log: str = "", **options: object) -> int:
+    def start(name: str, *more: str, cluster: str = "", log: str = "", run: Callable[[], int] | None = None, **options: object) -> int:
         child = os.fork()
         if child:
             return child
@@ -101,7 +104,7 @@ def main(what: str, data: str, out: str, kills: str = "0", seed: str = "0") -> N
         try:
             os.environ |= {"TF_CONFIG": cluster} if cluster else {}
             with open(folder / f"{log or name}.log", "w", buffering=1) as file, contextlib.redirect_stderr(file):
-                code = cli.main(arguments(data, folder / name, *more, **options))
+                code = run() if run else cli.main(arguments(data, folder / name, *more, **options))
                 if log:
                     print(f"code {code}", file=file)
                     os.kill(os.getpid(), signal.SIGTERM)
@@ -119,6 +122,12 @@ def main(what: str, data: str, out: str, kills: str = "0", seed: str = "0") -> N
         codes += map(ended, [start("workers", cluster=cluster, SOLVER__MAX_ITER=2) for cluster in clusters()])
         apart = [start("apart", cluster=cluster, log=f"apart{seed}", SEED=seed) for seed, cluster in enumerate(clusters())]
         result["apart"] = [ended(child) for child in apart]
+    elif what == "model_garden":
+        codes = [ended(start("two", "--replicas", "2", "--max-objects", "3", SOLVER__MAX_ITER=3))]
+        codes.append(ended(start("replicas", run=functools.partial(model_garden, folder, "replicas", 3, replicas=2))))
+        for steps in (2, 3):
+            run = functools.partial(model_garden, folder, "workers", steps)
+            codes += map(ended, [start("workers", cluster=cluster, run=run) for cluster in clusters()])
     else:
         options = {"SOLVER__MAX_ITER": STEPS, "TEST__EVAL_PERIOD": EVAL_PERIOD, **QUICKEST}
         moments = random.Random(int(seed))
@@ -152,6 +161,20 @@ def main(what: str, data: str, out: str, kills: str = "0", seed: str = "0") -> N
         result["left"] = left
     assert codes == [0] * len(codes), codes
     print(json.dumps(result))
+
+
+def model_garden(folder: pathlib.Path, name: str, steps: int, replicas: int = 1) -> int:
+    """By the Model Garden's driver, with the parameters in ``values.yaml``; on several workers, or on several replicas of one CPU."""
+    from official.common import distribute_utils
+
+    from tfmaskformer.evaluation.devices import strategy_for
+    from tfmaskformer.model_garden import __main__ as driver
+
+    if replicas > 1:  # the Model Garden makes none of one CPU
+        distribute_utils.get_distribution_strategy = lambda **options: strategy_for("cpu", replicas=replicas)
+    changes = f"trainer.train_steps={steps},runtime.distribution_strategy=multi_worker_mirrored"
+    where = ["--model_dir", str(folder / name), "--config_file", str(folder / "values.yaml"), "--params_override", changes]
+    return driver.main(["--experiment", "maskformer_panoptic_R50_bs64_554k", "--mode", "train_and_eval", *where])
 
 
 class Found(NamedTuple):

@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import tfmaskformer.model_garden.task  # noqa: F401 (registers the experiments)
         from tfmaskformer.data.records import UNREADABLE
         from tfmaskformer.data.tfrecords import bad_data
+        from tfmaskformer.evaluation.devices import DeviceError
     except ImportError as error:
         return _failed(str(error), COULD_NOT_RUN)
     try:
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(f"{error.args[0]}\n  'tfmaskformer zoo list' has the experiments, docs/model_garden.md their fields", BAD_INPUT)
     except (ValueError, TypeError) as error:
         return _failed(str(error), BAD_INPUT)
-    except (OSError, tf.errors.OpError) as error:
+    except (DeviceError, OSError, tf.errors.OpError) as error:
         return _failed(getattr(error, "message", str(error)), COULD_NOT_RUN)
     goes_on = "\n  the same command goes on from the last checkpoint"
     try:
@@ -70,17 +71,22 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _runner(arguments: argparse.Namespace) -> Any:
     """All that is needed, made and checked, with the weights to begin with."""
+    import tensorflow as tf
     from official.common import distribute_utils
-    from official.core import task_factory, train_lib, train_utils
+    from official.core import task_factory, train_utils
     from official.modeling import performance
+
+    from tfmaskformer.evaluation.devices import DeviceError
+    from tfmaskformer.model_garden.task import Runner
 
     options = train_utils.ParseConfigOptions(
         arguments.experiment, arguments.config_file, tpu=arguments.tpu, params_override=arguments.params_override
     )
     params = train_utils.parse_configuration(options)
     runtime = params.runtime
-    if runtime.mixed_precision_dtype:
-        performance.set_mixed_precision_policy(runtime.mixed_precision_dtype)
+    if runtime.num_gpus > (found := len(tf.config.list_physical_devices("GPU"))):  # TensorFlow would take the CPU for each
+        raise DeviceError(f"runtime.num_gpus is {runtime.num_gpus}, and TensorFlow sees {found} GPUs")
+    performance.set_mixed_precision_policy(runtime.mixed_precision_dtype or "float32")
     strategy = distribute_utils.get_distribution_strategy(
         distribution_strategy=runtime.distribution_strategy,
         all_reduce_alg=runtime.all_reduce_alg,
@@ -89,13 +95,14 @@ def _runner(arguments: argparse.Namespace) -> Any:
     )
     with strategy.scope():
         task = task_factory.get_task(params.task, logging_dir=arguments.model_dir)
-    return train_lib.OrbitExperimentRunner(strategy, task, arguments.mode, params, arguments.model_dir)
+    curves = strategy.extended.should_save_summary  # of several workers the first
+    return Runner(strategy, task, arguments.mode, params, arguments.model_dir, save_summary=curves)
 
 
 def _run(runner: Any, mode: str) -> None:
     from official.core import train_utils
 
-    if "train" in mode:  # an evaluation may be running beside a training, whose file it is
+    if "train" in mode and runner.strategy.extended.should_checkpoint:  # the file is the training's, even if an evaluation runs beside it
         train_utils.serialize_config(runner.params, runner.model_dir)
     runner.run()
 

@@ -47,7 +47,7 @@ INSTALL = """pip install 'tfmaskformer[cpu,model-garden]' 'tensorflow-cpu==2.20.
 
 try:
     import tf_keras
-    from official.core import base_task, exp_factory, task_factory
+    from official.core import base_task, exp_factory, task_factory, train_lib
     from official.core import config_definitions as cfg
     from official.modeling import hyperparams
 except ImportError as error:
@@ -168,7 +168,7 @@ def settings_of(params: TaskConfig) -> Settings:
         tree,
         config,
         recipe_of(tree),
-        seed=data.seed,
+        seed=max(data.seed, 0),  # as tfmaskformer train
         parts=params.model.parts,
         rematerialise=params.model.rematerialise,
         canvas=(data.canvas[0], data.canvas[1]) if data.canvas else None,
@@ -241,14 +241,24 @@ class MaskFormerTask(base_task.Task):
         """The official optimizer for the model that was built last, with groups, schedule and clipping.
 
         Raises:
-            ConfigError: ``trainer.optimizer_config`` has another.
+            ConfigError: ``trainer.optimizer_config`` has another, or the model is not in ``runtime.mixed_precision_dtype``.
         """
         if optimizer_config.as_dict() != cfg.OptimizationConfig().as_dict():
             raise ConfigError("trainer.optimizer_config is not read: the optimizer is the recipe's\n  change SOLVER in task.model.options")
+        dtype = runtime_config and runtime_config.mixed_precision_dtype
+        if dtype and dtype != self._model.compute_dtype:
+            told = f"runtime.mixed_precision_dtype is '{dtype}', and the model computes in {self._model.compute_dtype}"
+            raise ConfigError(f"{told}\n  official.modeling.performance.set_mixed_precision_policy('{dtype}') comes before it")
         return build_optimizer(self.settings.recipe, self._model)
 
     def initialize(self, model: MaskFormer) -> None:
-        """Gives a model without a checkpoint its first weights, and tells in ``model_dir`` which model it is."""
+        """Gives a model without a checkpoint its first weights, and tells in ``model_dir`` which model it is.
+
+        Raises:
+            RunError: there is a checkpoint in ``model_dir``, so that this is a worker but the first, without :class:`Runner`.
+        """
+        if self._steps_taken():
+            raise RunError("run_experiment does not read the checkpoint on this worker\n  tfmaskformer.model_garden.task.Runner does")
         if given := self.task_config.init_checkpoint:
             with tempfile.TemporaryDirectory() as scratch:
                 loaded = checkpoint.load(_initial(given, model.config, self.settings.seed, scratch), config=model.config)
@@ -381,3 +391,14 @@ class MaskFormerTask(base_task.Task):
         found = {"PQ": metrics.get("panoptic", {}).get("all", {}).get("pq"), "mIoU": metrics.get("semantic", {}).get("miou")}
         values = {name: float(value) for name, value in found.items() if value is not None}
         return values | {"skipped_images": float(self.source.images - len(aggregated_logs.done))}
+
+
+class Runner(train_lib.OrbitExperimentRunner):
+    """The Model Garden's, with which several workers can go on: each but the first looks for checkpoints in a temporary folder there."""
+
+    def _maybe_build_checkpoint_manager(self) -> tf.train.CheckpointManager:
+        manager = super()._maybe_build_checkpoint_manager()
+        if not self.strategy.extended.should_checkpoint:
+            of_first = tf.train.CheckpointManager(self.trainer.checkpoint, self.model_dir, None, init_fn=self.trainer.initialize)
+            manager.restore_or_initialize = of_first.restore_or_initialize
+        return manager
