@@ -129,7 +129,7 @@ def main(what: str, data: str, out: str, kills: str = "0", seed: str = "0") -> N
             run = functools.partial(model_garden, folder, "workers", steps)
             codes += map(ended, [start("workers", cluster=cluster, run=run) for cluster in clusters()])
     else:
-        options = {"SOLVER__MAX_ITER": STEPS, "TEST__EVAL_PERIOD": EVAL_PERIOD, **QUICKEST}
+        options = {"SOLVER__MAX_ITER": STEPS, "TEST__EVAL_PERIOD": EVAL_PERIOD, "MODEL__MASK_FORMER__DEC_LAYERS": 1}
         moments = random.Random(int(seed))
         codes, left, before, killed = [ended(start("whole", **options))], [], 0, folder / "killed"
         while len(left) < int(kills):

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-OK, DIVERGED, BAD_INPUT, COULD_NOT_RUN = 0, 1, 2, 3
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, failed
+
+DIVERGED = 1
 MODES = ("train", "eval", "train_and_eval", "continuous_eval", "train_and_post_eval")
 
 
@@ -109,8 +111,7 @@ def _run(runner: Any, mode: str) -> None:
 
 def _failed(message: str, code: int) -> int:
     lines = [line for line in message.splitlines() if "In call to configurable" not in line]  # gin's, through which all of it is called
-    print("error: " + "\n".join(lines), file=sys.stderr)
-    return code
+    return failed("\n".join(lines), code)
 
 
 if __name__ == "__main__":

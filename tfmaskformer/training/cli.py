@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from tfmaskformer.cli import GROUP
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, GROUP, OK, failed
 from tfmaskformer.data.layouts import LAYOUTS
 from tfmaskformer.evaluation.cli import _positive
 
 if TYPE_CHECKING:
     from tfmaskformer.config import MaskFormerConfig
 
-OK, DIVERGED, BAD_INPUT, COULD_NOT_RUN = 0, 1, 2, 3
+DIVERGED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,26 +44,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tfmaskformer.training.guard import DivergedError
         from tfmaskformer.training.run import RunError
     except ImportError as error:
-        return _failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
+        return failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
     goes_on = "\n  the same command goes on from the last checkpoint"
     try:
         return _train(arguments)
     except (ConfigError, RunError, EvaluationError, CheckpointError, DataError) as error:
-        return _failed(str(error), BAD_INPUT)
+        return failed(str(error), BAD_INPUT)
     except DivergedError as error:
-        return _failed(str(error), DIVERGED)
+        return failed(str(error), DIVERGED)
     except DeviceError as error:
-        return _failed(str(error), COULD_NOT_RUN)
+        return failed(str(error), COULD_NOT_RUN)
     except (OSError, tf.errors.OpError) as error:
         bad = bad_data(error)
         if bad and bad.problem.kind != UNREADABLE:
-            return _failed(str(bad), BAD_INPUT)
+            return failed(str(bad), BAD_INPUT)
         message = f"{bad or getattr(error, 'message', error)}"
         if lost := re.search(r"Collective ops is aborted by: (.*)", message):
             message, goes_on = f"another worker ended, or cannot be reached: {lost[1]}", f"{goes_on}; start it on all of them"
-        return _failed(f"{message}{goes_on}", COULD_NOT_RUN)
+        return failed(f"{message}{goes_on}", COULD_NOT_RUN)
     except KeyboardInterrupt:
-        return _failed(f"interrupted{goes_on}", COULD_NOT_RUN)
+        return failed(f"interrupted{goes_on}", COULD_NOT_RUN)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -196,11 +196,6 @@ class _Progress:
             left = f", {left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02} left"
         told = f"total_loss {values['total_loss']:.4g}, gradient_norm {values['gradient_norm']:.3g}, lr {values['lr']:.3g}"
         print(f"step {step} of {self._steps}: {told}, {values['images_per_second']:.3g} images/s{left}", file=sys.stderr, flush=True)
-
-
-def _failed(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":
