@@ -391,6 +391,7 @@ def _child(kind: Kind, numbers: range, seed: int, current: mmap.mmap, sent: int)
     size_bytes = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size_bytes + (1 << 30),) * 2)
     tracemalloc.start()
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a process in which TensorFlow was before may hand down that it is ignored
     for number in numbers:
         data = file_of(kind, seeds, seed, number)[:MAX_BYTES] or b"\0"
         current[: 16 + len(data)] = struct.pack("<QQ", number, len(data)) + data
