@@ -13,7 +13,7 @@ help:
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make zoo     prove all 30 official models against the official code's traces, and make the README's table (an hour)"
 	@echo "make bench   measure speed and memory; writes docs/benchmarks.md"
-	@echo "make fuzz    read 10 000 damaged files of every kind of checkpoint (some minutes)"
+	@echo "make fuzz    read 10 000 damaged files of every kind of checkpoint, 500 of the two slow ones (some minutes)"
 	@echo "make kills   kill evaluations, TFRecord builds and trainings at 50 random moments each (a quarter of an hour)"
 
 demo: $(VENV)/demo.stamp

@@ -57,7 +57,10 @@ def _sections(page: str) -> dict[str, str]:
 
 def _page(sections: Mapping[str, str]) -> str:
     parts = [f"{MARK.format(script)}\n{sections[script]}" for script in SCRIPTS if script in sections]
-    written = "Written by `make bench`; every section is from one run of its script. `bench.gpu` adds its own where it finds an NVIDIA GPU."
+    written = (
+        "Written by `make bench`; every section is from one run of its script. `bench.gpu` adds its own where it finds an NVIDIA GPU. "
+        "Rows of the official code need PyTorch and the two folders of [recording](recording.md); without them they are left out."
+    )
     return "\n".join([f"# Benchmarks\n\n{written}\n", *parts])
 
 

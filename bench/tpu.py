@@ -165,15 +165,23 @@ def page(results: Mapping[str, Mapping[str, Mapping[str, Batches]]]) -> str:
         "Forward pass, matcher, losses, gradients and update, bfloat16 with variables in float32, room for 100 objects an image. Of "
         "batches, powers of two. New values of variables are counted beside the old ones, which a TPU overwrites."
     )
+    tables = [
+        _table("eval", results, "Evaluation", "Network and post-processing, results as large as the canvas, float32."),
+        _table("train", results, "Training", training),
+    ]
+    marks = {
+        "GiB* |": "\\*: fits only because the compiler computes intermediate results again. ",
+        "| – |": "–: does not fit. ",
+        "| ≥ ": "≥: this batch fits; how much larger one may be has not been compiled. ",
+        "|  |": "What is empty has not been compiled. ",
+    }
+    rows = [line for table in tables for line in table.splitlines() if line.startswith("| ") and line[2] != " "]  # but the headers
+    legend = "".join(text for mark, text in marks.items() if any(mark in row for row in rows))
     return (
         "# Memory on a TPU\n\n"
         "Written by `python -m bench.tpu` and `python -m bench.tpu --step train`, which [compile](compile.md) for one core of a TPU that "
-        "was not there: peak HBM of one image, and the largest batch of a core, behind which the next did not fit. \\*: fits only because "
-        "the compiler computes intermediate results again. –: does not fit. ≥: this batch fits; how much larger one may be has not been "
-        "compiled. Nor has what is empty. All that the compiler told is in [tpu_memory.json](tpu_memory.json).\n\n"
-        + _table("eval", results, "Evaluation", "Network and post-processing, results as large as the canvas, float32.")
-        + "\n"
-        + _table("train", results, "Training", training)
+        "was not there: peak HBM of one image, and the largest batch of a core, behind which the next did not fit. The canvas is that of "
+        f"the recipe. {legend}All that the compiler told is in [tpu_memory.json](tpu_memory.json).\n\n" + "\n".join(tables)
     )
 
 
