@@ -83,8 +83,3 @@ def test_the_commands_are_there():
 def test_ci_runs_the_test_command_of_the_readme():
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1] == "make test"
     assert "```bash\nmake test\n```" in README
-
-
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target

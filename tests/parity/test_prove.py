@@ -1,5 +1,5 @@
-"""One checkpoint of each architecture, whole: R101c, Swin, and the per-pixel baseline with queries; R50 with the encoder is the README's
-example, which is run as well.
+"""Checkpoints at their true widths: Swin, and the per-pixel baseline with queries; R50 with the encoder is the README's example, which is
+run as well, and R101c's stem and dilations are checked at small widths (``test_backbones``).
 
 ``make zoo`` proves them all, with both paddings.
 """
@@ -16,7 +16,6 @@ from parity import prove
 @pytest.mark.parametrize(
     ("name", "padding", "assigns"),
     [
-        ("maskformer_R101c_bs16_90k", "official", True),
         ("maskformer_panoptic_swin_tiny_bs64_554k", "masked", True),
         ("per_pixel_baseline_plus_R50_bs16_160k", "official", False),
     ],
