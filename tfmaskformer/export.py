@@ -85,9 +85,10 @@ def export(
         raise ExportError("a Keras model takes images of any size\n  leave --size out")
     with _staging(destination, force) as directory:
         from tfmaskformer.checkpoint import load
+        from tfmaskformer.checkpoint import read_manifest as read_conversion
         from tfmaskformer.folding import FoldingError, fold
 
-        converted, policy = _converted(checkpoint), FORMATS[format][dtype]
+        converted, policy = read_conversion(checkpoint), FORMATS[format][dtype]
         model = load(checkpoint, policy)
         folding = None
         if fold_batch_norm:
@@ -118,29 +119,6 @@ def export(
             "config": config.to_dict(),
         }
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
-
-
-def _converted(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``convert`` tells of a checkpoint; empty where training wrote it.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    import tensorflow as tf
-
-    from tfmaskformer.checkpoint import CheckpointError
-
-    path = os.path.join(checkpoint, MANIFEST)
-    try:
-        if not tf.io.gfile.exists(path):
-            return {}
-        with tf.io.gfile.GFile(path, "rb") as file:
-            manifest = json.loads(file.read().decode("utf-8"))
-    except (tf.errors.OpError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}\n  convert the source again") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("source"), dict):
-        raise CheckpointError(f"{path}: expected what 'convert' tells of the source, got something else\n  convert the source again")
     return manifest
 
 

@@ -7,6 +7,7 @@ import importlib.resources
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -535,6 +536,23 @@ def test_data_that_does_not_fit(tiny, cityscapes, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert out == ""
         assert message in err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("manifest.json", b"{", "convert the source again"),
+        ("manifest.json", b"[1]", "expected what 'convert' tells of the source"),
+        ("checkpoint", b"\x80\xff junk", "expected TensorFlow's list of checkpoints"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told(file, content, told, tiny, cityscapes, tmp_path, capsys):
+    folder = shutil.copytree(tiny, tmp_path / "damaged")
+    (folder / file).write_bytes(content)
+    assert cli.main(["--ckpt", str(folder), "--cpu", "--data", cityscapes]) == cli.BAD_INPUT
+    message = capsys.readouterr().err
+    assert f"error: {folder / file}: " in message
+    assert told in message
 
 
 def test_semantic_models_need_semantic_truth(tmp_path, capsys):

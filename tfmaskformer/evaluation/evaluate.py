@@ -266,12 +266,7 @@ class Evaluation:
 
     def _planned(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
         """All that the counts depend on."""
-        prefix = tf.train.latest_checkpoint(os.fspath(directory))
-        if prefix is None:
-            raise checkpoint.CheckpointError(f"{directory}: no TensorFlow checkpoint in it; expected a directory written by 'convert'")
-        manifest_file = os.path.join(os.fspath(directory), "manifest.json")
-        manifest = json.loads(read_file(manifest_file)) if tf.io.gfile.exists(manifest_file) else {}
-        source = self.source
+        prefix, manifest, source = checkpoint.latest_prefix(directory), checkpoint.read_manifest(directory), self.source
         return {
             "checkpoint": {
                 # Holds the checksum of every tensor.

@@ -25,7 +25,7 @@ from typing import Any
 import tensorflow as tf
 import yaml
 
-from tfmaskformer.checkpoint import CONFIG_FILE
+from tfmaskformer.checkpoint import CONFIG_FILE, CheckpointError, latest_prefix
 from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.data.listing import read_file, told
 from tfmaskformer.evaluation.devices import gathered
@@ -181,8 +181,8 @@ def _latest(folder: str, there: Iterable[str]) -> str | None:
 
 
 def _named(folder: str) -> str | None:
-    with contextlib.suppress(ValueError):  # it is damaged
-        return tf.train.latest_checkpoint(folder)
+    with contextlib.suppress(CheckpointError):
+        return latest_prefix(folder)
     return None
 
 
