@@ -18,7 +18,7 @@ import numpy as np
 
 from checkpoints import registry
 from converters import checkpoint, target
-from converters.destination import Destination, sync
+from converters.destination import Destination
 from converters.errors import ConversionError, printable, quoted
 from converters.infer import Inference, infer
 from converters.manifest import Loss, manifest
@@ -30,6 +30,7 @@ from converters.source import TENSORFLOW, Source, kind_of, open_source
 from converters.tables import maskformer as table
 from converters.tensor import LazyTensor, Tensor, cast, inverted, is_exact, rounded
 from tfmaskformer.config import MaskFormerConfig
+from tfmaskformer.destination import sync
 
 if TYPE_CHECKING:
     from tfmaskformer.module import ParameterSpec
