@@ -77,12 +77,18 @@ def read(place: str) -> Any:
             folder = str(path.resolve().parent)
             if folder not in sys.path:
                 sys.path.insert(0, folder)
-            spec = importlib.util.spec_from_file_location(path.stem, path)
+            # Under a name that hides no other module. dataclasses looks for the module of a class there.
+            name = f"_port_{path.stem}"
+            spec = importlib.util.spec_from_file_location(name, path)
             assert spec is not None
             assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-    except (OSError, SyntaxError, ImportError, ValueError, TypeError) as error:
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                sys.modules.pop(name, None)
+                raise
+    except (Exception, SystemExit) as error:  # whatever the file does
         raise ConversionError(f"cannot read the port {quoted(place)}: {error!r}", "name a Python file that can be run") from error
     if not hasattr(module, ATTRIBUTE):
         raise ConversionError(f"{quoted(place)} describes no port: it has no {ATTRIBUTE}", f"write {ATTRIBUTE} = Port(…) in it")
