@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import tensorflow as tf
 
 from tfmaskformer.data import cli, generated
 from tfmaskformer.data.layouts import LAYOUTS
@@ -75,6 +76,23 @@ def test_bad_input(arguments, message, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
+
+
+def test_a_folder_that_cannot_be_read(coco, monkeypatch, capsys):
+    """Listed are the folders of the images when the JSON has been read."""
+    listdir = tf.io.gfile.listdir
+
+    def refused(folder):
+        if "val2017" in folder:
+            raise tf.errors.PermissionDeniedError(None, None, f"{folder}; Permission denied")
+        return listdir(folder)
+
+    monkeypatch.setattr(tf.io.gfile, "listdir", refused)
+    assert cli.main(["check", *DATASET, "--data", str(coco), "--fast"]) == cli.BAD_INPUT
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "val2017: unreadable folder\n  expected a folder, got " in err
+    assert "Permission denied" in err
 
 
 @pytest.mark.parametrize(

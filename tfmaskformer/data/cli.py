@@ -95,8 +95,12 @@ def _positive(text: str) -> int:
 
 def _check(arguments: argparse.Namespace, dataset: Any, progress: _Progress) -> int:
     from tfmaskformer.data.check import check
+    from tfmaskformer.data.records import DataError
 
-    findings = check(dataset, fast=arguments.fast, progress=progress)
+    try:
+        findings = check(dataset, fast=arguments.fast, progress=progress)
+    except (DataError, OSError) as error:
+        return failed(str(error), BAD_INPUT)
     progress.end()
     for problem in findings.problems:
         print(problem, file=sys.stderr)
