@@ -462,8 +462,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         import tensorflow as tf
 
         from tfmaskformer.checkpoint import CheckpointError
+        from tfmaskformer.evaluation.devices import multiply_in_float32
     except ImportError as error:
         return failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
+    multiply_in_float32()  # what folding costs is measured
     try:
         manifest = export(
             arguments.ckpt,

@@ -209,12 +209,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from tfmaskformer.checkpoint import CheckpointError, load
         from tfmaskformer.data.cli import _Progress
+        from tfmaskformer.evaluation.devices import multiply_in_float32
     except ImportError as error:
         return failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
     progress = _Progress()
     try:
         todo = photographs(arguments.photographs)
         _check_free(Path(arguments.out), todo)
+        multiply_in_float32()
         model = load(arguments.ckpt)
         predictor = Predictor(model, arguments.max_size, _kinds(arguments.kind, model))
         out = Path(arguments.out)

@@ -238,7 +238,9 @@ def test_out_of_memory_is_told(folder, tmp_path, monkeypatch, capsys):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
 
     monkeypatch.setattr("tfmaskformer.checkpoint.load", load)
+    tf.config.experimental.enable_tensor_float_32_execution(True)
     assert export.main(["--ckpt", str(folder / "shapes"), "--dst", str(tmp_path / "out")]) == 3
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
     assert "out of memory; nothing was written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

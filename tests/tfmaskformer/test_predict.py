@@ -216,6 +216,12 @@ def test_a_graph_for_each_canvas_and_no_warning(stub, caplog, monkeypatch):
     assert not caplog.messages
 
 
+def test_products_are_in_float32_on_a_gpu_too(stub, frames, tmp_path):
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+    assert predict.main(["--ckpt", "stub", str(frames / "frame2.png"), "--out", str(tmp_path)]) == 0
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
+
+
 def test_out_of_memory_is_told(stub, frames, tmp_path, monkeypatch, capsys):
     def allocate(*_):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")

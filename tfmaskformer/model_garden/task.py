@@ -27,6 +27,7 @@ from tfmaskformer.data.preprocessing import resize_shortest_edge, resized_shape
 from tfmaskformer.data.training import step_arguments, training_dataset
 from tfmaskformer.evaluation.canvases import Canvas, choose_canvases
 from tfmaskformer.evaluation.counts import Counts
+from tfmaskformer.evaluation.devices import multiply_in_float32
 from tfmaskformer.evaluation.evaluate import _write, infer_step
 from tfmaskformer.evaluation.sources import Source, metrics_of, open_source
 from tfmaskformer.model import MaskFormer
@@ -229,7 +230,7 @@ class MaskFormerTask(base_task.Task):
 
     def build_model(self) -> MaskFormer:
         """The model at random weights, which :meth:`initialize` or a checkpoint replaces; in ``runtime.mixed_precision_dtype``."""
-        tf.config.experimental.enable_tensor_float_32_execution(False)  # as tfmaskformer.evaluation.devices
+        multiply_in_float32()
         if self._steps_taken() and checkpoint.read_config(self.logging_dir) != self.settings.config:
             raise RunError(f"'{self.logging_dir}' holds a training of another model\n  choose another model_dir")
         keras.utils.set_random_seed(self.settings.seed)
