@@ -23,10 +23,11 @@ from converters.errors import ConversionError, printable, quoted
 from converters.infer import Inference, infer
 from converters.manifest import Loss, manifest
 from converters.named_config import named_config
-from converters.official import official
+from converters.official import HUGGING_FACE, official
 from converters.remote import local_copy, upload
 from converters.rules import Drop, Move, plan
 from converters.source import TENSORFLOW, Source, kind_of, open_source
+from converters.tables import huggingface
 from converters.tables import maskformer as table
 from converters.tensor import LazyTensor, Tensor, cast, inverted, is_exact, rounded
 from tfmaskformer.config import MaskFormerConfig
@@ -98,7 +99,7 @@ class Plan:
     """What is to be done with a file.
 
     Attributes:
-        table: name and version of the rule table.
+        table: name and version of the rule table, or of those that follow each other.
         key_layout: of the file.
         inference: the config of the model, with its origins.
         tensors: name → tensor in PyTorch's layout.
@@ -168,7 +169,8 @@ def _plan(file: Source, base: MaskFormerConfig | None) -> Plan:
     drops = table.drops(inference.config)
     moves = plan(table.rules(inference.config, found.key_layout), drops, found.tensors, shapes)
     more = {"left_out": dict(found.dropped)} if found.dropped else {}
-    return Plan(table.TABLE, found.key_layout, inference, found.tensors, moves, drops, more=more)
+    tables = (huggingface.TABLE, table.TABLE) if found.key_layout == HUGGING_FACE else (table.TABLE,)
+    return Plan(", ".join(tables), found.key_layout, inference, found.tensors, moves, drops, more=more)
 
 
 class _Run:
