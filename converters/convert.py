@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import hashlib
 import os
 import pathlib
 import shutil
@@ -29,7 +28,7 @@ from converters.rules import Drop, Move, plan
 from converters.source import TENSORFLOW, Source, kind_of, open_source
 from converters.tables import huggingface
 from converters.tables import maskformer as table
-from converters.tensor import LazyTensor, Tensor, cast, inverted, is_exact, rounded
+from converters.tensor import LazyTensor, Tensor, cast, inverted, is_exact, rounded, sha256_of
 from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.destination import sync
 
@@ -298,7 +297,7 @@ class _Run:
         transforms = table.transforms(config, self.todo.initial)
         derived = {drop.source: drop.expected for drop in table.drops(config) if drop.expected is not None}
         derived |= {name: np.asarray(cast(inverted(value, transforms[name]), self.dtype)) for name, value in self.todo.initial.items()}
-        self.expected |= {name: _sha256_of(value) for name, value in derived.items()}
+        self.expected |= {name: sha256_of(value) for name, value in derived.items()}
         tensors = {move.target: watched(move) for move in self.todo.moves} | derived
         return {name: tensors[name] for name in _official_order(config, tensors)}
 
@@ -326,9 +325,9 @@ class _Run:
 
     def _hash(self, item: Move | Drop, array: np.ndarray) -> None:
         """Hashes a tensor, as it is in the file and as it is written; afterwards its part of the file leaves the memory."""
-        self.digests[item.source] = digest = _sha256_of(array)
+        self.digests[item.source] = digest = sha256_of(array)
         if isinstance(item, Move):
-            self.expected[item.target] = digest if array.dtype == self.dtype else _sha256_of(rounded(array, self.dtype))
+            self.expected[item.target] = digest if array.dtype == self.dtype else sha256_of(rounded(array, self.dtype))
         self.file.release(self.todo.tensors[item.source])
         self.progress("reading", len(self.digests) / len(self.todo.tensors))
 
@@ -341,7 +340,7 @@ class _Run:
             def differs(name: str) -> bool:
                 tensor = found[name]
                 same = (tensor.shape, tensor.dtype) == (tensors[name].shape, tensors[name].dtype)
-                differs = not same or _sha256_of(np.asarray(tensor)) != self.expected[name]
+                differs = not same or sha256_of(np.asarray(tensor)) != self.expected[name]
                 file.release(tensor)
                 return differs
 
@@ -385,11 +384,6 @@ def _not_finite(name: str, tensor: np.ndarray) -> str:
     indices = np.argwhere(~np.isfinite(tensor))
     first = tuple(int(index) for index in indices[0])
     return f"{quoted(name)} {tensor.shape}: {len(indices)} of {tensor.size} values, the first is {tensor[first]} at {first}"
-
-
-def _sha256_of(array: np.ndarray) -> str:
-    """Of the elements in C order."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ names.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -24,6 +23,7 @@ from converters.destination import Destination
 from converters.errors import ConversionError, printable, quoted
 from converters.rules import Drop, Move, Rule, first, plan
 from converters.source import open_source
+from converters.tensor import sha256_of
 
 if TYPE_CHECKING:
     import keras
@@ -222,7 +222,7 @@ def convert(port: Ported, source: str | pathlib.Path, destination: str | pathlib
                     "transform": move.transform.name,
                     "source_shape": list(file.tensors[move.source].shape),
                     "target_shape": list(shapes[move.target]),
-                    "sha256": _sha256_of(values[move.target]),
+                    "sha256": sha256_of(values[move.target]),
                 }
                 for move in todo
             ],
@@ -302,7 +302,3 @@ def _saved(model: Any) -> Any:
     around.model = model
     around.built = True
     return around
-
-
-def _sha256_of(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
