@@ -6,8 +6,10 @@ package needs to know neither the converter nor the parity harness.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import sys
+import time
 from collections.abc import Sequence
 from importlib import metadata
 
@@ -48,3 +50,37 @@ def _usage(commands: dict[str, metadata.EntryPoint]) -> str:
     return "\n".join(
         ["usage: tfmaskformer COMMAND …", "       tfmaskformer --version", "", *lines, "", "'tfmaskformer COMMAND --help' tells more."]
     )
+
+
+def positive(text: str) -> int:
+    """A type of argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+class Progress:
+    """Images done, images a second and the time that is left: a line that changes on a terminal, a line every 30 s elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._start_s = self._shown_s = time.monotonic()
+        self._first = -1
+        self._shown = False
+
+    def __call__(self, done: int, images: int) -> None:
+        now_s = time.monotonic()
+        if self._first < 0:  # what an earlier build did is no measure of speed
+            self._first, self._start_s = done, now_s
+        if done > self._first and now_s - self._shown_s >= (0.2 if self._terminal else 30):
+            speed = (done - self._first) / (now_s - self._start_s)
+            left_s = round((images - done) / speed)
+            line = f"{done} of {images} images, {speed:.1f} images/s, {left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02} left"
+            print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr, flush=True)
+            self._shown, self._shown_s = True, now_s
+
+    def end(self) -> None:
+        """Clears the line."""
+        if self._shown and self._terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self._shown = False

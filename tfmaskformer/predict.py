@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, failed
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, Progress, failed
 
 if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
@@ -208,11 +208,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         import tensorflow as tf
 
         from tfmaskformer.checkpoint import CheckpointError, load
-        from tfmaskformer.data.cli import _Progress
         from tfmaskformer.evaluation.devices import multiply_in_float32
     except ImportError as error:
         return failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
-    progress = _Progress()
+    progress = Progress()
     try:
         todo = photographs(arguments.photographs)
         _check_free(Path(arguments.out), todo)

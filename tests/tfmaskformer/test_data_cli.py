@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import tensorflow as tf
@@ -139,8 +140,8 @@ def test_tfrecords_that_cannot_be_written(coco, tmp_path, capsys):
 
 def test_progress(monkeypatch, capsys):
     now = iter(range(0, 1000, 40))
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
-    progress = cli._Progress()
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    progress = cli.Progress()
     for done in (10, 20, 30):
         progress(done, 110)
     progress.end()

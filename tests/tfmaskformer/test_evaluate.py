@@ -26,7 +26,8 @@ from tfmaskformer.data import cli as data_cli
 from tfmaskformer.data import generated, shapes, tfrecords
 from tfmaskformer.data.datasets import open_dataset
 from tfmaskformer.data.preprocessing import resize_shortest_edge
-from tfmaskformer.evaluation import augmentation, cli
+from tfmaskformer.data.records import Record
+from tfmaskformer.evaluation import augmentation, cli, sources
 from tfmaskformer.evaluation.augmentation import Augmentation, augmented_scores
 from tfmaskformer.evaluation.canvases import Canvas, choose_canvases
 from tfmaskformer.evaluation.devices import strategy_for
@@ -506,6 +507,17 @@ def test_products_are_asked_for_in_float32(tiny_panoptic):
     products = [line for line in program.splitlines() if re.search(r"= f32\S* (dot|convolution)\(", line)]
     assert len(products) > 40
     assert [line for line in products if "operand_precision={highest,highest}" not in line] == []
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(1, (3, 5)), (6, (5, 3)), (None, (3, 5))])
+def test_sizes_are_those_of_upright_images(orientation, size, tmp_path, monkeypatch):
+    """Where the EXIF block is broken, of the image as it is: as it is read."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation or 1
+    Image.new("RGB", (5, 3)).save(tmp_path / "a.jpg", exif=exif)
+    if orientation is None:
+        monkeypatch.setattr(Image.Image, "getexif", lambda self: (_ for _ in ()).throw(SyntaxError("broken")))
+    assert sources._size(Record("a", str(tmp_path / "a.jpg"))) == size
 
 
 def test_another_evaluation_is_not_resumed(tiny, cityscapes, tmp_path, capsys):

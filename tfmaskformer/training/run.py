@@ -27,9 +27,8 @@ import yaml
 
 from tfmaskformer.checkpoint import CONFIG_FILE, CheckpointError, latest_prefix
 from tfmaskformer.config import MaskFormerConfig
-from tfmaskformer.data.listing import read_file, told
+from tfmaskformer.data.listing import read_file, told, write_file
 from tfmaskformer.evaluation.devices import gathered
-from tfmaskformer.evaluation.evaluate import _write
 from tfmaskformer.official_yaml import Tree, dump
 
 KEEP = 3
@@ -138,7 +137,7 @@ class Run:
 
     def write(self, name: str, content: bytes) -> None:
         """A file that is there whole, or not at all."""
-        _write(self.path(name), content)
+        write_file(self.path(name), content)
 
     def restore(self, **objects: Any) -> tf.train.CheckpointManager:
         """Gives these objects the values of :attr:`latest`, if there is one; what they are saved with.
