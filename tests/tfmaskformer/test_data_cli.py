@@ -138,6 +138,15 @@ def test_tfrecords_that_cannot_be_written(coco, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_on_a_full_disk_the_result_is_printed(coco, tmp_path, capsys):
+    for command in (["check"], ["tfrecords", "--out", str(tmp_path / "out"), "--processes", "1"]):
+        assert cli.main([*command, *DATASET, "--data", str(coco), "--json", "/dev/full"]) == cli.COULD_NOT_RUN
+        out, err = capsys.readouterr()
+        assert ["images", "4"] in [line.split() for line in out.splitlines()]
+        assert "cannot write '/dev/full': No space left on device" in err
+
+
 def test_progress(monkeypatch, capsys):
     now = iter(range(0, 1000, 40))
     monkeypatch.setattr(time, "monotonic", lambda: next(now))

@@ -520,6 +520,24 @@ def test_sizes_are_those_of_upright_images(orientation, size, tmp_path, monkeypa
     assert sources._size(Record("a", str(tmp_path / "a.jpg"))) == size
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_on_a_full_disk_the_result_is_printed(tiny, cityscapes, tmp_path, monkeypatch, capsys, uncompiled):
+    command = ["--ckpt", tiny, "--cpu", "--data", cityscapes, "--limit", "1"]
+    assert cli.main([*command, "--json", "/dev/full"]) == cli.COULD_NOT_RUN
+    out, err = capsys.readouterr()
+    assert out.startswith("tiny on cityscapes val: 1 images, 0 skipped")
+    assert "cannot write '/dev/full': No space left on device" in err
+
+    def full(path, content):
+        raise tf.errors.ResourceExhaustedError(None, None, f"{path}; No space left on device")
+
+    monkeypatch.setattr("tfmaskformer.evaluation.evaluate.write_file", full)
+    assert cli.main([*command, "--results", str(tmp_path / "results")]) == cli.COULD_NOT_RUN
+    out, err = capsys.readouterr()
+    assert out.startswith("tiny on cityscapes val: 1 images, 0 skipped")
+    assert "sem_seg_predictions.json; No space left on device" in err
+
+
 def test_another_evaluation_is_not_resumed(tiny, cityscapes, tmp_path, capsys):
     """Bad data stops; what is saved of it serves no other command."""
     command = ["--ckpt", tiny, "--cpu", "--data", cityscapes, "--resume", str(tmp_path)]

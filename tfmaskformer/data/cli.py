@@ -51,7 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     command = _command(
-        commands, "check", "say what is missing or malformed, file by file", "0 no problems, 1 problems, 2 usage or bad input"
+        commands,
+        "check",
+        "say what is missing or malformed, file by file",
+        "0 no problems, 1 problems, 2 usage or bad input, 3 could not run",
     )
     command.add_argument("--fast", action="store_true", help="only whether all files are there; reads lists and JSON files, no image")
     command.set_defaults(run=_check)
@@ -109,8 +112,8 @@ def _check(arguments: argparse.Namespace, dataset: Any, progress: Progress) -> i
     }
     what = "have all their files" if arguments.fast else "are sound"
     rows = [("images", findings.images), (f"… that {what}", findings.sound), *findings.counts().items()]
-    _print_result(arguments.json, result, f"{dataset.name} {dataset.split} in {dataset.root}", rows)
-    return PROBLEMS if findings.problems else OK
+    code = PROBLEMS if findings.problems else OK
+    return _told(arguments.json, result, f"{dataset.name} {dataset.split} in {dataset.root}", rows, code)
 
 
 def _tfrecords(arguments: argparse.Namespace, dataset: Any, progress: Progress) -> int:
@@ -148,18 +151,20 @@ def _tfrecords(arguments: argparse.Namespace, dataset: Any, progress: Progress) 
         ("problems skipped", len(problems)),
         ("MB", round(sum(shard["bytes"] for shard in shards) / 1e6, 1)),
     ]
-    _print_result(arguments.json, manifest, f"{dataset.name} {dataset.split} in {arguments.out}", rows)
-    return OK
+    return _told(arguments.json, manifest, f"{dataset.name} {dataset.split} in {arguments.out}", rows, OK)
 
 
-def _print_result(json_file: str | None, result: dict[str, Any], title: str, rows: Sequence[tuple[str, float]]) -> None:
-    if json_file == "-":
-        print(json.dumps(result, indent=1))
-        return
-    if json_file is not None:
-        pathlib.Path(json_file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def _told(json_file: str | None, result: dict[str, Any], title: str, rows: Sequence[tuple[str, float]], code: int) -> int:
+    """Prints the result, and then writes it: on a full disk it is not lost. Returns the exit code, ``code`` or 3."""
     width = max(len(name) for name, _ in rows)
-    print("\n".join([title, *(f"  {name:<{width}}  {value:>10}" for name, value in rows)]))
+    table = "\n".join([title, *(f"  {name:<{width}}  {value:>10}" for name, value in rows)])
+    print(json.dumps(result, indent=1) if json_file == "-" else table, flush=True)
+    if json_file not in (None, "-"):
+        try:
+            pathlib.Path(str(json_file)).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            return failed(f"cannot write '{json_file}': {error.strerror or error}\n  the result is printed above", COULD_NOT_RUN)
+    return code
 
 
 def _require_writable(path: str | None) -> None:

@@ -138,16 +138,18 @@ def _evaluate(arguments: argparse.Namespace, progress: Progress) -> int:
     counts = evaluation.total()
     if shard[1]:  # the first worker tells
         return OK
-    evaluation.write_results(counts)
     report = evaluation.report(counts)
     for problem in report["problems"]:
         print(f"skipped: {problem['file']}: {problem['kind']}", file=sys.stderr)
-    if arguments.json == "-":
-        print(json.dumps(report, indent=1))
-        return OK
-    if arguments.json is not None:
-        pathlib.Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(_tables(report)))
+    # First: on a full disk the result is not lost.
+    print(json.dumps(report, indent=1) if arguments.json == "-" else "\n".join(_tables(report)), flush=True)
+    if arguments.json not in (None, "-"):
+        try:
+            pathlib.Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            told = f"cannot write '{arguments.json}': {error.strerror or error}\n  the result is printed above"
+            return _failed(progress, told, COULD_NOT_RUN)
+    evaluation.write_results(counts)
     return OK
 
 
