@@ -411,11 +411,12 @@ def test_descriptions_that_are_none(capsys):
         run("parity-check --port unet_port.py --ckpt tf_unet --reference official --src unet.pth", capsys)
 
 
-def test_a_port_may_have_dataclasses():
-    """Of text annotations, which dataclasses look up in the module."""
+@pytest.mark.parametrize("name", ["with_classes.py", "json.py"])
+def test_a_port_may_have_dataclasses(name):
+    """Of text annotations, which dataclasses look up in the module; and be called as another module is."""
     lines = ["from __future__ import annotations", "import dataclasses", "@dataclasses.dataclass", "class PORT:", "    n: int = 3"]
-    Path("json.py").write_text("\n".join(lines))
-    assert ports.read("json.py")().n == 3
+    Path(name).write_text("\n".join(lines))
+    assert ports.read(name)().n == 3
     assert sys.modules["json"] is json
 
 
