@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, Progress, failed, positive
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, OutputError, Progress, failed, positive, write_whole
 from tfmaskformer.data.layouts import LAYOUTS
 
 PROBLEMS = 1
@@ -161,9 +161,9 @@ def _told(json_file: str | None, result: dict[str, Any], title: str, rows: Seque
     print(json.dumps(result, indent=1) if json_file == "-" else table, flush=True)
     if json_file not in (None, "-"):
         try:
-            pathlib.Path(str(json_file)).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            return failed(f"cannot write '{json_file}': {error.strerror or error}\n  the result is printed above", COULD_NOT_RUN)
+            write_whole(str(json_file), json.dumps(result, indent=1) + "\n")
+        except OutputError as error:
+            return failed(f"{error}\n  the result is printed above", error.exit_code)
     return code
 
 

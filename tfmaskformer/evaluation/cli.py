@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, Progress, failed, positive
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, OutputError, Progress, failed, positive, write_whole
 from tfmaskformer.data.layouts import LAYOUTS
 
 _GROUPS = ("all", "things", "stuff")
@@ -145,10 +145,9 @@ def _evaluate(arguments: argparse.Namespace, progress: Progress) -> int:
     print(json.dumps(report, indent=1) if arguments.json == "-" else "\n".join(_tables(report)), flush=True)
     if arguments.json not in (None, "-"):
         try:
-            pathlib.Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            told = f"cannot write '{arguments.json}': {error.strerror or error}\n  the result is printed above"
-            return _failed(progress, told, COULD_NOT_RUN)
+            write_whole(arguments.json, json.dumps(report, indent=1) + "\n")
+        except OutputError as error:
+            return _failed(progress, f"{error}\n  the result is printed above", error.exit_code)
     evaluation.write_results(counts)
     return OK
 
