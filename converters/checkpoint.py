@@ -8,9 +8,7 @@ files are told without it.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import glob
-import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ import numpy as np
 from converters.errors import ConversionError, quoted
 from converters.tensor import BFLOAT16, LazyTensor
 from converters.transforms import Shape
+from tfmaskformer.destination import system_error
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -130,8 +129,7 @@ def write(directory: pathlib.Path, variables: Mapping[str, np.ndarray]) -> None:
                 tensors=list(tensors.values()),
             )
     except tf.errors.OpError as error:
-        code = next((code for code in errno.errorcode if os.strerror(code) in error.message), 0)
-        raise (OSError(code, os.strerror(code)) if code else OSError(f"TensorFlow says: {error.message}")) from None
+        raise system_error(error) from None
     # As tf.train.update_checkpoint_state writes it, without the time.
     (directory / "checkpoint").write_text(f'model_checkpoint_path: "{PREFIX}"\nall_model_checkpoint_paths: "{PREFIX}"\n')
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import pathlib
 import sys
@@ -245,7 +246,7 @@ def _summary(conversion: Conversion, seconds: float) -> str:
 
     manifest, config = conversion.manifest, conversion.inference.config
     source, entry = manifest["source"], manifest["model"]["zoo_entry"]
-    elements = sum(_product(tensor["target_shape"]) for tensor in manifest["tensors"])
+    elements = sum(math.prod(tensor["target_shape"]) for tensor in manifest["tensors"])
     dropped: dict[str, list[str]] = {}
     for drop in manifest["dropped"]:
         dropped.setdefault(drop["reason"], []).append(drop["source"])
@@ -309,13 +310,6 @@ def _backbone(config: Mapping[str, Any]) -> str:
     if config["name"] == "ResNet":
         return f"ResNet-{config['depth']}" + " with the DeepLab stem" * (config["stem_type"] == "deeplab")
     return f"Swin Transformer of {config['embed_dim']} channels and {'-'.join(map(str, config['depths']))} blocks"
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
 
 
 def _print(text: str) -> None:

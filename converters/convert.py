@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import hashlib
 import os
 import pathlib
 import shutil
@@ -18,18 +17,20 @@ import numpy as np
 
 from checkpoints import registry
 from converters import checkpoint, target
-from converters.destination import Destination, sync
+from converters.destination import Destination
 from converters.errors import ConversionError, printable, quoted
 from converters.infer import Inference, infer
 from converters.manifest import Loss, manifest
 from converters.named_config import named_config
-from converters.official import official
+from converters.official import HUGGING_FACE, official
 from converters.remote import local_copy, upload
 from converters.rules import Drop, Move, plan
 from converters.source import TENSORFLOW, Source, kind_of, open_source
+from converters.tables import huggingface
 from converters.tables import maskformer as table
-from converters.tensor import LazyTensor, Tensor, cast, inverted, is_exact, rounded
+from converters.tensor import LazyTensor, Tensor, cast, inverted, is_exact, rounded, sha256_of
 from tfmaskformer.config import MaskFormerConfig
+from tfmaskformer.destination import sync
 
 if TYPE_CHECKING:
     from tfmaskformer.module import ParameterSpec
@@ -97,7 +98,7 @@ class Plan:
     """What is to be done with a file.
 
     Attributes:
-        table: name and version of the rule table.
+        table: name and version of the rule table, or of those that follow each other.
         key_layout: of the file.
         inference: the config of the model, with its origins.
         tensors: name → tensor in PyTorch's layout.
@@ -167,7 +168,8 @@ def _plan(file: Source, base: MaskFormerConfig | None) -> Plan:
     drops = table.drops(inference.config)
     moves = plan(table.rules(inference.config, found.key_layout), drops, found.tensors, shapes)
     more = {"left_out": dict(found.dropped)} if found.dropped else {}
-    return Plan(table.TABLE, found.key_layout, inference, found.tensors, moves, drops, more=more)
+    tables = (huggingface.TABLE, table.TABLE) if found.key_layout == HUGGING_FACE else (table.TABLE,)
+    return Plan(", ".join(tables), found.key_layout, inference, found.tensors, moves, drops, more=more)
 
 
 class _Run:
@@ -295,7 +297,7 @@ class _Run:
         transforms = table.transforms(config, self.todo.initial)
         derived = {drop.source: drop.expected for drop in table.drops(config) if drop.expected is not None}
         derived |= {name: np.asarray(cast(inverted(value, transforms[name]), self.dtype)) for name, value in self.todo.initial.items()}
-        self.expected |= {name: _sha256_of(value) for name, value in derived.items()}
+        self.expected |= {name: sha256_of(value) for name, value in derived.items()}
         tensors = {move.target: watched(move) for move in self.todo.moves} | derived
         return {name: tensors[name] for name in _official_order(config, tensors)}
 
@@ -323,9 +325,9 @@ class _Run:
 
     def _hash(self, item: Move | Drop, array: np.ndarray) -> None:
         """Hashes a tensor, as it is in the file and as it is written; afterwards its part of the file leaves the memory."""
-        self.digests[item.source] = digest = _sha256_of(array)
+        self.digests[item.source] = digest = sha256_of(array)
         if isinstance(item, Move):
-            self.expected[item.target] = digest if array.dtype == self.dtype else _sha256_of(rounded(array, self.dtype))
+            self.expected[item.target] = digest if array.dtype == self.dtype else sha256_of(rounded(array, self.dtype))
         self.file.release(self.todo.tensors[item.source])
         self.progress("reading", len(self.digests) / len(self.todo.tensors))
 
@@ -338,7 +340,7 @@ class _Run:
             def differs(name: str) -> bool:
                 tensor = found[name]
                 same = (tensor.shape, tensor.dtype) == (tensors[name].shape, tensors[name].dtype)
-                differs = not same or _sha256_of(np.asarray(tensor)) != self.expected[name]
+                differs = not same or sha256_of(np.asarray(tensor)) != self.expected[name]
                 file.release(tensor)
                 return differs
 
@@ -382,11 +384,6 @@ def _not_finite(name: str, tensor: np.ndarray) -> str:
     indices = np.argwhere(~np.isfinite(tensor))
     first = tuple(int(index) for index in indices[0])
     return f"{quoted(name)} {tensor.shape}: {len(indices)} of {tensor.size} values, the first is {tensor[first]} at {first}"
-
-
-def _sha256_of(array: np.ndarray) -> str:
-    """Of the elements in C order."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 @contextlib.contextmanager

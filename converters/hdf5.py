@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 
 from converters import hdf5_listing, unpickle
-from converters.errors import ConversionError, quoted
+from converters.errors import ConversionError, printable, quoted
 from converters.tensor import Tensor
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -55,8 +55,13 @@ def read(path: pathlib.Path, data: mmap.mmap, own: bool = False) -> Contents:
 
 
 def _listed(path: pathlib.Path) -> dict[str, Any]:
-    command = [sys.executable, "-I", hdf5_listing.__file__, str(path.absolute())]
-    done = subprocess.run(command, capture_output=True, check=False)
+    # -I takes nothing from the environment or the current folder; where to find h5py it is told, for it may be from PYTHONPATH or ~/.local.
+    places = [place for place in sys.path if os.path.isabs(place)]
+    script = f"import runpy, sys; sys.path[:] = {places!r}; runpy.run_path({hdf5_listing.__file__!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-I", "-c", script, str(path.absolute())], capture_output=True, check=False)
+    if done.returncode == 1:  # an exception of Python before the file was opened
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["it ended with 1"])[-1]
+        raise ConversionError(f"the HDF5 file cannot be listed: {printable(last)}", f"try: {sys.executable} -c 'import h5py'")
     if done.returncode:
         how = "it took too long" if done.returncode == -signal.SIGXCPU else f"the library that reads it ended with {done.returncode}"
         raise ConversionError(f"the HDF5 file is damaged: {how}", "download or copy the file again")

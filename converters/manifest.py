@@ -69,7 +69,7 @@ def manifest(
 
     Args:
         source: what is known of the file: "file" (name without directories), "bytes", "sha256", "author", "key_layout".
-        table: name and version of the rule table.
+        table: name and version of the rule table, or of those that follow each other.
         inference: the config and its origins.
         tensors: source name → tensor.
         digests: source name → SHA-256 of the tensor's elements in C order, as hex digits.

@@ -7,7 +7,6 @@ names.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -24,6 +23,7 @@ from converters.destination import Destination
 from converters.errors import ConversionError, printable, quoted
 from converters.rules import Drop, Move, Rule, first, plan
 from converters.source import open_source
+from converters.tensor import sha256_of
 
 if TYPE_CHECKING:
     import keras
@@ -77,12 +77,18 @@ def read(place: str) -> Any:
             folder = str(path.resolve().parent)
             if folder not in sys.path:
                 sys.path.insert(0, folder)
-            spec = importlib.util.spec_from_file_location(path.stem, path)
+            # Under a name that hides no other module. dataclasses looks for the module of a class there.
+            name = f"_port_{path.stem}"
+            spec = importlib.util.spec_from_file_location(name, path)
             assert spec is not None
             assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-    except (OSError, SyntaxError, ImportError, ValueError, TypeError) as error:
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                sys.modules.pop(name, None)
+                raise
+    except (Exception, SystemExit) as error:  # whatever the file does
         raise ConversionError(f"cannot read the port {quoted(place)}: {error!r}", "name a Python file that can be run") from error
     if not hasattr(module, ATTRIBUTE):
         raise ConversionError(f"{quoted(place)} describes no port: it has no {ATTRIBUTE}", f"write {ATTRIBUTE} = Port(…) in it")
@@ -216,7 +222,7 @@ def convert(port: Ported, source: str | pathlib.Path, destination: str | pathlib
                     "transform": move.transform.name,
                     "source_shape": list(file.tensors[move.source].shape),
                     "target_shape": list(shapes[move.target]),
-                    "sha256": _sha256_of(values[move.target]),
+                    "sha256": sha256_of(values[move.target]),
                 }
                 for move in todo
             ],
@@ -296,7 +302,3 @@ def _saved(model: Any) -> Any:
     around.model = model
     around.built = True
     return around
-
-
-def _sha256_of(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

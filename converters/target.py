@@ -50,14 +50,12 @@ class Format:
     Attributes:
         kind: what :func:`converters.source.kind_of` says of the result.
         endings: of names that ask for it.
-        key_layout: of the names in it.
         write: writes the file, or into the directory.
         files: of a directory; empty for a file.
     """
 
     kind: str
     endings: tuple[str, ...]
-    key_layout: str
     write: Callable[[pathlib.Path, Contents], None]
     files: tuple[str, ...] = ()
 
@@ -134,14 +132,12 @@ def _refuse_bfloat16(contents: Contents, who: str) -> None:
         )
 
 
-DIRECTORY = Format(
-    source.TENSORFLOW, (), source.TENSORFLOW, _write_directory, (checkpoint.MANIFEST_FILE, checkpoint.CONFIG_FILE, *checkpoint.FILES)
-)
+DIRECTORY = Format(source.TENSORFLOW, (), _write_directory, (checkpoint.MANIFEST_FILE, checkpoint.CONFIG_FILE, *checkpoint.FILES))
 FILES = (
-    Format(source.PICKLE, (".pkl",), "v1", _write_pickle),
-    Format(source.TORCH, (".pth", ".pt"), "v2", _write_torch),
-    Format(source.SAFETENSORS, (".safetensors",), "v2", _write_safetensors),
-    Format(source.KERAS, (".weights.h5",), source.KERAS, _write_keras),
-    Format(source.HDF5, (".h5", ".hdf5"), "v2", _write_hdf5),
+    Format(source.PICKLE, (".pkl",), _write_pickle),
+    Format(source.TORCH, (".pth", ".pt"), _write_torch),
+    Format(source.SAFETENSORS, (".safetensors",), _write_safetensors),
+    Format(source.KERAS, (".weights.h5",), _write_keras),
+    Format(source.HDF5, (".h5", ".hdf5"), _write_hdf5),
 )
 """A plain pickle carries no version, so the official loader expects v1 names in it; in a .pth file ``_metadata`` tells that they are v2."""

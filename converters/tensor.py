@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -98,3 +99,8 @@ def little_endian(tensor: Tensor) -> memoryview:
     if (array.shape, array.dtype) != (tuple(tensor.shape), tensor.dtype):
         raise ValueError(f"expected {tensor.dtype} {tuple(tensor.shape)} as announced, got {array.dtype} {array.shape}")
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+
+
+def sha256_of(array: np.ndarray) -> str:
+    """Of the elements in C order."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()

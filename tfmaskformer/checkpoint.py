@@ -19,7 +19,8 @@ from tfmaskformer.config import ConfigError, MaskFormerConfig
 from tfmaskformer.model import MaskFormer
 from tfmaskformer.module import parameter_specs
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, MANIFEST_FILE = "config.json", "manifest.json"
+_AGAIN = "convert the source again, or name a directory written by 'convert' or 'train'"
 _PREFIX, _SUFFIX = "model/", "/.ATTRIBUTES/VARIABLE_VALUE"
 
 
@@ -89,6 +90,42 @@ def read_config(directory: str | os.PathLike[str]) -> MaskFormerConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``convert`` tells of a checkpoint; empty where training wrote it.
+
+    Raises:
+        CheckpointError: it cannot be read, or is something else.
+    """
+    path = os.path.join(directory, MANIFEST_FILE)
+    try:
+        if not tf.io.gfile.exists(path):
+            return {}
+        with tf.io.gfile.GFile(path, "rb") as file:
+            manifest = json.loads(file.read().decode("utf-8"))
+    except (tf.errors.OpError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}\n  convert the source again") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("source"), dict):
+        raise CheckpointError(f"{path}: expected what 'convert' tells of the source, got something else\n  convert the source again")
+    return manifest
+
+
+def latest_prefix(directory: str | os.PathLike[str]) -> str:
+    """Of the checkpoint that the directory's file ``checkpoint`` names.
+
+    Raises:
+        CheckpointError: there is none, or the file is damaged.
+        OpError: of TensorFlow; it cannot be read.
+    """
+    try:
+        prefix = tf.train.latest_checkpoint(os.fspath(directory))
+    except ValueError as error:  # not UTF-8
+        path = os.path.join(directory, "checkpoint")
+        raise CheckpointError(f"{path}: expected TensorFlow's list of checkpoints, got something else ({error})\n  {_AGAIN}") from error
+    if prefix is None:
+        raise CheckpointError(f"{directory}: no TensorFlow checkpoint in it\n  {_AGAIN}")
+    return prefix
+
+
 def load(directory: str | os.PathLike[str], dtype: str = "float32", config: MaskFormerConfig | None = None) -> MaskFormer:
     """The model in a checkpoint directory, with its weights.
 
@@ -102,10 +139,9 @@ def load(directory: str | os.PathLike[str], dtype: str = "float32", config: Mask
         CheckpointError: something is missing, left over or misshapen; all of it is listed.
     """
     model = MaskFormer(config or read_config(directory), dtype)
-    prefix = tf.train.latest_checkpoint(str(directory))
-    if prefix is None:
-        raise CheckpointError(f"{directory}: no TensorFlow checkpoint in it; convert the source again")
+    prefix = os.fspath(directory)
     try:
+        prefix = latest_prefix(directory)
         reader = tf.compat.v1.train.NewCheckpointReader(prefix)
         keys, shapes = stored_variables(reader), reader.get_variable_to_shape_map()
         _check(directory, model, {name: tuple(shapes[key]) for name, key in keys.items() if key in shapes})

@@ -6,20 +6,87 @@ package needs to know neither the converter nor the parity harness.
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 GROUP = "tfmaskformer.commands"
 OK, BAD_INPUT, COULD_NOT_RUN = 0, 2, 3
 """Exit codes; 1 is a command's own: what it was to find out is not as it should be."""
 
 
+class OutputError(Exception):
+    """A result that cannot be written; the message says which, why and the next step.
+
+    Attributes:
+        exit_code: what a command returns then: 2 before its work (:func:`require_writable`), 3 behind it (:func:`write_whole`).
+    """
+
+    def __init__(self, path: object, why: object, exit_code: int):
+        super().__init__(f"cannot write {str(path)!r}: {why}; give another place")
+        self.exit_code = exit_code
+
+
 def failed(message: str, code: int) -> int:
     """Tells on stderr what went wrong, and returns the exit code."""
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def require_writable(path: str | Path | None, *, folder: bool = False) -> None:
+    """Raises OutputError, before any work, where :func:`write_whole` could not write a file.
+
+    Args:
+        path: of the file, in a folder that exists; None (there is nothing to write) and "-" (stdout) are always right.
+        folder: whether it is a folder for several files instead, which is there or can be made.
+    """
+    if path is None or str(path) == "-":
+        return
+    given, place = Path(path), Path(os.path.realpath(path))
+    try:
+        if folder:
+            needed = [next(above for above in (place, *place.parents) if above.exists())]
+            why = "" if needed[0].is_dir() else f"'{needed[0]}' is no folder"
+        elif given.exists() and not given.is_file():  # a folder, or /dev/stderr and the like
+            needed, why = [given], "it is a folder, expected a file" if given.is_dir() else ""
+        else:
+            needed = [place.parent, *([place] if given.exists() else [])]
+            why = "" if place.parent.is_dir() else f"there is no folder '{place.parent}'"
+        if not why and not all(os.access(one, os.W_OK) for one in needed):
+            why = "no permission"
+    except OSError as error:  # a name that is too long
+        why = str(error.strerror)
+    if why:
+        raise OutputError(path, why, BAD_INPUT)
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Writes a file, text as UTF-8, that is never seen in part: into a new one beside it, which then takes its place.
+
+    A link stays one; what is no file, such as /dev/stderr, is written as it is.
+
+    Raises:
+        OutputError: it could not be written; what was there before is there still.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            Path(path).write_bytes(data)
+            return
+        file = Path(os.path.realpath(path))
+        beside = file.with_name(f".{file.name[:40]}.{os.getpid()}")
+        try:
+            beside.write_bytes(data)
+            beside.replace(file)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(path, error.strerror or error, COULD_NOT_RUN) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,3 +115,37 @@ def _usage(commands: dict[str, metadata.EntryPoint]) -> str:
     return "\n".join(
         ["usage: tfmaskformer COMMAND …", "       tfmaskformer --version", "", *lines, "", "'tfmaskformer COMMAND --help' tells more."]
     )
+
+
+def positive(text: str) -> int:
+    """A type of argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+class Progress:
+    """Images done, images a second and the time that is left: a line that changes on a terminal, a line every 30 s elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._start_s = self._shown_s = time.monotonic()
+        self._first = -1
+        self._shown = False
+
+    def __call__(self, done: int, images: int) -> None:
+        now_s = time.monotonic()
+        if self._first < 0:  # what an earlier build did is no measure of speed
+            self._first, self._start_s = done, now_s
+        if done > self._first and now_s - self._shown_s >= (0.2 if self._terminal else 30):
+            speed = (done - self._first) / (now_s - self._start_s)
+            left_s = round((images - done) / speed)
+            line = f"{done} of {images} images, {speed:.1f} images/s, {left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02} left"
+            print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr, flush=True)
+            self._shown, self._shown_s = True, now_s
+
+    def end(self) -> None:
+        """Clears the line."""
+        if self._shown and self._terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self._shown = False

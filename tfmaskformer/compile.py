@@ -57,11 +57,12 @@ def program(
 
     images, sizes = tf.TensorSpec([batch, *size, 3], tf.uint8), tf.TensorSpec([batch, 2], tf.int32)
     if step == "eval":
+        from tfmaskformer.evaluation.devices import multiply_in_float32
         from tfmaskformer.evaluation.evaluate import infer_step
 
         metrics = ("panoptic", "semantic") if model.config.test.panoptic_on else ("semantic",)
         infer, canvas = infer_step(model, metrics), output_size or size
-        tf.config.experimental.enable_tensor_float_32_execution(False)  # as evaluation does: float32 products, not bfloat16
+        multiply_in_float32()  # as evaluation does
         return lambda images, sizes, output_sizes: infer(images, sizes, output_sizes, canvas), [images, sizes, sizes]
 
     from tfmaskformer.training.optimizer import build_optimizer

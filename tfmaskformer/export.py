@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
-import functools
 import json
 import os
 import posixpath
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import tfmaskformer
+from tfmaskformer import destination as destinations
 from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, failed
 from tfmaskformer.config import MaskFormerConfig
 
@@ -77,17 +76,21 @@ def export(
     Raises:
         ExportError, CheckpointError: bad input, or an operation that the format does not have. Nothing is written.
     """
+    if format not in FORMATS:
+        raise ExportError(f"no format {format!r}\n  expected one of {', '.join(FORMATS)}")
     if dtype not in FORMATS[format]:
         raise ExportError(f"--dtype {dtype} is not for {format}\n  expected one of {', '.join(FORMATS[format])}")
     if format == "litert" and size is None:
         raise ExportError("LiteRT has one shape for its input\n  give --size HEIGHT WIDTH, in which your images fit after resizing")
     if format == "keras" and size is not None:
         raise ExportError("a Keras model takes images of any size\n  leave --size out")
-    with _staging(destination, force) as directory:
+    place = _Destination(destination, force)
+    with place.staging() as directory:
         from tfmaskformer.checkpoint import load
+        from tfmaskformer.checkpoint import read_manifest as read_conversion
         from tfmaskformer.folding import FoldingError, fold
 
-        converted, policy = _converted(checkpoint), FORMATS[format][dtype]
+        converted, policy = read_conversion(checkpoint), FORMATS[format][dtype]
         model = load(checkpoint, policy)
         folding = None
         if fold_batch_norm:
@@ -118,29 +121,7 @@ def export(
             "config": config.to_dict(),
         }
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
-
-
-def _converted(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``convert`` tells of a checkpoint; empty where training wrote it.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    import tensorflow as tf
-
-    from tfmaskformer.checkpoint import CheckpointError
-
-    path = os.path.join(checkpoint, MANIFEST)
-    try:
-        if not tf.io.gfile.exists(path):
-            return {}
-        with tf.io.gfile.GFile(path, "rb") as file:
-            manifest = json.loads(file.read().decode("utf-8"))
-    except (tf.errors.OpError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}\n  convert the source again") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("source"), dict):
-        raise CheckpointError(f"{path}: expected what 'convert' tells of the source, got something else\n  convert the source again")
+        place.commit(directory)
     return manifest
 
 
@@ -239,10 +220,20 @@ def _serving(model: MaskFormer, size: tuple[int, int] | None, is_litert: bool) -
 
 
 def _save(serving: Any, signatures: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """Writes a SavedModel; returns its signatures: name → inputs and outputs, with dtype and shape."""
+    """Writes a SavedModel; returns its signatures: name → inputs and outputs, with dtype and shape.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     import tensorflow as tf
 
-    tf.saved_model.save(serving, str(directory), {**signatures, "serving_default": next(iter(signatures.values()))})
+    try:
+        tf.saved_model.save(serving, str(directory), {**signatures, "serving_default": next(iter(signatures.values()))})
+    except tf.errors.OpError as error:
+        found = destinations.system_error(error)
+        if isinstance(error, tf.errors.ResourceExhaustedError) and not found.errno:
+            raise  # out of memory
+        raise found from error
 
     def told(specs: Mapping[str, Any]) -> dict[str, str]:
         return {name: f"{spec.dtype.name} {spec.shape}" for name, spec in specs.items()}
@@ -434,60 +425,27 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-@contextlib.contextmanager
-def _staging(destination: str | os.PathLike[str], force: bool) -> Iterator[Path]:
-    """A new directory beside the destination, which takes its name at the end.
+class _Destination(destinations.Destination):
+    """A directory; where a link is named, what it leads to."""
 
-    A killed run leaves a hidden sibling, which the next run into the same destination removes; a lock tells it from a run that is alive.
-    """
-    destination = Path(os.path.realpath(destination))  # what a link leads to, not the link
-    staged, replaced = (destination.parent / f".{destination.name}.{what}" for what in ("exporting", "replaced"))
-    try:
-        if not destination.parent.is_dir():
-            raise ExportError(f"cannot write '{destination}': the directory '{destination.parent}' does not exist\n  make it first")
-        staged.mkdir(exist_ok=True)
-        lock = os.open(staged, os.O_RDONLY)
+    writing, run = "exporting", "export"
+
+    def __init__(self, path: str | os.PathLike[str], force: bool):
+        super().__init__(Path(os.path.realpath(path)), force, is_directory=True)
+
+    def error(self, what: str, *details: str) -> ExportError:
+        return ExportError("\n  ".join((what, *details)))
+
+    def check(self) -> None:
+        if not self.exists:
+            return
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _clear(staged)
-            if replaced.exists():  # a run was killed between the two renames, or just behind them
-                _remove(replaced) if destination.exists() else replaced.rename(destination)
-            _check_free(destination, force)
-            yield staged
-            if destination.exists():
-                destination.rename(replaced)
-            staged.rename(destination)
-            _remove(replaced)
-        except BlockingIOError:
-            raise ExportError(f"another export into '{destination}' is running\n  wait for it, or choose another --dst") from None
-        except BaseException:
-            _remove(staged)
-            raise
-        finally:
-            os.close(lock)
-    except OSError as error:
-        raise ExportError(f"cannot write '{destination}': {error.strerror or error}\n  choose another --dst") from error
-
-
-def _check_free(destination: Path, force: bool) -> None:
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
-        return
-    try:
-        read_manifest(destination)
-    except ExportError:
-        raise ExportError(
-            f"'{destination}' exists and is no export\n  choose another --dst; --force replaces only what 'export' wrote"
-        ) from None
-    if not force:
-        raise ExportError(f"'{destination}' exists\n  choose another --dst, or add --force to replace it")
-
-
-_remove = functools.partial(shutil.rmtree, ignore_errors=True)
-
-
-def _clear(directory: Path) -> None:
-    for entry in directory.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            read_manifest(self.path)
+        except ExportError:
+            what, remedy = "exists and is no export", "choose another --dst; --force replaces only what 'export' wrote"
+            raise self.error(f"'{self.path}' {what}", remedy) from None
+        if not self.force:
+            raise self.error(f"'{self.path}' exists", "choose another --dst, or add --force to replace it")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -504,8 +462,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         import tensorflow as tf
 
         from tfmaskformer.checkpoint import CheckpointError
+        from tfmaskformer.evaluation.devices import multiply_in_float32
     except ImportError as error:
         return failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
+    multiply_in_float32()  # what folding costs is measured
     try:
         manifest = export(
             arguments.ckpt,

@@ -11,10 +11,8 @@ from typing import Any
 import tensorflow as tf
 
 from tfmaskformer.config import MaskFormerConfig
+from tfmaskformer.inference import MASK_STRIDE
 from tfmaskformer.resize import bilinear_weights, static_shape, valid_pixels
-
-STRIDE = 4
-"""Image px behind one element of ``sem_seg``, rounded up at the border."""
 
 CHUNK_ROWS = 16
 """Rows of the image that are upsampled at a time; a multiple of the stride wastes nothing."""
@@ -85,7 +83,7 @@ class PerPixelCriterion:
             counted &= valid_pixels(outputs["valid_sizes"], (rows, columns))
         # What is no class must not pass for "no label".
         labels = tf.where(counted, tf.where(labels < 0, tf.int32.max, labels), -1)
-        return tf.pad(labels, [[0, 0], [0, STRIDE * height - rows], [0, STRIDE * width - columns]], constant_values=-1)
+        return tf.pad(labels, [[0, 0], [0, MASK_STRIDE * height - rows], [0, MASK_STRIDE * width - columns]], constant_values=-1)
 
 
 def _keys(num_layers: int) -> list[str]:
@@ -103,22 +101,22 @@ def _cross_entropy(logits: tf.Tensor, labels: tf.Tensor, sizes: tf.Tensor | None
     """
     logits = logits if logits.dtype == tf.float64 else tf.cast(logits, tf.float32)
     batch, classes, height, width = static_shape(logits)
-    chunks = -(-STRIDE * height // CHUNK_ROWS)
-    small = tf.broadcast_to([height, width], [batch, 2]) if sizes is None else -(-sizes // STRIDE)
-    rows = bilinear_weights(small[:, 0], STRIDE * small[:, 0], height, chunks * CHUNK_ROWS, logits.dtype)
-    columns = bilinear_weights(small[:, 1], STRIDE * small[:, 1], width, STRIDE * width, logits.dtype)
-    below = tf.pad(labels, [[0, 0], [0, chunks * CHUNK_ROWS - STRIDE * height], [0, 0]], constant_values=-1)
+    chunks = -(-MASK_STRIDE * height // CHUNK_ROWS)
+    small = tf.broadcast_to([height, width], [batch, 2]) if sizes is None else -(-sizes // MASK_STRIDE)
+    rows = bilinear_weights(small[:, 0], MASK_STRIDE * small[:, 0], height, chunks * CHUNK_ROWS, logits.dtype)
+    columns = bilinear_weights(small[:, 1], MASK_STRIDE * small[:, 1], width, MASK_STRIDE * width, logits.dtype)
+    below = tf.pad(labels, [[0, 0], [0, chunks * CHUNK_ROWS - MASK_STRIDE * height], [0, 0]], constant_values=-1)
 
     def cut(by_row: tf.Tensor, length: Any) -> tf.Tensor:
         return tf.transpose(tf.reshape(by_row, [batch, chunks, CHUNK_ROWS, length]), [1, 0, 2, 3])
 
-    pieces = cut(rows, height), cut(below, STRIDE * width)
+    pieces = cut(rows, height), cut(below, MASK_STRIDE * width)
 
     def chunk_sum(logits: tf.Tensor, piece: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
         rows, labels = piece
         upsampled = tf.reshape(rows[:, tf.newaxis] @ logits, [batch, classes * CHUNK_ROWS, width])
         upsampled @= tf.transpose(columns, [0, 2, 1])
-        upsampled = tf.reshape(upsampled, [batch, classes, CHUNK_ROWS, STRIDE * width])
+        upsampled = tf.reshape(upsampled, [batch, classes, CHUNK_ROWS, MASK_STRIDE * width])
         # Against the largest, as PyTorch: where the right class is far above the others, nothing cancels.
         upsampled -= tf.stop_gradient(tf.reduce_max(upsampled, 1, keepdims=True))
         is_label = labels[:, tf.newaxis] == tf.range(classes)[:, tf.newaxis, tf.newaxis]
@@ -158,7 +156,7 @@ def _checked(outputs: Mapping[str, Any], targets: Mapping[str, tf.Tensor]) -> tf
             raise ValueError(f"criterion: {name} must have {rank} dimensions, got shape {shape}")
     if not labels.shape[:1].is_compatible_with(logits[:1]):
         raise ValueError(f"criterion: the batch of the targets {labels.shape} is not that of the outputs {logits}")
-    grid = [None if length is None else -(-length // STRIDE) for length in labels.shape[1:]]
+    grid = [None if length is None else -(-length // MASK_STRIDE) for length in labels.shape[1:]]
     padded = None if outputs.get("padded_size") is None else tf.get_static_value(outputs["padded_size"])
     expected = "a canvas of which they are a fourth, rounded up" if padded is None else f"{padded.tolist()} px, the padded canvas"
     if not logits[2:].is_compatible_with(grid) or (padded is not None and not labels.shape[1:].is_compatible_with(padded.tolist())):

@@ -7,6 +7,7 @@ padding, so that photographs of similar sizes, and all frames of a video, share 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import glob
 import io
@@ -21,9 +22,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, failed
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, Progress, failed
 
 if TYPE_CHECKING:
+    from PIL.PngImagePlugin import PngInfo
+
     from tfmaskformer.config import MaskFormerConfig
     from tfmaskformer.model import MaskFormer
 
@@ -35,6 +38,12 @@ KINDS = ("panoptic", "semantic")
 
 PICTURES = (".panoptic.png", ".semantic.png", ".ids.png")
 """What is written beside NAME.json; a file so named is a result, and no photograph where a folder is searched for such."""
+
+_TOLD_AS = {".panoptic.png": "segments_info", ".ids.png": "segments_info", ".semantic.png": "classes"}
+"""Picture → the key of the JSON that is there where the picture is."""
+
+_MARK = ("Software", "tfmaskformer")
+"""Keyword and text of a chunk of PNG files: what has it is a result of this command, and may be replaced."""
 
 CANVAS_PX = 128
 """A canvas is the resized photograph's size rounded up to a multiple of this."""
@@ -151,17 +160,30 @@ def photographs(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
 
 
 def _check_free(out: Path, todo: Sequence[tuple[Path, Path]]) -> None:
-    """Refuses to replace a JSON that is no result, as of labels that lie beside their photographs."""
+    """Refuses to replace a JSON that is no result, as of labels that lie beside their photographs, and pictures that are none.
+
+    Pictures are results where they are marked, or the JSON beside them tells of them: they were not marked in earlier versions.
+    """
     for _, name in todo:
         path = _with_suffix(out / name, ".json")
-        try:
-            found = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            continue
-        except ValueError:
-            found = None
-        if not (isinstance(found, dict) and {"file", "model"} <= found.keys()):
-            raise PredictError(f"'{path}' is there already, and no result of this command\n  choose another --out")
+        found: Any = {}
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                found = json.loads(path.read_bytes())
+            except ValueError:
+                found = None
+            if not (isinstance(found, dict) and {"file", "model"} <= found.keys()):
+                raise PredictError(f"'{path}' is there already, and no result of this command\n  choose another --out")
+        for suffix in PICTURES:
+            path = _with_suffix(out / name, suffix)
+            if _TOLD_AS[suffix] not in found and path.exists() and not _is_marked(path):
+                raise PredictError(f"'{path}' is there already, and no result of this command\n  choose another --out, or move it away")
+
+
+def _is_marked(png: Path) -> bool:
+    chunk = "tEXt{}\0{}".format(*_MARK).encode()  # Pillow writes it behind the header, of 33 bytes
+    with png.open("rb") as file:
+        return chunk in file.read(256)
 
 
 def _is_photograph(path: Path) -> bool:
@@ -186,13 +208,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         import tensorflow as tf
 
         from tfmaskformer.checkpoint import CheckpointError, load
-        from tfmaskformer.data.cli import _Progress
+        from tfmaskformer.evaluation.devices import multiply_in_float32
     except ImportError as error:
         return failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
-    progress = _Progress()
+    progress = Progress()
     try:
         todo = photographs(arguments.photographs)
         _check_free(Path(arguments.out), todo)
+        multiply_in_float32()
         model = load(arguments.ckpt)
         predictor = Predictor(model, arguments.max_size, _kinds(arguments.kind, model))
         out = Path(arguments.out)
@@ -304,7 +327,7 @@ def _write_all(prediction: Prediction, config: Any, file: Path, place: Path) -> 
             for segment in segments
         ]
         _write(place, ".panoptic.png", _png(panoptic_overlay(prediction.image, ids, segments, config)))
-        _write(place, ".ids.png", encode_png(ids))
+        _write(place, ".ids.png", encode_png(ids, pnginfo=_mark()))
     if prediction.semantic is not None:
         areas = np.bincount(prediction.semantic.ravel(), minlength=config.num_classes)
         present = sorted(np.flatnonzero(areas).tolist(), key=lambda index: -areas[index])
@@ -325,8 +348,16 @@ def _png(picture: np.ndarray) -> bytes:
     from PIL import Image
 
     with io.BytesIO() as file:
-        Image.fromarray(picture).save(file, format="PNG")
+        Image.fromarray(picture).save(file, format="PNG", pnginfo=_mark())
         return file.getvalue()
+
+
+def _mark() -> PngInfo:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text(*_MARK)
+    return info
 
 
 def _with_suffix(place: Path, suffix: str) -> Path:

@@ -266,10 +266,10 @@ def test_existing_destinations(tensors, checkpoint_file, tmp_path, capsys):
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_force_replaces(exchange, tensors, checkpoint_file, tmp_path, monkeypatch):
-    from converters import destination
+    from tfmaskformer import destination
 
     if not exchange:
-        monkeypatch.setattr(destination, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(destination, "exchange", lambda first, second: False)
     out = tmp_path / "out"
     convert(checkpoint_file(tensors), out, CONFIG)
     before = contents(out)

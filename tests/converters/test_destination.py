@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from converters import destination
 from converters.destination import Destination
 from converters.errors import ConversionError
+from tfmaskformer.destination import exchange
 
 OWN = ("manifest.json", "data")
 
@@ -42,7 +42,7 @@ def test_the_result_has_the_usual_permissions(tmp_path):
 def test_exchange_swaps_in_one_step(tmp_path):
     make(tmp_path / "a", "a")
     make(tmp_path / "b", "b")
-    assert destination._exchange(tmp_path / "a", tmp_path / "b")
+    assert exchange(tmp_path / "a", tmp_path / "b")
     assert read(tmp_path / "a") == ["b", "b"]
     assert read(tmp_path / "b") == ["a", "a"]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import mmap
+import sys
 from pathlib import Path
 
 import h5py
@@ -90,4 +92,28 @@ def test_a_failure_of_the_library_is_told(fault, message, path, tmp_path, monkey
     )
     monkeypatch.setattr(hdf5_listing, "__file__", str(script))
     with pytest.raises(ConversionError, match=message):
+        read(path)
+
+
+def test_h5py_is_found_where_this_process_found_it(path, tmp_path, monkeypatch):
+    """As where PYTHONPATH or ~/.local holds it, which an isolated Python does not read; a current folder is not handed on."""
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "only_here.py").touch()
+    (tmp_path / "in_the_current_folder.py").touch()
+    script = tmp_path / "listing.py"
+    script.write_text("import json, sys, only_here\nattributes = {'argv': sys.argv[1], 'path': repr(sys.path)}\n")
+    with script.open("a") as file:
+        file.write("json.dump({'tensors': [('a', '<f4', [0], None)], 'attributes': attributes}, sys.stdout)")
+    monkeypatch.setattr(hdf5_listing, "__file__", str(script))
+    with pytest.raises(ConversionError, match=r"cannot be listed: ModuleNotFoundError: No module named 'only_here'\n  try: .*import h5py"):
+        read(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["", ".", str(place), *sys.path])
+    found = read(path)
+    assert found.attributes["argv"] == str(path)
+    assert str(place) in found.attributes["path"]
+    assert not {"", "."} & set(ast.literal_eval(found.attributes["path"]))
+    script.write_text("import in_the_current_folder")
+    with pytest.raises(ConversionError, match="No module named 'in_the_current_folder'"):
         read(path)

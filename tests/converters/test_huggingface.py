@@ -205,6 +205,7 @@ def test_whole_files_are_converted(name, with_index, tmp_path):
         write_safetensors(file, theirs, {"format": "pt"})
     conversion = convert(tmp_path / "model.safetensors", tmp_path / "tf_ckpt", name)
     assert conversion.manifest["source"]["key_layout"] == "Hugging Face"
+    assert conversion.manifest["tool"]["rule_table"] == "huggingface/1, maskformer/1"
     assert diff(tmp_path / "tf_ckpt", tmp_path / "official.pkl").same
     convert(tmp_path / "model.safetensors", tmp_path / "back.pkl", name)
     assert diff(tmp_path / "back.pkl", tmp_path / "official.pkl").same

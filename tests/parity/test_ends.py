@@ -185,7 +185,7 @@ def raises(right):
         ("decode_image", bgr, ["0/read/png", "0/read/upright"]),
         ("decode_image", raises, ["0/read/png", "0/read/upright"]),
         ("decode_image_tf", bgr, ["0/read/png_tf", "0/read/photograph", "0/resized/photograph"]),
-        ("_orientation", not_turned, ["0/read/upright"]),
+        ("exif_orientation", not_turned, ["0/read/upright"]),
         ("resize_bilinear", by_tensorflow, ["0/resized/photograph", "0/resized/shortest_edge_tf"]),
         ("resized_shape", truncated, ["0/resized/shortest_edge", "resized/shapes"]),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import re
 import shlex
 import shutil
@@ -408,6 +409,23 @@ def test_descriptions_that_are_none(capsys):
         run("convert --port unet_port.py --src unet.pth --dry-run --dtype float16", capsys)
     with pytest.raises(SystemExit):
         run("parity-check --port unet_port.py --ckpt tf_unet --reference official --src unet.pth", capsys)
+
+
+@pytest.mark.parametrize("name", ["with_classes.py", "json.py"])
+def test_a_port_may_have_dataclasses(name):
+    """Of text annotations, which dataclasses look up in the module; and be called as another module is."""
+    lines = ["from __future__ import annotations", "import dataclasses", "@dataclasses.dataclass", "class PORT:", "    n: int = 3"]
+    Path(name).write_text("\n".join(lines))
+    assert ports.read(name)().n == 3
+    assert sys.modules["json"] is json
+
+
+@pytest.mark.parametrize("line", ["1 / 0", "raise SystemExit(1)", "absent_name", "assert False", "PORT = {}['absent']"])
+def test_whatever_goes_wrong_in_a_ports_file_is_told(line):
+    Path("wrong_port.py").write_text(line)
+    with pytest.raises(ConversionError, match=r"cannot read the port 'wrong_port\.py': "):
+        ports.read("wrong_port.py")
+    assert not [name for name in sys.modules if "wrong_port" in name]
 
 
 # Trees of Keras layers.

@@ -111,6 +111,7 @@ def test_a_checkpoint_that_does_not_fit_its_config_lists_everything(directory, t
         (lambda path: (path / "config.json").write_text("{"), "config.json"),
         (lambda path: (path / "config.json").write_text('{"name": "x"}'), "missing field 'num_classes'"),
         (lambda path: (path / "checkpoint").unlink(), "no TensorFlow checkpoint"),
+        (lambda path: (path / "checkpoint").write_bytes(b"\x80\xff junk"), "checkpoint: expected TensorFlow's list of checkpoints"),
         (lambda path: next(path.glob("ckpt*.index")).write_bytes(b"nonsense"), "not a readable TensorFlow checkpoint"),
     ],
 )

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
+import tensorflow as tf
 
 from tfmaskformer.data import cli, generated
 from tfmaskformer.data.layouts import LAYOUTS
@@ -77,6 +79,23 @@ def test_bad_input(arguments, message, capsys):
     assert message in err
 
 
+def test_a_folder_that_cannot_be_read(coco, monkeypatch, capsys):
+    """Listed are the folders of the images when the JSON has been read."""
+    listdir = tf.io.gfile.listdir
+
+    def refused(folder):
+        if "val2017" in folder:
+            raise tf.errors.PermissionDeniedError(None, None, f"{folder}; Permission denied")
+        return listdir(folder)
+
+    monkeypatch.setattr(tf.io.gfile, "listdir", refused)
+    assert cli.main(["check", *DATASET, "--data", str(coco), "--fast"]) == cli.BAD_INPUT
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "val2017: unreadable folder\n  expected a folder, got " in err
+    assert "Permission denied" in err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [[], ["check"], ["check", "--dataset", "coco", "--data", "."], ["tfrecords", *DATASET, "--data", ".", "--out", "o", "--shards", "0"]],
@@ -119,10 +138,19 @@ def test_tfrecords_that_cannot_be_written(coco, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_on_a_full_disk_the_result_is_printed(coco, tmp_path, capsys):
+    for command in (["check"], ["tfrecords", "--out", str(tmp_path / "out"), "--processes", "1"]):
+        assert cli.main([*command, *DATASET, "--data", str(coco), "--json", "/dev/full"]) == cli.COULD_NOT_RUN
+        out, err = capsys.readouterr()
+        assert ["images", "4"] in [line.split() for line in out.splitlines()]
+        assert "cannot write '/dev/full': No space left on device" in err
+
+
 def test_progress(monkeypatch, capsys):
     now = iter(range(0, 1000, 40))
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
-    progress = cli._Progress()
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    progress = cli.Progress()
     for done in (10, 20, 30):
         progress(done, 110)
     progress.end()

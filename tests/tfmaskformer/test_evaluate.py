@@ -7,6 +7,7 @@ import importlib.resources
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ from tfmaskformer.data import cli as data_cli
 from tfmaskformer.data import generated, shapes, tfrecords
 from tfmaskformer.data.datasets import open_dataset
 from tfmaskformer.data.preprocessing import resize_shortest_edge
-from tfmaskformer.evaluation import augmentation, cli
+from tfmaskformer.data.records import Record
+from tfmaskformer.evaluation import augmentation, cli, sources
 from tfmaskformer.evaluation.augmentation import Augmentation, augmented_scores
 from tfmaskformer.evaluation.canvases import Canvas, choose_canvases
 from tfmaskformer.evaluation.devices import strategy_for
@@ -507,6 +509,35 @@ def test_products_are_asked_for_in_float32(tiny_panoptic):
     assert [line for line in products if "operand_precision={highest,highest}" not in line] == []
 
 
+@pytest.mark.parametrize(("orientation", "size"), [(1, (3, 5)), (6, (5, 3)), (None, (3, 5))])
+def test_sizes_are_those_of_upright_images(orientation, size, tmp_path, monkeypatch):
+    """Where the EXIF block is broken, of the image as it is: as it is read."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation or 1
+    Image.new("RGB", (5, 3)).save(tmp_path / "a.jpg", exif=exif)
+    if orientation is None:
+        monkeypatch.setattr(Image.Image, "getexif", lambda self: (_ for _ in ()).throw(SyntaxError("broken")))
+    assert sources._size(Record("a", str(tmp_path / "a.jpg"))) == size
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_on_a_full_disk_the_result_is_printed(tiny, cityscapes, tmp_path, monkeypatch, capsys, uncompiled):
+    command = ["--ckpt", tiny, "--cpu", "--data", cityscapes, "--limit", "1"]
+    assert cli.main([*command, "--json", "/dev/full"]) == cli.COULD_NOT_RUN
+    out, err = capsys.readouterr()
+    assert out.startswith("tiny on cityscapes val: 1 images, 0 skipped")
+    assert "cannot write '/dev/full': No space left on device" in err
+
+    def full(path, content):
+        raise tf.errors.ResourceExhaustedError(None, None, f"{path}; No space left on device")
+
+    monkeypatch.setattr("tfmaskformer.evaluation.evaluate.write_file", full)
+    assert cli.main([*command, "--results", str(tmp_path / "results")]) == cli.COULD_NOT_RUN
+    out, err = capsys.readouterr()
+    assert out.startswith("tiny on cityscapes val: 1 images, 0 skipped")
+    assert "sem_seg_predictions.json; No space left on device" in err
+
+
 def test_another_evaluation_is_not_resumed(tiny, cityscapes, tmp_path, capsys):
     """Bad data stops; what is saved of it serves no other command."""
     command = ["--ckpt", tiny, "--cpu", "--data", cityscapes, "--resume", str(tmp_path)]
@@ -535,6 +566,23 @@ def test_data_that_does_not_fit(tiny, cityscapes, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert out == ""
         assert message in err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("manifest.json", b"{", "convert the source again"),
+        ("manifest.json", b"[1]", "expected what 'convert' tells of the source"),
+        ("checkpoint", b"\x80\xff junk", "expected TensorFlow's list of checkpoints"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told(file, content, told, tiny, cityscapes, tmp_path, capsys):
+    folder = shutil.copytree(tiny, tmp_path / "damaged")
+    (folder / file).write_bytes(content)
+    assert cli.main(["--ckpt", str(folder), "--cpu", "--data", cityscapes]) == cli.BAD_INPUT
+    message = capsys.readouterr().err
+    assert f"error: {folder / file}: " in message
+    assert told in message
 
 
 def test_semantic_models_need_semantic_truth(tmp_path, capsys):

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from PIL import Image
 
 from checkpoints import registry, synthesize
 from converters.convert import convert
-from tfmaskformer import export, swin
+from tfmaskformer import destination, export, swin
 from tfmaskformer.checkpoint import load
 from tfmaskformer.data import shapes
 from tfmaskformer.data.preprocessing import decode_image, resize_shortest_edge
@@ -237,9 +238,74 @@ def test_out_of_memory_is_told(folder, tmp_path, monkeypatch, capsys):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
 
     monkeypatch.setattr("tfmaskformer.checkpoint.load", load)
+    tf.config.experimental.enable_tensor_float_32_execution(True)
     assert export.main(["--ckpt", str(folder / "shapes"), "--dst", str(tmp_path / "out")]) == 3
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
     assert "out of memory; nothing was written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (tf.errors.ResourceExhaustedError(None, None, "part-0; No space left on device"), 2, "No space left on device\n  free space on"),
+        (tf.errors.ResourceExhaustedError(None, None, "part-0; Disk quota exceeded"), 2, "Disk quota exceeded\n  free space within"),
+        (tf.errors.PermissionDeniedError(None, None, "part-0; Permission denied"), 2, "Permission denied\n  choose another --dst"),
+        (tf.errors.UnknownError(None, None, "no such thing"), 2, "TensorFlow says: no such thing\n  choose another --dst"),
+        (tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor"), 3, "out of memory; nothing was written"),
+    ],
+)
+def test_what_cannot_be_saved_is_told(error, code, told, folder, tmp_path, monkeypatch, capsys):
+    def save(*arguments):
+        raise error
+
+    monkeypatch.setattr(tf.saved_model, "save", save)
+    monkeypatch.setattr(export, "_serving", lambda *arguments: (None, {"logits": None}))
+    assert export.main(["--ckpt", str(folder / "shapes"), "--dst", str(tmp_path / "out")]) == code
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_on_files_is_told(folder, tmp_path, capsys):
+    """What the system really says to TensorFlow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        assert export.main(["--ckpt", str(folder / "shapes"), "--dst", str(tmp_path / "out")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large\n  raise the limit on file sizes" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_format_is_told(folder, tmp_path):
+    with pytest.raises(export.ExportError, match=r"no format 'onnx'\n  expected one of saved_model, keras, litert"):
+        export.export(folder / "shapes", tmp_path / "out", "onnx")
+
+
+def test_a_replacement_is_one_step_and_on_the_disk(folder, tmp_path, monkeypatch):
+    """Names are exchanged after all files, and the folder that has the name after it."""
+    steps = []
+    exchange, sync = destination.exchange, destination.sync
+
+    def told(what, function):
+        def call(*paths):
+            steps.append((what, paths[0].name))
+            return function(*paths)
+
+        return call
+
+    export.export(folder / "shapes", tmp_path / "out", "keras")
+    monkeypatch.setattr(destination, "exchange", told("exchange", exchange))
+    monkeypatch.setattr(destination, "sync", told("sync", sync))
+    export.export(folder / "shapes", tmp_path / "out", "keras", force=True)
+    names = [name for _, name in steps]
+    assert [what for what, _ in steps] == ["sync", "sync", "sync", "exchange", "sync"]
+    assert set(names[:2]) == {export.KERAS_FILE, export.MANIFEST}
+    assert names[2] == names[3]
+    assert names[2].startswith(".out.exporting-")
+    assert names[4] == tmp_path.name
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def changed_manifest(**changes):
@@ -306,12 +372,12 @@ def test_force_replaces_and_a_killed_run_leaves_nothing_half_written(folder, tmp
     command = [sys.executable, "-m", "tfmaskformer.export", "--ckpt", str(folder / "shapes"), "--dst", str(out), "--format", "keras"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         for _ in range(3000):
-            if (tmp_path / ".out.exporting").exists():
+            if list(tmp_path.glob(".out.exporting-*")):
                 break
             time.sleep(0.1)
         process.send_signal(signal.SIGKILL)
     assert not out.exists()
-    assert (tmp_path / ".out.exporting").exists()
+    assert list(tmp_path.glob(".out.exporting-*"))
     export.export(folder / "shapes", out, "keras")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(export.ExportError, match="add --force"):
@@ -319,7 +385,7 @@ def test_force_replaces_and_a_killed_run_leaves_nothing_half_written(folder, tmp
     export.export(folder / "shapes", out, "keras", dtype="float64", force=True)
     assert export.Exported(out).dtype == "float64"
     # Killed between the two renames of a replacement: the old one comes back.
-    out.rename(tmp_path / ".out.replaced")
+    out.rename(tmp_path / ".out.replaced-1")
     with pytest.raises(export.ExportError, match="add --force"):
         export.export(folder / "shapes", out, "keras")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -141,7 +141,7 @@ def test_upright_and_no_larger_than_asked(checkpoint, tmp_path):
     assert decode_png((tmp_path / "b" / "upright.ids.png").read_bytes()).shape == (small["height"], small["width"])
 
 
-RESULT = '{"file": "frame2.png", "model": "stub"}'
+RESULT = '{"file": "frame2.png", "model": "stub", "segments_info": [], "classes": []}'
 
 
 def test_one_kind_alone(stub, frames, tmp_path, monkeypatch):
@@ -216,6 +216,12 @@ def test_a_graph_for_each_canvas_and_no_warning(stub, caplog, monkeypatch):
     assert not caplog.messages
 
 
+def test_products_are_in_float32_on_a_gpu_too(stub, frames, tmp_path):
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+    assert predict.main(["--ckpt", "stub", str(frames / "frame2.png"), "--out", str(tmp_path)]) == 0
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()
+
+
 def test_out_of_memory_is_told(stub, frames, tmp_path, monkeypatch, capsys):
     def allocate(*_):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
@@ -267,3 +273,33 @@ def test_labels_beside_photographs_are_left_alone(tmp_path, capsys):
         assert predict.main(["--ckpt", "nowhere", str(tmp_path), "--out", str(tmp_path)]) == predict.BAD_INPUT
         assert f"'{tmp_path / 'a.json'}' is there already, and no result of this command" in capsys.readouterr().err
         assert (tmp_path / "a.json").read_text() == labels
+
+
+def test_pictures_beside_photographs_are_left_alone(tmp_path, capsys):
+    """As of ground truth; also where the JSON is of this command, but tells of no such picture."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    for suffix in predict.PICTURES:
+        truth = tmp_path / f"a{suffix}"
+        Image.new("RGB", (8, 8)).save(truth)
+        before = truth.read_bytes()
+        for told in (None, "classes" if suffix != ".semantic.png" else "segments_info"):
+            if told:
+                (tmp_path / "a.json").write_text(json.dumps({"file": "a.jpg", "model": "stub", told: []}))
+            assert predict.main(["--ckpt", "nowhere", str(tmp_path / "a.jpg"), "--out", str(tmp_path)]) == predict.BAD_INPUT
+            assert f"'{truth}' is there already, and no result of this command" in capsys.readouterr().err
+            assert truth.read_bytes() == before
+            (tmp_path / "a.json").unlink(missing_ok=True)
+        truth.unlink()
+
+
+def test_own_pictures_are_replaced_after_a_kill_too(stub, frames, tmp_path):
+    command = ["--ckpt", "stub", str(frames / "frame2.png"), "--out", str(tmp_path)]
+    assert predict.main(command) == 0
+    (tmp_path / "frame2.json").unlink()  # as where it was killed before all was written
+    assert predict.main(command) == 0
+    for suffix in predict.PICTURES:  # without the mark, as earlier versions wrote them
+        Image.new("RGB", (8, 8)).save(tmp_path / f"frame2{suffix}")
+    assert predict.main(command) == 0
+    for suffix in predict.PICTURES:
+        with Image.open(tmp_path / f"frame2{suffix}") as picture:
+            assert picture.info["Software"] == "tfmaskformer"

@@ -8,11 +8,10 @@ import json
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
-from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, failed
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, OutputError, Progress, failed, positive, write_whole
 from tfmaskformer.data.layouts import LAYOUTS
 
 PROBLEMS = 1
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset = datasets.open_dataset(arguments.dataset, arguments.data, arguments.split)
     except (DataError, OSError) as error:
         return failed(str(error), BAD_INPUT)
-    progress = _Progress()
+    progress = Progress()
     try:
         return arguments.run(arguments, dataset, progress)
     except KeyboardInterrupt:
@@ -52,7 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     command = _command(
-        commands, "check", "say what is missing or malformed, file by file", "0 no problems, 1 problems, 2 usage or bad input"
+        commands,
+        "check",
+        "say what is missing or malformed, file by file",
+        "0 no problems, 1 problems, 2 usage or bad input, 3 could not run",
     )
     command.add_argument("--fast", action="store_true", help="only whether all files are there; reads lists and JSON files, no image")
     command.set_defaults(run=_check)
@@ -66,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out", required=True, metavar="DIR", help="folder to make, or of an unfinished build to go on with; may be gs://…"
     )
-    command.add_argument("--shards", type=_positive, metavar="N", help="default: one for 128 images")
-    command.add_argument("--processes", type=_positive, metavar="N", default=os.cpu_count(), help="default: one for each core")
+    command.add_argument("--shards", type=positive, metavar="N", help="default: one for 128 images")
+    command.add_argument("--processes", type=positive, metavar="N", default=os.cpu_count(), help="default: one for each core")
     command.add_argument(
         "--on-error", choices=("stop", "skip"), default="stop", help="at bad data; skip leaves its image out (default: stop)"
     )
@@ -87,16 +89,14 @@ def _command(commands: Any, name: str, what: str, exit_codes: str) -> argparse.A
     return command
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
-def _check(arguments: argparse.Namespace, dataset: Any, progress: _Progress) -> int:
+def _check(arguments: argparse.Namespace, dataset: Any, progress: Progress) -> int:
     from tfmaskformer.data.check import check
+    from tfmaskformer.data.records import DataError
 
-    findings = check(dataset, fast=arguments.fast, progress=progress)
+    try:
+        findings = check(dataset, fast=arguments.fast, progress=progress)
+    except (DataError, OSError) as error:
+        return failed(str(error), BAD_INPUT)
     progress.end()
     for problem in findings.problems:
         print(problem, file=sys.stderr)
@@ -112,11 +112,11 @@ def _check(arguments: argparse.Namespace, dataset: Any, progress: _Progress) -> 
     }
     what = "have all their files" if arguments.fast else "are sound"
     rows = [("images", findings.images), (f"… that {what}", findings.sound), *findings.counts().items()]
-    _print_result(arguments.json, result, f"{dataset.name} {dataset.split} in {dataset.root}", rows)
-    return PROBLEMS if findings.problems else OK
+    code = PROBLEMS if findings.problems else OK
+    return _told(arguments.json, result, f"{dataset.name} {dataset.split} in {dataset.root}", rows, code)
 
 
-def _tfrecords(arguments: argparse.Namespace, dataset: Any, progress: _Progress) -> int:
+def _tfrecords(arguments: argparse.Namespace, dataset: Any, progress: Progress) -> int:
     import concurrent.futures
 
     import tensorflow as tf
@@ -151,18 +151,20 @@ def _tfrecords(arguments: argparse.Namespace, dataset: Any, progress: _Progress)
         ("problems skipped", len(problems)),
         ("MB", round(sum(shard["bytes"] for shard in shards) / 1e6, 1)),
     ]
-    _print_result(arguments.json, manifest, f"{dataset.name} {dataset.split} in {arguments.out}", rows)
-    return OK
+    return _told(arguments.json, manifest, f"{dataset.name} {dataset.split} in {arguments.out}", rows, OK)
 
 
-def _print_result(json_file: str | None, result: dict[str, Any], title: str, rows: Sequence[tuple[str, float]]) -> None:
-    if json_file == "-":
-        print(json.dumps(result, indent=1))
-        return
-    if json_file is not None:
-        pathlib.Path(json_file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def _told(json_file: str | None, result: dict[str, Any], title: str, rows: Sequence[tuple[str, float]], code: int) -> int:
+    """Prints the result, and then writes it: on a full disk it is not lost. Returns the exit code, ``code`` or 3."""
     width = max(len(name) for name, _ in rows)
-    print("\n".join([title, *(f"  {name:<{width}}  {value:>10}" for name, value in rows)]))
+    table = "\n".join([title, *(f"  {name:<{width}}  {value:>10}" for name, value in rows)])
+    print(json.dumps(result, indent=1) if json_file == "-" else table, flush=True)
+    if json_file not in (None, "-"):
+        try:
+            write_whole(str(json_file), json.dumps(result, indent=1) + "\n")
+        except OutputError as error:
+            return failed(f"{error}\n  the result is printed above", error.exit_code)
+    return code
 
 
 def _require_writable(path: str | None) -> None:
@@ -170,33 +172,6 @@ def _require_writable(path: str | None) -> None:
         file = pathlib.Path(str(path))
         if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
             raise OSError(f"cannot write '{path}'\n  choose another --json file, in a directory that exists")
-
-
-class _Progress:
-    """Images done, images a second and the time that is left: a line that changes on a terminal, a line every 30 s elsewhere."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._start_s = self._shown_s = time.monotonic()
-        self._first = -1
-        self._shown = False
-
-    def __call__(self, done: int, images: int) -> None:
-        now_s = time.monotonic()
-        if self._first < 0:  # what an earlier build did is no measure of speed
-            self._first, self._start_s = done, now_s
-        if done > self._first and now_s - self._shown_s >= (0.2 if self._terminal else 30):
-            speed = (done - self._first) / (now_s - self._start_s)
-            left_s = round((images - done) / speed)
-            line = f"{done} of {images} images, {speed:.1f} images/s, {left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02} left"
-            print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr, flush=True)
-            self._shown, self._shown_s = True, now_s
-
-    def end(self) -> None:
-        """Clears the line."""
-        if self._shown and self._terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        self._shown = False
 
 
 if __name__ == "__main__":

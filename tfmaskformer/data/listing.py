@@ -165,6 +165,14 @@ def read_file(path: str) -> bytes:
         return file.read()
 
 
+def write_file(path: str, content: bytes) -> None:
+    """A file that is there whole, or not at all, through ``tf.io.gfile``; its folder is made where it is missing."""
+    tf.io.gfile.makedirs(os.path.dirname(path))
+    with tf.io.gfile.GFile(f"{path}.new", "wb") as file:
+        file.write(content)
+    tf.io.gfile.rename(f"{path}.new", path, overwrite=True)
+
+
 def told(error: tf.errors.OpError) -> str:
     """The first line of what TensorFlow says."""
     return error.message.partition("\n")[0]

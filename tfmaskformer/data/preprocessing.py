@@ -41,11 +41,12 @@ def decode_image(data: bytes) -> np.ndarray:
         OSError, SyntaxError, ValueError, …: what Pillow raises on a file that is no image, or a truncated one.
     """
     with Image.open(io.BytesIO(data)) as image:
-        upright = _TRANSPOSITIONS.get(_orientation(image))
+        upright = _TRANSPOSITIONS.get(exif_orientation(image))
         return np.asarray((image if upright is None else image.transpose(upright)).convert("RGB"))
 
 
-def _orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
+    """1 … 8; 1, upright, where the file does not tell."""
     try:
         return image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # Pillow raises many kinds on a broken EXIF block; Detectron2 takes the image as it is

@@ -26,7 +26,7 @@ import tensorflow as tf
 from tfmaskformer.data import examples
 from tfmaskformer.data.datasets import DataSet
 from tfmaskformer.data.layouts import LAYOUTS
-from tfmaskformer.data.listing import read_file
+from tfmaskformer.data.listing import read_file, write_file
 from tfmaskformer.data.records import DataError, Problem
 
 MANIFEST = "manifest.json"
@@ -321,10 +321,7 @@ def _manifest(file: str) -> dict[str, Any] | None:
 
 
 def _write_manifest(folder: str, manifest: dict[str, Any]) -> None:
-    file = os.path.join(folder, MANIFEST)
-    with tf.io.gfile.GFile(f"{file}.new", "w") as stream:
-        stream.write(json.dumps(manifest, indent=1) + "\n")
-    tf.io.gfile.rename(f"{file}.new", file, overwrite=True)
+    write_file(os.path.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def _is_there(path: str, size: int) -> bool:

@@ -10,13 +10,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, failed
-from tfmaskformer.data.cli import _Progress
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, OutputError, Progress, failed, positive, write_whole
 from tfmaskformer.data.layouts import LAYOUTS
 
 _GROUPS = ("all", "things", "stuff")
-_PUBLISHED = {"PQ": ("panoptic", "all", "pq"), "mIoU": ("semantic", "miou")}
-_PUBLISHED_AUGMENTED = {"mIoU (ms+flip)": ("semantic", "miou")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _arguments(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    progress = _Progress()
+    progress = Progress()
     try:
         import tensorflow as tf
 
@@ -65,7 +62,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     names = ", ".join(LAYOUTS)
     parser.add_argument("--dataset", choices=LAYOUTS, metavar="NAME", help=f"one of {names}; default: the checkpoint's")
     parser.add_argument("--split", metavar="NAME", help="default: the one that official evaluation takes, val or test")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N images")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
     parser.add_argument("--ap", action="store_true", help="also the AP of the things in panoptic results; needs pycocotools")
     parser.add_argument(
         "--tta",
@@ -79,11 +76,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     devices.add_argument("--tpu", metavar="NAME", help="a TPU by its name or address; 'local' on a TPU VM")
     devices.add_argument("--gpu", action="store_const", const="gpu", dest="device", help="all GPUs; default if there are any")
     devices.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="the CPU")
-    parser.add_argument("--replicas", type=_positive, metavar="N", default=1, help="with --cpu: split it into N devices, for tests")
-    parser.add_argument("--batch", type=_positive, metavar="N", default=1, help="images for each device at a time (default: 1)")
+    parser.add_argument("--replicas", type=positive, metavar="N", default=1, help="with --cpu: split it into N devices, for tests")
+    parser.add_argument("--batch", type=positive, metavar="N", default=1, help="images for each device at a time (default: 1)")
     parser.add_argument(
         "--canvas",
-        type=_positive,
+        type=positive,
         nargs="+",
         metavar=("H", "W"),
         help="fixed shapes of the model's input, px; each is compiled once. Default: up to 4, chosen from the sizes of the images",
@@ -104,13 +101,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
-def _evaluate(arguments: argparse.Namespace, progress: _Progress) -> int:
+def _evaluate(arguments: argparse.Namespace, progress: Progress) -> int:
     from tfmaskformer.checkpoint import read_config
     from tfmaskformer.evaluation import evaluate, sources
     from tfmaskformer.evaluation.augmentation import official_augmentation
@@ -147,21 +138,24 @@ def _evaluate(arguments: argparse.Namespace, progress: _Progress) -> int:
     counts = evaluation.total()
     if shard[1]:  # the first worker tells
         return OK
-    evaluation.write_results(counts)
     report = evaluation.report(counts)
     for problem in report["problems"]:
         print(f"skipped: {problem['file']}: {problem['kind']}", file=sys.stderr)
-    if arguments.json == "-":
-        print(json.dumps(report, indent=1))
-        return OK
-    if arguments.json is not None:
-        pathlib.Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(_tables(report)))
+    # First: on a full disk the result is not lost.
+    print(json.dumps(report, indent=1) if arguments.json == "-" else "\n".join(_tables(report)), flush=True)
+    if arguments.json not in (None, "-"):
+        try:
+            write_whole(arguments.json, json.dumps(report, indent=1) + "\n")
+        except OutputError as error:
+            return _failed(progress, f"{error}\n  the result is printed above", error.exit_code)
+    evaluation.write_results(counts)
     return OK
 
 
 def _tables(report: Mapping[str, Any]) -> Iterator[str]:
     """The report for people."""
+    from tfmaskformer.evaluation.counts import headline
+
     images, dataset, checkpoint, metrics = report["images"], report["dataset"], report["checkpoint"], report["metrics"]
     yield f"{checkpoint['model']} on {dataset['name']} {dataset['split']}: {images['evaluated']} images, {images['skipped']} skipped"
     if panoptic := metrics.get("panoptic"):
@@ -176,11 +170,9 @@ def _tables(report: Mapping[str, Any]) -> Iterator[str]:
         yield from _table(("", "AP", "AP50", "AP75", "APs", "APm", "APl"), [("things", *(instances[key] for key in keys))])
         yield from _table(("class", "AP"), [tuple(row.values()) for row in instances["classes"]])
     yield ""
-    for name, path in (_PUBLISHED_AUGMENTED if report["run"]["augmentation"] else _PUBLISHED).items():
-        value: Any = metrics
-        for key in path:
-            value = (value or {}).get(key)
-        if value is not None and name in checkpoint["published"]:
+    for name, value in headline(metrics).items():
+        name += " (ms+flip)" * bool(report["run"]["augmentation"])
+        if name in checkpoint["published"]:
             yield f"{name} {value:.2f}; published for {checkpoint['model']}: {checkpoint['published'][name]}"
 
 
@@ -201,7 +193,7 @@ def _not_writable(path: str | None) -> str:
     return f"cannot write '{path}'\n  choose another --json file, in a directory that exists"
 
 
-def _failed(progress: _Progress, message: str, code: int) -> int:
+def _failed(progress: Progress, message: str, code: int) -> int:
     progress.end()
     return failed(message, code)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,16 @@ class Counts:
             metrics["instances"] = _percent(instances)
             metrics["instances"]["classes"] = [{"name": name, **_percent({"ap": value})} for name, value in per_class.items()]
         return metrics
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """PQ and mIoU, those that are in :meth:`Counts.metrics`, in percent.
+
+    >>> headline({"semantic": {"miou": 40.5}, "panoptic": {"all": {"pq": None}}})
+    {'mIoU': 40.5}
+    """
+    found = {"PQ": metrics.get("panoptic", {}).get("all", {}).get("pq"), "mIoU": metrics.get("semantic", {}).get("miou")}
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def ids_of(info: registry.DatasetInfo) -> Sequence[int]:

@@ -18,6 +18,14 @@ class DeviceError(RuntimeError):
     """There is no such device, or it cannot be used."""
 
 
+def multiply_in_float32() -> None:
+    """For all of the process; programs that were traced for XLA before stay what they are.
+
+    TensorFlow would let a GPU multiply float32 with 10 bits of mantissa, and tell XLA that a TPU may take bfloat16, with 7.
+    """
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
 def strategy_for(device: str | None = None, *, tpu: str = "", replicas: int = 1) -> tf.distribute.Strategy:
     """One device, all devices of a machine, or those of several machines.
 
@@ -41,8 +49,7 @@ def strategy_for(device: str | None = None, *, tpu: str = "", replicas: int = 1)
     if machines > 1 and list(cluster) != ["worker"]:  # each would work by itself, in the same folders
         raise DeviceError(f"the environment's TF_CONFIG lists jobs {', '.join(sorted(cluster))}, expected all machines under 'worker'")
     try:
-        # TensorFlow would let a GPU multiply float32 with 10 bits of mantissa, and tell XLA that a TPU may take bfloat16, with 7.
-        tf.config.experimental.enable_tensor_float_32_execution(False)
+        multiply_in_float32()
         if device == "tpu":
             resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
             tf.config.experimental_connect_to_cluster(resolver)

@@ -29,7 +29,7 @@ from checkpoints import registry
 from tfmaskformer import checkpoint
 from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.data.datasets import Sample
-from tfmaskformer.data.listing import read_file
+from tfmaskformer.data.listing import read_file, write_file
 from tfmaskformer.data.preprocessing import resize_shortest_edge, resized_shape
 from tfmaskformer.data.records import DataError, Problem
 from tfmaskformer.evaluation.augmentation import Augmentation, augmented_images
@@ -202,7 +202,7 @@ class Evaluation:
         """Writes what has been counted, where there is a folder for it: whole, or not at all."""
         if self._state_file is not None:
             document = {"format": FORMAT, "plan": self._plan, "counts": self.counts.to_dict()}
-            _write(self._state_file, json.dumps(document).encode())
+            write_file(self._state_file, json.dumps(document).encode())
             self._saved = len(self.counts.done)
 
     def total(self) -> Counts:
@@ -257,21 +257,16 @@ class Evaluation:
                 for index, (dataset_id, name) in enumerate(zip(ids_of(info), info.class_names, strict=True))
             ]
             images = [{"id": entry["image_id"], "file_name": entry["file_name"]} for entry in entries]
-            _write(
+            write_file(
                 os.path.join(self._results, JSON_NAME),
                 json.dumps({"images": images, "annotations": entries, "categories": categories}).encode(),
             )
         else:
-            _write(os.path.join(self._results, "sem_seg_predictions.json"), json.dumps(entries).encode())
+            write_file(os.path.join(self._results, "sem_seg_predictions.json"), json.dumps(entries).encode())
 
     def _planned(self, directory: str | os.PathLike[str]) -> dict[str, Any]:
         """All that the counts depend on."""
-        prefix = tf.train.latest_checkpoint(os.fspath(directory))
-        if prefix is None:
-            raise checkpoint.CheckpointError(f"{directory}: no TensorFlow checkpoint in it; expected a directory written by 'convert'")
-        manifest_file = os.path.join(os.fspath(directory), "manifest.json")
-        manifest = json.loads(read_file(manifest_file)) if tf.io.gfile.exists(manifest_file) else {}
-        source = self.source
+        prefix, manifest, source = checkpoint.latest_prefix(directory), checkpoint.read_manifest(directory), self.source
         return {
             "checkpoint": {
                 # Holds the checksum of every tensor.
@@ -417,7 +412,7 @@ class Evaluation:
             counts.panoptic.update(true_panoptic_seg, sample.segments_info, *panoptic)
             if self._results is not None:
                 png = f"{stem}.png"
-                _write(os.path.join(self._results, PNG_FOLDER, png), encode_png(panoptic[0]))
+                write_file(os.path.join(self._results, PNG_FOLDER, png), encode_png(panoptic[0]))
                 segments = [{"id": segment["id"], "category_id": ids_of(info)[segment["category_id"]]} for segment in panoptic[1]]
                 counts.results.append({"image_id": image_id, "file_name": png, "segments_info": segments})
         if counts.semantic is not None:
@@ -509,11 +504,3 @@ def _make(folder: str) -> None:
         tf.io.gfile.makedirs(folder)
     except tf.errors.OpError as error:
         raise EvaluationError(f"cannot make the folder '{folder}': {error.message}\n  choose another one") from error
-
-
-def _write(path: str, content: bytes) -> None:
-    """A file that is there whole, or not at all."""
-    tf.io.gfile.makedirs(os.path.dirname(path))
-    with tf.io.gfile.GFile(f"{path}.new", "wb") as file:
-        file.write(content)
-    tf.io.gfile.rename(f"{path}.new", path, overwrite=True)

@@ -75,12 +75,12 @@ class InstanceQuality:
         quality.detections = list(state["detections"])
         return quality
 
-    def result(self, truth: Mapping[str, Any], image_ids: Collection[Any] | None = None) -> InstanceResult:
+    def result(self, truth: Mapping[str, Any]) -> InstanceResult:
         """Average precisions; the order of images does not matter.
 
         Args:
-            truth: COCO's instance annotations (``instances_val2017.json``), or :func:`instance_truth`.
-            image_ids: of the images that count; default: all of the truth, whether there are results for them or not.
+            truth: COCO's instance annotations (``instances_val2017.json``), or :func:`instance_truth`. All of its images count, whether
+                there are results for them or not.
         """
         _mask_api()  # for its error
         from pycocotools.coco import COCO
@@ -96,8 +96,6 @@ class InstanceQuality:
             found = actual.loadRes([{key: value for key, value in item.items() if key != "bbox"} for item in self.detections])
             evaluation = COCOeval(actual, found, "segm")
             evaluation.params.maxDets = [1, 10, MAX_DETECTIONS]
-            if image_ids is not None:
-                evaluation.params.imgIds = list(image_ids)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()

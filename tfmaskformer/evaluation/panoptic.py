@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-VOID = 0
-"""The id of pixels without a segment."""
+from tfmaskformer.data.records import VOID as VOID
 
 _UNIT = 2**53
 """An IoU above ½ is a float64 of at least ½, hence a whole number of 2⁻⁵³: sums of such numbers are exact, in any order."""

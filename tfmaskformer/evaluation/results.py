@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 PanopticResult: TypeAlias = "tuple[Any, str, np.ndarray, Sequence[Mapping[str, Any]]]"
 """Id and file name of an image, its map of segment ids, and its ``segments_info``."""
@@ -23,11 +24,12 @@ JSON_NAME, PNG_FOLDER = "predictions.json", "predictions"
 """panopticapi looks for the PNG files of X.json in the folder X."""
 
 
-def encode_png(panoptic_seg: np.ndarray) -> bytes:
+def encode_png(panoptic_seg: np.ndarray, pnginfo: PngInfo | None = None) -> bytes:
     """A PNG file of segment ids: id = R + 256 · G + 256² · B.
 
     Args:
         panoptic_seg: int [height, width], 0 … 2²⁴ − 1; 0 is no segment.
+        pnginfo: texts beside the picture.
 
     >>> decode_png(encode_png(np.array([[0, 70000]]))).tolist()
     [[0, 70000]]
@@ -36,7 +38,7 @@ def encode_png(panoptic_seg: np.ndarray) -> bytes:
         raise ValueError(f"panoptic PNG: ids are {panoptic_seg.min()} … {panoptic_seg.max()}, expected 0 … {2**24 - 1}")
     colors = np.stack([panoptic_seg >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)
     with io.BytesIO() as file:
-        Image.fromarray(colors).save(file, format="PNG")
+        Image.fromarray(colors).save(file, format="PNG", pnginfo=pnginfo)
         return file.getvalue()
 
 

@@ -16,10 +16,10 @@ from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.data import tfrecords
 from tfmaskformer.data.datasets import DataSet, Sample, identity, open_dataset
 from tfmaskformer.data.layouts import LAYOUTS, Layout
+from tfmaskformer.data.preprocessing import exif_orientation
 from tfmaskformer.data.records import Problem, Record
 
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
-_EXIF_ORIENTATION = 274
 
 
 class EvaluationError(ValueError):
@@ -134,7 +134,7 @@ def _size(record: Record) -> tuple[int, int] | None:
         return record.height, record.width
     try:
         with tf.io.gfile.GFile(record.image, "rb") as file, Image.open(file) as image:
-            turned = image.getexif().get(_EXIF_ORIENTATION) in _TURNED
+            turned = exif_orientation(image) in _TURNED
             return image.size if turned else image.size[::-1]
     except Exception:  # Pillow raises many kinds; loading the image will tell, and it finds a canvas if it can be read
         return None

@@ -23,11 +23,13 @@ from tfmaskformer import checkpoint
 from tfmaskformer.config import ConfigError
 from tfmaskformer.data.datasets import DataSet, Sample, open_training_set
 from tfmaskformer.data.layouts import LAYOUTS
+from tfmaskformer.data.listing import write_file
 from tfmaskformer.data.preprocessing import resize_shortest_edge, resized_shape
 from tfmaskformer.data.training import step_arguments, training_dataset
 from tfmaskformer.evaluation.canvases import Canvas, choose_canvases
-from tfmaskformer.evaluation.counts import Counts
-from tfmaskformer.evaluation.evaluate import _write, infer_step
+from tfmaskformer.evaluation.counts import Counts, headline
+from tfmaskformer.evaluation.devices import multiply_in_float32
+from tfmaskformer.evaluation.evaluate import infer_step
 from tfmaskformer.evaluation.sources import Source, metrics_of, open_source
 from tfmaskformer.model import MaskFormer
 from tfmaskformer.module import named_variables
@@ -229,7 +231,7 @@ class MaskFormerTask(base_task.Task):
 
     def build_model(self) -> MaskFormer:
         """The model at random weights, which :meth:`initialize` or a checkpoint replaces; in ``runtime.mixed_precision_dtype``."""
-        tf.config.experimental.enable_tensor_float_32_execution(False)  # as tfmaskformer.evaluation.devices
+        multiply_in_float32()
         if self._steps_taken() and checkpoint.read_config(self.logging_dir) != self.settings.config:
             raise RunError(f"'{self.logging_dir}' holds a training of another model\n  choose another model_dir")
         keras.utils.set_random_seed(self.settings.seed)
@@ -267,7 +269,7 @@ class MaskFormerTask(base_task.Task):
                 variable.assign(values[name].numpy())
         if tf.distribute.get_strategy().extended.should_checkpoint:
             text = json.dumps(model.config.to_dict(), indent=1) + "\n"
-            _write(os.path.join(self.logging_dir, checkpoint.CONFIG_FILE), text.encode())
+            write_file(os.path.join(self.logging_dir, checkpoint.CONFIG_FILE), text.encode())
 
     def _steps_taken(self) -> int:
         if not self.logging_dir:
@@ -387,10 +389,8 @@ class MaskFormerTask(base_task.Task):
 
     def reduce_aggregated_logs(self, aggregated_logs: Counts, global_step: Any = None) -> dict[str, float]:
         """``PQ`` and ``mIoU``, or one of them, in percent, and how many images could not be read."""
-        metrics = aggregated_logs.metrics(self.source.info)
-        found = {"PQ": metrics.get("panoptic", {}).get("all", {}).get("pq"), "mIoU": metrics.get("semantic", {}).get("miou")}
-        values = {name: float(value) for name, value in found.items() if value is not None}
-        return values | {"skipped_images": float(self.source.images - len(aggregated_logs.done))}
+        skipped = self.source.images - len(aggregated_logs.done)
+        return headline(aggregated_logs.metrics(self.source.info)) | {"skipped_images": float(skipped)}
 
 
 class Runner(train_lib.OrbitExperimentRunner):

@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, GROUP, OK, failed
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, GROUP, OK, failed, positive
 from tfmaskformer.data.layouts import LAYOUTS
-from tfmaskformer.evaluation.cli import _positive
 
 if TYPE_CHECKING:
     from tfmaskformer.config import MaskFormerConfig
@@ -85,14 +84,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     devices.add_argument("--tpu", metavar="NAME", help="a TPU by its name or address; 'local' on a TPU VM")
     devices.add_argument("--gpu", action="store_const", const="gpu", dest="device", help="all GPUs; default if there are any")
     devices.add_argument("--cpu", action="store_const", const="cpu", dest="device", help="the CPU")
-    parser.add_argument("--replicas", type=_positive, metavar="N", default=1, help="with --cpu: split it into N devices, for tests")
-    parser.add_argument("--accumulate", type=_positive, metavar="N", default=1, help="each device takes its images in N parts (default: 1)")
+    parser.add_argument("--replicas", type=positive, metavar="N", default=1, help="with --cpu: split it into N devices, for tests")
+    parser.add_argument("--accumulate", type=positive, metavar="N", default=1, help="each device takes its images in N parts (default: 1)")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16, with weights, norms and losses in float32")
     parser.add_argument("--rematerialise", action="store_true", help="save memory by computing blocks again in the backward pass")
     parser.add_argument(
-        "--canvas", type=_positive, nargs=2, metavar=("H", "W"), help="size of all images, px; default: the config's largest"
+        "--canvas", type=positive, nargs=2, metavar=("H", "W"), help="size of all images, px; default: the config's largest"
     )
-    parser.add_argument("--max-objects", type=_positive, metavar="N", help="of an image; default: the number of queries")
+    parser.add_argument("--max-objects", type=positive, metavar="N", help="of an image; default: the number of queries")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="values to change in the config, as SOLVER.BASE_LR 5e-5")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.replicas > 1 and arguments.device != "cpu":

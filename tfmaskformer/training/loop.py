@@ -22,6 +22,7 @@ from tfmaskformer import checkpoint
 from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.data.datasets import DataSet
 from tfmaskformer.data.training import step_arguments, training_dataset
+from tfmaskformer.evaluation.counts import headline
 from tfmaskformer.evaluation.devices import gathered, worker
 from tfmaskformer.evaluation.evaluate import Evaluation
 from tfmaskformer.evaluation.sources import Source, metrics_of
@@ -298,14 +299,7 @@ class Training:
         if not run.writes:
             return
         report = evaluation.report(counts)
-        found = {"PQ": ("panoptic", "all", "pq"), "mIoU": ("semantic", "miou")}
-        values = {}
-        for name, path in found.items():
-            value: Any = report["metrics"]
-            for key in path:
-                value = (value or {}).get(key)
-            if value is not None:
-                values[f"evaluation/{name}"] = float(value)
+        values = {f"evaluation/{name}": value for name, value in headline(report["metrics"]).items()}
         summaries.scalars(step, values)
         run.write(_EVALUATION.format(step), (json.dumps(report, indent=1) + "\n").encode())
 

@@ -243,7 +243,7 @@ class AdamW(TorchOptimizer):
 
 @keras.saving.register_keras_serializable("tfmaskformer")
 class SGD(TorchOptimizer):
-    """``torch.optim.SGD``: the decay is part of the gradient; the first gradient enters the momentum undampened."""
+    """``torch.optim.SGD``: the decay is part of the gradient, as upstream without dampening and Nesterov's momentum."""
 
     slots = ("momentum_buffer",)
 
@@ -253,29 +253,23 @@ class SGD(TorchOptimizer):
         parameters: Sequence[Parameter | Sequence[Any]],
         *,
         momentum: float = 0.0,
-        dampening: float = 0.0,
-        nesterov: bool = False,
         clip_norm: float = 0.0,
         name: str | None = None,
     ):
         super().__init__(learning_rate, parameters, clip_norm=clip_norm, name=name)
         self.momentum = momentum
-        self.dampening = dampening
-        self.nesterov = nesterov
 
     def _scalars(self, learning_rate: tf.Tensor) -> dict[str, tf.Tensor]:
-        undampened = tf.where(tf.equal(self.iterations, 0), tf.constant(1, tf.float64), tf.constant(1 - self.dampening, tf.float64))
-        return {"lr": learning_rate, "undampened": undampened}
+        return {"lr": learning_rate}
 
     def _update(self, parameter: Parameter, variable: tf.Variable, gradient: tf.Tensor, **scalars: tf.Tensor) -> None:
         if parameter.weight_decay > 0:
             gradient += parameter.weight_decay * variable
         if self.momentum > 0:
             buffer = self.slot("momentum_buffer", parameter.name).value
-            moved = buffer * self.momentum + tf.cast(scalars["undampened"], variable.dtype) * gradient
-            buffer.assign(moved)
-            gradient = gradient + self.momentum * moved if self.nesterov else moved
+            gradient = buffer * self.momentum + gradient
+            buffer.assign(gradient)
         variable.assign(variable - tf.cast(scalars["lr"], variable.dtype) * gradient)
 
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"momentum": self.momentum, "dampening": self.dampening, "nesterov": self.nesterov}
+        return super().get_config() | {"momentum": self.momentum}

@@ -25,11 +25,10 @@ from typing import Any
 import tensorflow as tf
 import yaml
 
-from tfmaskformer.checkpoint import CONFIG_FILE
+from tfmaskformer.checkpoint import CONFIG_FILE, CheckpointError, latest_prefix
 from tfmaskformer.config import MaskFormerConfig
-from tfmaskformer.data.listing import read_file, told
+from tfmaskformer.data.listing import read_file, told, write_file
 from tfmaskformer.evaluation.devices import gathered
-from tfmaskformer.evaluation.evaluate import _write
 from tfmaskformer.official_yaml import Tree, dump
 
 KEEP = 3
@@ -138,7 +137,7 @@ class Run:
 
     def write(self, name: str, content: bytes) -> None:
         """A file that is there whole, or not at all."""
-        _write(self.path(name), content)
+        write_file(self.path(name), content)
 
     def restore(self, **objects: Any) -> tf.train.CheckpointManager:
         """Gives these objects the values of :attr:`latest`, if there is one; what they are saved with.
@@ -181,8 +180,8 @@ def _latest(folder: str, there: Iterable[str]) -> str | None:
 
 
 def _named(folder: str) -> str | None:
-    with contextlib.suppress(ValueError):  # it is damaged
-        return tf.train.latest_checkpoint(folder)
+    with contextlib.suppress(CheckpointError):
+        return latest_prefix(folder)
     return None
 
 

@@ -56,9 +56,6 @@ RUNS = {
     "sgd": Run("tiny_semantic", (*SHORT, *DECAYS, "SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.8), ("float64", "float32")),
 }
 
-TORCH_SGD = {"dampened": {"dampening": 0.3}, "nesterov": {"nesterov": True}, "plain": {"momentum": 0.0}}
-"""What the official Trainer cannot set: torch.optim.SGD alone, with momentum 0.8 unless told, learning rate 0.02, decay 0.3."""
-
 POLY, MULTI_STEP = "coco-stuff-10k-171/maskformer_R50_bs32_60k", "coco-panoptic/maskformer_panoptic_R50_bs64_554k"
 SCHEDULES = {
     "steps": (MULTI_STEP, {"MAX_ITER": 40, "STEPS": (20, 30), "WARMUP_ITERS": 0}),
@@ -248,13 +245,13 @@ def measured(name, step, start, weight, *slots):
     return values, [np.linalg.norm(np.float64(array).ravel()) for array in (np.float64(weight) - start, *slots)]
 
 
-def torch_sgd(options):
-    """One parameter under torch.optim.SGD."""
+def torch_sgd():
+    """One parameter under torch.optim.SGD alone, without momentum."""
     import torch
 
     name, shape = "plain.weight", (3, 4)
     parameter = torch.nn.Parameter(torch.tensor(gradient(name, shape, 100)))
-    optimizer = torch.optim.SGD([parameter], 0.02, **({"momentum": 0.8, "weight_decay": 0.3} | options))
+    optimizer = torch.optim.SGD([parameter], 0.02, weight_decay=0.3)
     return taken({name: parameter}, optimizer, None, torch.float64)
 
 
@@ -264,9 +261,7 @@ def record_all_steps(code) -> dict[str, np.ndarray]:
         for dtype in run.dtypes:
             found |= {f"{name}.{dtype}.{key}": array for key, array in record_steps(code, run, dtype).items()}
             print(name, dtype, file=sys.stderr)
-    for name, options in TORCH_SGD.items():
-        found |= {f"{name}.float64.{key}": array for key, array in torch_sgd(options).items()}
-    return found
+    return found | {f"plain.float64.{key}": array for key, array in torch_sgd().items()}
 
 
 def main(*parts: str) -> None:
