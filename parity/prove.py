@@ -181,7 +181,7 @@ def summary(proof: Proof) -> dict[str, Any]:
         "assignments": [sum(item.passed for item in matched), len(matched)],
         "back": proof.back,
         "passed": proof.passed,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 
 

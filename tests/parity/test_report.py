@@ -122,7 +122,7 @@ def test_a_training_step_has_no_depth():
     depths = [report_figures.error_along_depth(each).png for each in (check, with_step)]
     assert depths[0] == depths[1]
     assert "steps/plain (75×101 px), float32" in report.text(with_step)
-    heights = [int.from_bytes(report_figures.histograms(each).png[20:24]) for each in (check, with_step)]
+    heights = [int.from_bytes(report_figures.histograms(each).png[20:24], "big") for each in (check, with_step)]
     assert heights[1] > 1.3 * heights[0]
 
 
