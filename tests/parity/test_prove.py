@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from checkpoints import registry
-from parity import prove
+from parity import judge, prove
+from parity.trace import Trace
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,19 @@ def test_checkpoint_matches_the_official_code(name, padding, assigns):
             judged = [item for item in case.items if item.group in ("taps", "outputs", "losses")]
             assert len(judged) > 200
             assert all(math.isfinite(item.tolerance) and item.tolerance < 1e-3 for item in judged)
+
+
+def test_assignments_of_all_traces_are_clear():
+    for folder in prove.TRACES.iterdir():
+        trace = Trace(folder)
+        assert trace.provenance["seed"] == prove.SEEDS.get(folder.name, 0)
+        for name in trace.cases:
+            with trace.case(name) as case:
+                places = [key.removesuffix("/gap") for key in case.reference.group("matcher") if key.endswith("/gap")]
+                assert bool(places) == (not folder.name.startswith("per_pixel"))
+                for place in places:
+                    gap, noise = judge.gap_and_noise(case, place)
+                    assert gap >= prove.CLEAR * noise, (folder.name, name, place)
 
 
 def test_readme_has_the_table_of_the_last_runs():
