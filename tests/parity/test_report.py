@@ -144,6 +144,19 @@ def test_the_median_alone_can_fail():
     assert report_text.verdict(CHECKS["empty"]()) == ["mismatch: nothing was compared"]
 
 
+def test_the_median_of_a_low_precision_is_not_judged_and_its_report_is_valid():
+    check = passing(items=tuple(item("taps", f"a.{index}#0", 1.2e-6) for index in range(3)))
+    for precision in ("bfloat16", "float32 with products in tf32"):
+        settings = dataclasses.replace(check.settings, dtypes=(precision,))
+        low, broken = (
+            dataclasses.replace(one, settings=settings, cases=(dataclasses.replace(one.cases[1], dtype=precision),))
+            for one in (check, failing())
+        )
+        assert (check.passed, low.passed, broken.passed) == (False, True, False)
+        for one in (low, broken):
+            VALIDATOR.validate(report.as_dict(one))
+
+
 def test_colour_only_when_asked_for_and_never_from_files():
     check = with_items(passing(), [dataclasses.replace(FAULTS[0], note="\x1b[2J\x07")])
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", report.text(check))
