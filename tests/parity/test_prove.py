@@ -77,6 +77,17 @@ def test_a_new_row_takes_its_place_in_the_file_and_on_the_page(tmp_path):
     assert text.index(f"| {first} |") < text.index(f"| {last} |")
 
 
+def test_a_page_without_an_end_is_refused_before_anything_is_proven(tmp_path, capsys, monkeypatch):
+    page, text = tmp_path / "page.md", f"before\n{prove.MARKS[0]}\nold\nbehind\n"
+    page.write_text(text)
+    with pytest.raises(ValueError, match="between which the table goes"):
+        prove.write_table(page, tmp_path / "zoo.json")
+    monkeypatch.setattr(prove, "prove", None)
+    assert prove.main(["--results", str(tmp_path / "zoo.json"), "--page", str(page)]) == 2
+    assert "between which the table goes" in capsys.readouterr().err
+    assert page.read_text() == text
+
+
 def test_a_page_needs_results(capsys):
     with pytest.raises(SystemExit) as exit_info:
         prove.main(["--page", "README.md"])
