@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import json
 import logging
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, failed
 
@@ -223,6 +222,7 @@ def _check(argv: Sequence[str]) -> int:
         parser.error("--port needs a trace: parity-check record --port …")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # that every case is traced anew is no fault
+    from parity.converted import CheckError
     from parity.inputs import InputError
     from parity.spool import prepare
 
@@ -235,7 +235,7 @@ def _check(argv: Sequence[str]) -> int:
             settings = _settings(arguments, scratch)
             prepare(settings.memory_budget)
             return _run(arguments, settings)
-    except (OSError, InputError) as error:
+    except (OSError, CheckError, InputError) as error:
         return failed(str(error), BAD_INPUT)
 
 
@@ -370,18 +370,20 @@ def _settings(arguments: argparse.Namespace, scratch: str) -> Settings:
 
 
 def _record_reference(arguments: argparse.Namespace, directory: str) -> int:
-    """Records the images, and a training step of the first, into ``directory``; returns an exit code, 0 where it worked."""
+    """Records the images, and a training step of the first, into ``directory``; returns an exit code, 0 where it worked.
+
+    Raises:
+        CheckError: the checkpoint was not converted from ``--src``.
+    """
+    from parity.converted import read_manifest, require_same_weights
+
     config = arguments.config or _zoo_config(arguments.ckpt)
     if config is None:
         return failed(
             f"the manifest of '{arguments.ckpt}' names no zoo entry, so its official config is not known; give --config", BAD_INPUT
         )
-    digest = hashlib.sha256(Path(arguments.src).read_bytes()).hexdigest()
-    if digest != (converted := _manifest(arguments.ckpt).get("source", {}).get("sha256", digest)):
-        return failed(
-            f"other weights: '{arguments.ckpt}' was converted from a file with SHA-256 {converted}, '{arguments.src}' has {digest}",
-            BAD_INPUT,
-        )
+    given = {"file": arguments.src, "sha256": hashlib.sha256(Path(arguments.src).read_bytes()).hexdigest()}
+    require_same_weights(arguments.ckpt, read_manifest(arguments.ckpt)["source"], "--src is", given)
     argv = ["--src", arguments.src, "--config", config]
     for name in ("maskformer", "detectron2"):
         if getattr(arguments, name):
@@ -401,19 +403,12 @@ def _record_reference(arguments: argparse.Namespace, directory: str) -> int:
 def _zoo_config(checkpoint: str) -> str | None:
     """The official YAML file of a converted checkpoint, below ``configs``; None where its manifest does not tell."""
     from checkpoints import registry
+    from parity.converted import read_manifest
 
     try:
-        return registry.entry(_manifest(checkpoint)["model"]["zoo_entry"]).official_config.removeprefix("configs/")
+        return registry.entry(read_manifest(checkpoint)["model"]["zoo_entry"]).official_config.removeprefix("configs/")
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _manifest(checkpoint: str) -> dict[str, Any]:
-    """What ``convert`` wrote beside the checkpoint; empty where there is nothing of the kind."""
-    try:
-        return dict(json.loads((Path(checkpoint) / "manifest.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
 
 
 def _check_writable(path: str | None) -> None:
