@@ -54,7 +54,7 @@ from parity.converted import CheckError, read_manifest, require_same_weights
 from parity.judge import THREADS, Item
 from parity.sampling import write
 from parity.trace import Case, Record, TraceError, file_path
-from tfmaskformer.cli import failed
+from tfmaskformer.cli import failed, require_writable, write_whole
 
 if TYPE_CHECKING:
     from parity.diagnose import Finding
@@ -776,12 +776,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``parity-check steps``: 0 match, 1 mismatch, 2 bad input, 3 could not run."""
+    """``parity-check steps``: 0 match, 1 mismatch, 2 bad input, 3 could not run.
+
+    Raises:
+        tfmaskformer.cli.OutputError: ``--json`` cannot be written.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if arguments.steps is not None and arguments.steps < 1:
         return failed(f"--steps {arguments.steps}: expected 1 or more", 2)
-    if arguments.json not in (None, "-") and not os.access(Path(arguments.json).absolute().parent, os.W_OK):
-        return failed(f"cannot write '{arguments.json}': no folder to write in; give another place", 2)
+    require_writable(arguments.json)
     try:
         from parity import probes
         from tfmaskformer.checkpoint import CheckpointError
@@ -810,5 +813,5 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json == "-":
             print(content, end="")
         else:
-            Path(arguments.json).write_text(content, encoding="utf-8")
+            write_whole(arguments.json, content)
     return 0 if all(of.passed for of in checks) else 1

@@ -220,6 +220,17 @@ def test_bad_input_exits_2(files, capsys, tmp_path, content, told):
         assert not (tmp_path / "out.json").exists()
 
 
+def test_where_json_cannot_be_written(files, capsys, tmp_path):
+    for place in (tmp_path / "nowhere" / "x.json", tmp_path):
+        code, out, err = run(capsys, *files, "--json", place)
+        assert (code, out) == (cli.BAD_INPUT, "")
+        assert err.startswith(f"error: cannot write '{place}'")
+    code, out, err = run(capsys, *files, "--json", "/dev/full")
+    assert code == cli.COULD_NOT_RUN
+    assert out.splitlines()[-1] == "regression: 8 newly fail"
+    assert err == "error: cannot write '/dev/full': No space left on device; give another place\n"
+
+
 @pytest.mark.parametrize("arguments", [["--factor", "0.5"], ["--factor", "nan"], ["--factor", "x"], ["C.json"]])
 def test_wrong_usage_exits_2(files, capsys, arguments):
     with pytest.raises(SystemExit) as exit_info:
