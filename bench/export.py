@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.common import progress
+from parity.page import replaced_between
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "export.md"
@@ -54,11 +55,18 @@ def main() -> int:
             rows.append(_measured(folder, export, image, expected, expected_taps))
     lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
+    PAGE.write_text(page_of(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
     print(PAGE.relative_to(ROOT))
     return 0
+
+
+def page_of(text: str, lines: Sequence[str]) -> str:
+    """The page with the lines of the table between its marks.
+
+    Raises:
+        ValueError: it does not have them.
+    """
+    return replaced_between(text, BEGIN, END, "\n".join(lines) + "\n")
 
 
 def _measured(folder: Path, export: tuple[str, str, bool], image: np.ndarray, expected: Any, expected_taps: Any) -> tuple[str, ...]:

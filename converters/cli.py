@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import math
@@ -15,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tfmaskformer.cli import COULD_NOT_RUN, OK, failed
+from tfmaskformer.cli import COULD_NOT_RUN, OK, OutputError, failed, require_writable, write_whole
 
 if TYPE_CHECKING:
     from converters.convert import Conversion
@@ -216,29 +215,23 @@ def _writable(path: str | None, others: Sequence[str | None]) -> pathlib.Path | 
     try:
         if any(other and file.resolve() == pathlib.Path(other).resolve() for other in others):
             raise ConversionError(f"--json {quoted(path)} is the source or the destination", "choose another --json file")
-        if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
-            raise ConversionError(f"cannot write {quoted(path)}", "choose another --json file, in a directory that exists")
+        require_writable(file)
         if file.is_file() and file.stat().st_size and file.read_bytes()[:1] != b"{":
             raise ConversionError(f"{quoted(path)} exists and is no JSON", "choose another --json file")
+    except OutputError as error:
+        raise ConversionError(str(error)) from None
     except OSError as error:
         raise ConversionError(f"cannot write {quoted(path)}: {error.strerror}", "choose another --json file") from None
     return file
 
 
 def _write_json(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    from converters.errors import ConversionError, quoted
+    from converters.errors import ConversionError
 
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        if file.exists() and not file.is_file():  # /dev/stderr and the like
-            file.write_text(json.dumps(manifest) + "\n", encoding="utf-8")
-            return
-        beside.write_text(json.dumps(manifest) + "\n", encoding="utf-8")
-        beside.replace(file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise ConversionError(f"cannot write {quoted(file)}: {error.strerror}; the conversion itself is complete") from None
+        write_whole(file, json.dumps(manifest) + "\n")
+    except OutputError as error:
+        raise ConversionError(str(error), "the conversion itself is complete") from None
 
 
 def _summary(conversion: Conversion, seconds: float) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from converters import ports
 from parity import compare, ends, judge, probes, stages, trajectory, verdict
+from parity.converted import CheckError, read_manifest, require_same_weights
 from parity.evidence import Evidence, Overlay, of_failures, of_results
 from parity.judge import COVERAGE, GROUPS, CaseRun, Exemption, Found, Item, LossFloors, case_inputs
 from parity.ports import Port, inputs_of
@@ -40,10 +40,6 @@ ASKED_OUT = "this check was asked to leave gradients out"
 
 CANVAS_PX = 128
 """Without ``pad_to``, masked padding takes the next multiple of this that is larger than every image."""
-
-
-class CheckError(ValueError):
-    """The checkpoint, the trace or the settings cannot be used; the message says what, where and the next step."""
 
 
 class EnvironmentBrokenError(RuntimeError):
@@ -253,9 +249,9 @@ def check(settings: Settings, progress: Callable[[str], None] = lambda text: Non
         CheckError, parity.trace.TraceError, parity.trajectory.StepsError, tfmaskformer.CheckpointError: bad input.
         EnvironmentBrokenError: TensorFlow computes garbage here.
     """
-    source = _manifest(Path(settings.checkpoint))["source"]
+    source = read_manifest(settings.checkpoint)["source"]
     trace = Trace(settings.reference)
-    _check_same_weights(settings, source, trace)
+    require_same_weights(settings.checkpoint, source, f"'{settings.reference}' was recorded from", trace.provenance.get("checkpoint", {}))
     recorded = _trainings(settings)
     names, left_out = _select(settings, trace, recorded)
     trainings, steps_left_out = _select_trainings(settings, recorded)
@@ -299,30 +295,6 @@ def check(settings: Settings, progress: Callable[[str], None] = lambda text: Non
     return Check(settings, environment, source, trace.provenance, tuple(checked), left_out + steps_left_out)
 
 
-def _manifest(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's manifest, which tells in ``source`` what it was converted from."""
-    path = checkpoint / "manifest.json"
-    try:
-        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
-        return manifest | {"source": dict(manifest["source"])}
-    except FileNotFoundError as error:
-        raise CheckError(
-            f"'{checkpoint}' has no manifest.json, which tells whose weights it has; expected a directory from 'convert'"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckError(f"'{path}' cannot be read ({error!r}); convert the checkpoint again") from error
-
-
-def _check_same_weights(settings: Settings, source: Mapping[str, Any], trace: Trace) -> None:
-    recorded = trace.provenance.get("checkpoint", {})
-    if recorded.get("sha256") != source.get("sha256"):
-        raise CheckError(
-            f"other weights: '{settings.checkpoint}' was converted from {source.get('file')} (SHA-256 {source.get('sha256')}),\n"
-            f"  but '{settings.reference}' was recorded from {recorded.get('file')} (SHA-256 {recorded.get('sha256')})\n"
-            "  convert that file, or record a trace of this one: parity-check record --src …"
-        )
-
-
 def _select(settings: Settings, trace: Trace, trainings: Sequence[str]) -> tuple[tuple[str, ...], tuple[Exemption, ...]]:
     """Names of the cases to check, and those that are left out; ``trainings``: what may be asked for besides."""
     known = (*trace.cases, *trainings)
@@ -361,12 +333,13 @@ def _select_trainings(settings: Settings, recorded: Sequence[str]) -> tuple[tupl
     """Names of the trainings whose first step is judged, and those that are left out.
 
     Raises:
-        TraceError, StepsError: one of them is damaged, or began with other weights.
+        CheckError, TraceError, StepsError: one of them is damaged, or began with other weights.
     """
     names = tuple(name for name in recorded if not settings.cases or name in settings.cases)
+    source = read_manifest(settings.checkpoint)["source"]
     for name in names:
         with _open_training(settings, name) as case:
-            trajectory.check_same_weights(settings.checkpoint, case.reference.facts)
+            require_same_weights(settings.checkpoint, source, f"'{name}' started from", case.reference.facts["checkpoint"])
     if settings.gradients and settings.padding == "official":
         return names, ()
     reason = "it was recorded with official padding" if settings.gradients else ASKED_OUT
@@ -417,7 +390,7 @@ def _check_batch(
             how: dict[str, Any] = {"padding": settings.padding, "pad_to": pad_to, "gradients": gradients != "none"}
             how["memory_budget"] = settings.memory_budget
             local, replayed = _local(case, dtype, functools.partial(replay, model, case, **how))
-            manifest = _manifest(Path(settings.checkpoint))
+            manifest = read_manifest(settings.checkpoint)
             threads = judge.THREADS if settings.memory_budget is None else 1
             one = CaseRun(case, results, dtype, loss_floors, model, model.config, trace, manifest, replayed, threads)
             judged, seen = judge_case(one, judges, all_stages=settings.all_stages)
@@ -576,7 +549,7 @@ def _check_port(settings: Settings, trace: Trace, name: str, port: Port, model: 
         how = {"mode": settings.mode, "gradients": "all" if without is None else "none"}
         [results] = _run(lambda results=True, **how: [port.run(model, inputs_of(case), **how)], dtype, how)
         local, replayed = _local(case, dtype, lambda: replay_port(port, model, case, gradients=without is None))
-        one = CaseRun(case, results, dtype, loss_floors, model, manifest=_manifest(Path(settings.checkpoint)), replay=replayed)
+        one = CaseRun(case, results, dtype, loss_floors, model, manifest=read_manifest(settings.checkpoint), replay=replayed)
         judged, seen = judge_case(one, judges, stages.plan_of(port.stages), settings.all_stages)
         seen += of_failures(case, results, judged.own_failures or judged.failures)
         return dataclasses.replace(judged, local=local, evidence=tuple(seen))

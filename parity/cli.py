@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import json
 import logging
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, failed
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, OutputError, failed, require_writable, write_whole
 
 if TYPE_CHECKING:
     from parity.check import Check, Settings
@@ -40,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare": _compare,
         "selftest": _selftest,
     }
-    return commands[arguments[0]](arguments[1:]) if arguments[:1] and arguments[0] in commands else _check(arguments)
+    try:
+        return commands[arguments[0]](arguments[1:]) if arguments[:1] and arguments[0] in commands else _check(arguments)
+    except OutputError as error:
+        return failed(str(error), error.exit_code)
 
 
 def _record(argv: Sequence[str]) -> int:
@@ -124,7 +126,7 @@ def _compare(argv: Sequence[str]) -> int:
         "compare",
         "Compares two runs by their report.json: what newly fails or passes, whose error grew, what appeared or vanished, and what is "
         "different about the surroundings.",
-        "0 no regression, 1 regression, 2 usage or bad input",
+        "0 no regression, 1 regression, 2 usage or bad input, 3 could not run",
     )
     parser.add_argument("before", metavar="A.json", help="report of the run to compare with")
     parser.add_argument("after", metavar="B.json", help="report of the run that is judged")
@@ -135,8 +137,8 @@ def _compare(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if not arguments.factor >= 1:
         parser.error(f"--factor {arguments.factor:g}: expected 1 or more")
+    require_writable(arguments.json)
     try:
-        _check_writable(arguments.json)
         names = (arguments.before, arguments.after)
         before, after = map(regression.read, names)
         found = regression.regression(before, after, names, arguments.factor)
@@ -167,19 +169,23 @@ def _selftest(argv: Sequence[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from parity import selftest
 
+    for path in (arguments.readme, arguments.json):
+        require_writable(path)
     try:
-        for path in (arguments.readme, arguments.json):
-            _check_writable(path)
         if arguments.readme:
-            selftest.around_table(Path(arguments.readme))
+            selftest.page_with(Path(arguments.readme), "")  # it has a place for the table
         proof = selftest.prove(arguments.only, lambda step: print(step, file=sys.stderr, flush=True))
-        if arguments.readme:
-            selftest.write_table(Path(arguments.readme), proof)
     except (OSError, ValueError) as error:
         return failed(str(error), BAD_INPUT)
     except (selftest.SelftestError, ImportError) as error:
         return failed(str(error), COULD_NOT_RUN)
     _tell(arguments.json, lambda: selftest.text(proof), lambda: selftest.as_json(proof))
+    if arguments.readme:
+        try:
+            page = selftest.page_with(Path(arguments.readme), f"\n{selftest.table(proof)}\n")
+        except (OSError, ValueError) as error:  # it was another page before the proof
+            return failed(str(error), COULD_NOT_RUN)
+        write_whole(arguments.readme, page)
     return MATCH if proof.passed else MISMATCH
 
 
@@ -199,7 +205,7 @@ def _tell(json_to: str | None, text: Callable[[], str], as_json: Callable[[], st
         return
     print(text())
     if json_to:
-        Path(json_to).write_text(as_json(), encoding="utf-8")
+        write_whole(json_to, as_json())
 
 
 def _check(argv: Sequence[str]) -> int:
@@ -223,19 +229,20 @@ def _check(argv: Sequence[str]) -> int:
         parser.error("--port needs a trace: parity-check record --port …")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # that every case is traced anew is no fault
+    from parity.converted import CheckError
     from parity.inputs import InputError
     from parity.spool import prepare
 
+    require_writable(arguments.report, folder=True)
+    require_writable(arguments.json)
     try:
-        for path in (arguments.report, arguments.json):
-            _check_writable(path)
         with tempfile.TemporaryDirectory(prefix="parity-check-") as scratch:
             if arguments.reference == "official" and (code := _record_reference(arguments, scratch)):
                 return code
             settings = _settings(arguments, scratch)
             prepare(settings.memory_budget)
             return _run(arguments, settings)
-    except (OSError, InputError) as error:
+    except (OSError, CheckError, InputError) as error:
         return failed(str(error), BAD_INPUT)
 
 
@@ -287,12 +294,11 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         return failed("interrupted; nothing was concluded", COULD_NOT_RUN)
     if warning := over_budget(settings.memory_budget):
         print(f"warning: {warning}", file=sys.stderr)
-    if arguments.report:
-        Path(arguments.report).mkdir(parents=True, exist_ok=True)
-        report.write(result, Path(arguments.report))
     _tell(arguments.json, lambda: report.text(result, colour=sys.stdout.isatty()), lambda: report.as_json(result))
-    if arguments.report and arguments.json != "-":
-        print(f"report: {arguments.report}")
+    if arguments.report:
+        report.write(result, Path(arguments.report))
+        if arguments.json != "-":
+            print(f"report: {arguments.report}")
     return MATCH if result.passed else MISMATCH
 
 
@@ -370,18 +376,20 @@ def _settings(arguments: argparse.Namespace, scratch: str) -> Settings:
 
 
 def _record_reference(arguments: argparse.Namespace, directory: str) -> int:
-    """Records the images, and a training step of the first, into ``directory``; returns an exit code, 0 where it worked."""
+    """Records the images, and a training step of the first, into ``directory``; returns an exit code, 0 where it worked.
+
+    Raises:
+        CheckError: the checkpoint was not converted from ``--src``.
+    """
+    from parity.converted import read_manifest, require_same_weights
+
     config = arguments.config or _zoo_config(arguments.ckpt)
     if config is None:
         return failed(
             f"the manifest of '{arguments.ckpt}' names no zoo entry, so its official config is not known; give --config", BAD_INPUT
         )
-    digest = hashlib.sha256(Path(arguments.src).read_bytes()).hexdigest()
-    if digest != (converted := _manifest(arguments.ckpt).get("source", {}).get("sha256", digest)):
-        return failed(
-            f"other weights: '{arguments.ckpt}' was converted from a file with SHA-256 {converted}, '{arguments.src}' has {digest}",
-            BAD_INPUT,
-        )
+    given = {"file": arguments.src, "sha256": hashlib.sha256(Path(arguments.src).read_bytes()).hexdigest()}
+    require_same_weights(arguments.ckpt, read_manifest(arguments.ckpt)["source"], "--src is", given)
     argv = ["--src", arguments.src, "--config", config]
     for name in ("maskformer", "detectron2"):
         if getattr(arguments, name):
@@ -401,30 +409,12 @@ def _record_reference(arguments: argparse.Namespace, directory: str) -> int:
 def _zoo_config(checkpoint: str) -> str | None:
     """The official YAML file of a converted checkpoint, below ``configs``; None where its manifest does not tell."""
     from checkpoints import registry
+    from parity.converted import read_manifest
 
     try:
-        return registry.entry(_manifest(checkpoint)["model"]["zoo_entry"]).official_config.removeprefix("configs/")
+        return registry.entry(read_manifest(checkpoint)["model"]["zoo_entry"]).official_config.removeprefix("configs/")
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _manifest(checkpoint: str) -> dict[str, Any]:
-    """What ``convert`` wrote beside the checkpoint; empty where there is nothing of the kind."""
-    try:
-        return dict(json.loads((Path(checkpoint) / "manifest.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def _check_writable(path: str | None) -> None:
-    """Raises OSError where a report could not be written, before anything is run; "-" is stdout."""
-    if path is None or path == "-":
-        return
-    parent = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
-    if not parent.is_dir() and parent != Path(path).absolute():
-        raise NotADirectoryError(f"cannot write '{path}': '{parent}' is no directory")
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(f"cannot write '{path}': no permission in '{parent}'; give another place")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from parity import official, record_zoo, train_shapes
+from parity.page import replaced_between
 from parity.train_shapes_tensorflow import CANVAS
 
 SEEDS = 3
@@ -223,11 +224,7 @@ def page_of(text: str, results: Mapping[str, Any]) -> str:
         ValueError: the page has no such place.
     """
     for name, table in tables(results).items():
-        before, first, rest = text.partition(f"<!-- {name} -->\n")
-        _, last, after = rest.partition("<!-- end -->")
-        if not last:
-            raise ValueError(f"the page has no lines '<!-- {name} -->' and '<!-- end -->', between which a table goes")
-        text = f"{before}{first}{table}\n{last}{after}"
+        text = replaced_between(text, f"<!-- {name} -->\n", "<!-- end -->", f"{table}\n")
     return text
 
 

@@ -38,7 +38,7 @@ class ImageSpec:
         try:
             with Image.open(self.path) as image:
                 resized = image.convert("RGB").resize((self.width, self.height), Image.Resampling.BILINEAR)
-        except OSError as error:
+        except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, ValueError, struct.error, DecompressionBombError …
             raise InputError(f"cannot read image '{self.path}': {error}") from error
         return np.asarray(resized)
 

@@ -751,6 +751,10 @@ def run(arguments: argparse.Namespace) -> int:
     except RecordError as error:
         say(f"error: {error}")
         return 3
+    except ImportError as error:
+        remedy = "\n  pip install 'tfmaskformer[torch]'" if error.name == "torch" else ""
+        say(f"error: cannot import {error.name}: {error}{remedy}")
+        return 3
     print(arguments.out)
     return 0
 

@@ -20,7 +20,8 @@ VERSIONS = range(1, VERSION + 1)
 """Of reports that can be compared: version 1 knows no stages, no findings and fewer groups."""
 
 RESOLUTION = {"float32": compare.FLOAT32_RESOLUTION, "float64": 1e-12}
-"""Errors up to this are the last bits: that they grow means nothing. In float64 1e-13 … 1e-12 is usual."""
+"""Errors up to this are the last bits: that they grow means nothing. In float64 1e-13 … 1e-12 is usual. A low precision (a recording's,
+:mod:`parity.recorded`) has no entry and takes float32's: its sums are in float32, and its own errors are far above that."""
 
 EXPECTED = "expected the report.json that parity-check --report or --json writes"
 
@@ -128,7 +129,7 @@ def regression(before: Mapping[str, Any], after: Mapping[str, Any], names: tuple
     grown = [
         change
         for key, change in changes.items()
-        if new[key].limited and key not in failing and change.after > max(factor * change.before, RESOLUTION[key.dtype])
+        if new[key].limited and key not in failing and change.after > max(factor * change.before, _resolution(key.dtype))
     ]
     return Regression(
         *names,
@@ -142,6 +143,10 @@ def regression(before: Mapping[str, Any], after: Mapping[str, Any], names: tuple
         appeared_failing=tuple(key for key in appeared if not new[key].passed),
         environment=dict(_differences(before, after)),
     )
+
+
+def _resolution(dtype: str) -> float:
+    return RESOLUTION.get(dtype, RESOLUTION["float32"])
 
 
 class _Judged(NamedTuple):
@@ -158,8 +163,8 @@ def _items(report: Mapping[str, Any], name: str) -> dict[Key, _Judged]:
     try:
         bool(report["passed"])
         for case in report["cases"]:
-            if case["dtype"] not in RESOLUTION:
-                raise ValueError(f"dtype {case['dtype']!r}")
+            if not isinstance(case["dtype"], str):
+                raise TypeError(f"dtype {case['dtype']!r}")
             for item in case["items"]:
                 judged = _Judged(bool(item["passed"]), float(item["error"]), float(item["tolerance"]) < math.inf)
                 found[Key(case["case"], case["dtype"], item["group"], item["name"])] = judged

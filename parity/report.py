@@ -15,6 +15,7 @@ from typing import Any
 from parity import report_figures, report_html, report_junit
 from parity.check import Check
 from parity.report_text import text, verdict
+from tfmaskformer.cli import COULD_NOT_RUN, OutputError, write_whole
 
 __all__ = ["FILES", "FORMAT", "SCHEMA", "VERSION", "as_dict", "as_json", "text", "write"]
 
@@ -72,11 +73,19 @@ def as_json(check: Check) -> str:
 
 
 def write(check: Check, directory: Path) -> None:
-    """Writes :data:`FILES` into a directory that exists."""
-    (directory / "report.txt").write_text(text(check) + "\n", encoding="utf-8")
-    (directory / "report.json").write_text(as_json(check), encoding="utf-8")
-    (directory / "junit.xml").write_bytes(report_junit.as_xml(check))
+    """Writes :data:`FILES` into a directory, which is made if it is not there.
+
+    Raises:
+        tfmaskformer.cli.OutputError: one of them cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(directory, error.strerror, COULD_NOT_RUN) from error
+    write_whole(directory / "report.txt", text(check) + "\n")
+    write_whole(directory / "report.json", as_json(check))
+    write_whole(directory / "junit.xml", report_junit.as_xml(check))
     depth = report_figures.error_along_depth(check)
-    (directory / "error_along_depth.png").write_bytes(depth.png)
+    write_whole(directory / "error_along_depth.png", depth.png)
     pictures = [depth, report_figures.histograms(check)]
-    (directory / "report.html").write_text(report_html.page(check, pictures), encoding="utf-8")
+    write_whole(directory / "report.html", report_html.page(check, pictures))

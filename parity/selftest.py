@@ -28,6 +28,7 @@ import numpy as np
 from checkpoints import registry, synthesize
 from parity import check, probes, tap_rules
 from parity.judge import case_inputs
+from parity.page import replaced_between
 from parity.trace import Trace, TraceFileWriter, write_manifest
 
 if TYPE_CHECKING:
@@ -491,19 +492,13 @@ MARKS = ("<!-- made by parity-check selftest -->", "<!-- end of parity-check sel
 """Between these a Markdown file has the table."""
 
 
-def around_table(readme: Path) -> tuple[str, str]:
-    """What a Markdown file has before and behind the place of the table, with the marks.
+def page_with(readme: Path, content: str) -> str:
+    """What a Markdown file has, with other content between its :data:`MARKS`.
 
     Raises:
-        ValueError: it has no such place.
+        OSError, ValueError: it cannot be read, or does not have them.
     """
-    before, first, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
-    _, last, after = rest.partition(MARKS[1])
-    if not last:
-        raise ValueError(f"'{readme}' has no lines '{MARKS[0]}' and '{MARKS[1]}', between which the table goes")
-    return before + first, last + after
-
-
-def write_table(readme: Path, proof: Proof) -> None:
-    """Puts the table into its place."""
-    readme.write_text(f"\n{table(proof)}\n".join(around_table(readme)), encoding="utf-8")
+    try:
+        return replaced_between(readme.read_text(encoding="utf-8"), *MARKS, content)
+    except ValueError as error:
+        raise ValueError(f"'{readme}': {error}") from error

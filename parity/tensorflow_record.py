@@ -25,6 +25,7 @@ import numpy as np
 
 import tfmaskformer
 from parity import judge, probes, record, trace
+from parity.converted import CheckError, read_manifest, require_same_weights
 from parity.inputs import InputError
 from parity.meta_architectures import RecordError
 from parity.spool import over_budget, prepare
@@ -123,15 +124,13 @@ def record_tensorflow(
         command: how this was asked for, for the manifest.
 
     Raises:
-        InputError, TraceError, parity.check.CheckError, tfmaskformer.CheckpointError: bad input, nothing of it recorded.
+        InputError, TraceError, CheckError, tfmaskformer.CheckpointError: bad input, nothing of it recorded.
         DeviceUnavailableError: the device is not there, or computes garbage.
         RecordError: without taps, the results have other bits.
     """
-    from parity import check
-
     inputs = Trace(reference)
-    manifest = check._manifest(Path(checkpoint))
-    check._check_same_weights(check.Settings(str(checkpoint), str(reference)), manifest["source"], inputs)
+    manifest = read_manifest(checkpoint)
+    require_same_weights(checkpoint, manifest["source"], f"'{reference}' was recorded from", inputs.provenance.get("checkpoint", {}))
     if unknown := [name for name in cases if name not in inputs.cases]:
         raise InputError(f"trace '{reference}' has no case {', '.join(unknown)}; it has {', '.join(inputs.cases)}")
     if precision.products != "float32" and precision.dtype != "float32":
@@ -313,7 +312,6 @@ def run_command(arguments: argparse.Namespace) -> int:
         record.say(f"error: {error}")
         return 2
     prepare(budget)
-    from parity.check import CheckError
     from tfmaskformer.checkpoint import CheckpointError
 
     try:

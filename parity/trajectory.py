@@ -50,10 +50,11 @@ import numpy as np
 from converters.tables.maskformer import transforms
 from parity import compare, tensorflow_run
 from parity.compiled import compiled
+from parity.converted import CheckError, read_manifest, require_same_weights
 from parity.judge import THREADS, Item
 from parity.sampling import write
 from parity.trace import Case, Record, TraceError, file_path
-from tfmaskformer.cli import failed
+from tfmaskformer.cli import failed, require_writable, write_whole
 
 if TYPE_CHECKING:
     from parity.diagnose import Finding
@@ -613,16 +614,17 @@ def check(
         progress: is told each training.
 
     Raises:
-        StepsError, TraceError, tfmaskformer.CheckpointError: bad input.
+        CheckError, StepsError, TraceError, tfmaskformer.CheckpointError: bad input.
     """
     recorded = trainings(reference)
     if unknown := [name for name in names if name not in recorded]:
         raise StepsError(f"'{reference}' has no training {', '.join(unknown)}; it has {', '.join(recorded)}")
+    source = read_manifest(checkpoint)["source"]
     checks = []
     for name in names or recorded:
         with open_training(reference, name) as case:
             facts = case.reference.facts
-            check_same_weights(checkpoint, facts)
+            require_same_weights(checkpoint, source, f"training '{name}' started from", facts["checkpoint"])
             if steps is not None and steps > facts["steps"]:
                 raise StepsError(f"'{reference}' has {facts['steps']} steps of '{name}', {steps} were asked for; record more")
             for dtype in dtypes:
@@ -655,20 +657,6 @@ def diagnosis(checkpoint: str | Path, case: Case, dtype: str, items: Sequence[It
 def _step_of(name: str) -> int:
     """``decay`` is of the first step."""
     return 1 if name == "decay" else int(name.partition("/")[0])
-
-
-def check_same_weights(checkpoint: str | Path, facts: Mapping[str, Any]) -> None:
-    """Raises StepsError unless a checkpoint was converted from the file that a recorded training began with."""
-    path = Path(checkpoint) / "manifest.json"
-    try:
-        source = json.loads(path.read_text(encoding="utf-8"))["source"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StepsError(f"'{path}' cannot be read ({error!r}); expected a directory from 'convert'") from error
-    if source.get("sha256") != facts["checkpoint"]["sha256"]:
-        raise StepsError(
-            f"other weights: '{checkpoint}' was converted from {source.get('file')} (SHA-256 {source.get('sha256')}),\n"
-            f"  but the training started from {facts['checkpoint']['file']} (SHA-256 {facts['checkpoint']['sha256']})"
-        )
 
 
 def text(checks: Sequence[TrainingCheck]) -> str:
@@ -788,12 +776,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``parity-check steps``: 0 match, 1 mismatch, 2 bad input, 3 could not run."""
+    """``parity-check steps``: 0 match, 1 mismatch, 2 bad input, 3 could not run.
+
+    Raises:
+        tfmaskformer.cli.OutputError: ``--json`` cannot be written.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if arguments.steps is not None and arguments.steps < 1:
         return failed(f"--steps {arguments.steps}: expected 1 or more", 2)
-    if arguments.json not in (None, "-") and not os.access(Path(arguments.json).absolute().parent, os.W_OK):
-        return failed(f"cannot write '{arguments.json}': no folder to write in; give another place", 2)
+    require_writable(arguments.json)
     try:
         from parity import probes
         from tfmaskformer.checkpoint import CheckpointError
@@ -811,7 +802,7 @@ def run(arguments: argparse.Namespace) -> int:
             mode=arguments.mode,
             progress=lambda text: print(f"{text} …", file=sys.stderr, flush=True),
         )
-    except (StepsError, TraceError, CheckpointError) as error:
+    except (CheckError, StepsError, TraceError, CheckpointError) as error:
         return failed(str(error), 2)
     except KeyboardInterrupt:
         return failed("interrupted; nothing was concluded", 3)
@@ -822,5 +813,5 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json == "-":
             print(content, end="")
         else:
-            Path(arguments.json).write_text(content, encoding="utf-8")
+            write_whole(arguments.json, content)
     return 0 if all(of.passed for of in checks) else 1

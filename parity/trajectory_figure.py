@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from parity.page import replaced_between
 from parity.report_figures import _BLUE, _GREY, _ORANGE, SMALLEST, _drawn
 
 COLUMNS = {"losses": "losses", "gradient_norm": "gradient norm", "weights": "weights moved"}
@@ -115,11 +116,7 @@ def page_of(text: str, results: Sequence[Mapping[str, Any]]) -> str:
     Raises:
         ValueError: it does not have them.
     """
-    before, first, rest = text.partition(MARKS[0])
-    _, last, after = rest.partition(MARKS[1])
-    if not last:
-        raise ValueError(f"the page has no lines '{MARKS[0]}' and '{MARKS[1]}', between which the table goes")
-    return f"{before}{first}\n{table(results)}\n{last}{after}"
+    return replaced_between(text, *MARKS, f"\n{table(results)}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from parity import check, cli, probes
 from parity.report import FILES as REPORT_FILES
 
 from .conftest import TRACE
+from .made_checks import failing, passing
 
 
 def run(capsys, *arguments):
@@ -90,7 +91,11 @@ def test_bad_input_is_told_and_exits_2(tmp_path, capsys):
     reference = ("--reference", TRACE)
     for arguments, told in (
         (("--ckpt", tmp_path, *reference), "has no manifest.json"),
-        (("--ckpt", tmp_path, "--reference", tmp_path, "--report", __file__ + "/x"), "is no directory"),
+        (("--ckpt", tmp_path, "--reference", tmp_path, "--report", __file__ + "/x"), "is no folder"),
+        (("--ckpt", tmp_path, *reference, "--report", __file__), "is no folder"),
+        (("--ckpt", tmp_path, *reference, "--json", tmp_path / "nowhere" / "x.json"), "there is no folder"),
+        (("--ckpt", tmp_path, *reference, "--json", tmp_path), "it is a folder"),
+        (("--ckpt", tmp_path, "--reference", "official", "--src", __file__, "--config", "x.yaml"), "has no manifest.json"),
         (("--ckpt", tmp_path, "--reference", "official", "--src", "x.pkl"), "give --config"),
     ):
         code, out, err = run(capsys, *arguments)
@@ -108,6 +113,18 @@ def test_bad_input_is_told_and_exits_2(tmp_path, capsys):
             cli.main([str(argument) for argument in arguments])
         assert exit_info.value.code == cli.BAD_INPUT
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["--json", "--report"])
+@pytest.mark.parametrize("make", [passing, failing])
+def test_a_verdict_is_told_before_a_result_that_cannot_be_written(make, output, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check, "check", lambda settings, progress: make())
+    (tmp_path / "report" / "junit.xml").mkdir(parents=True)
+    place = {"--json": "/dev/full", "--report": tmp_path / "report"}[output]
+    code, out, err = run(capsys, "--ckpt", tmp_path, "--reference", TRACE, output, place)
+    assert code == cli.COULD_NOT_RUN
+    assert out.splitlines()[-1].startswith("match: " if make is passing else "mismatch: ")
+    assert err.startswith("error: cannot write ")
 
 
 def test_other_weights_exit_2(checkpoint, tmp_path, capsys):

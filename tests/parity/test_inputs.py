@@ -34,6 +34,18 @@ def test_unreadable_images_are_refused(tmp_path):
             parse_case(f"{tmp_path}/{name}@3x4").images[0].read()
 
 
+def test_every_kind_of_damage_is_told(tmp_path, monkeypatch):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)).save(tmp_path / "photo.png")
+    data = (tmp_path / "photo.png").read_bytes()
+    second = data.index(b"IDAT", data.index(b"IDAT") + 1)
+    (tmp_path / "chunk.png").write_bytes(data[:second] + b"\x00\xff\x00\xff" + data[second + 4 :])
+    with pytest.raises(InputError, match=r"cannot read image .*chunk"):
+        parse_case(f"{tmp_path}/chunk.png@3x4").images[0].read()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(InputError, match=r"cannot read image .*decompression bomb"):
+        parse_case(f"{tmp_path}/photo.png@3x4").images[0].read()
+
+
 def test_targets_never_change():
     """Recorded traces can be made again only as long as these stay."""
     labels, masks = make_targets(60, 81, 6, 133, "seed 0 image 0")

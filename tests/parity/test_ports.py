@@ -155,6 +155,15 @@ def test_float32_is_judged_against_the_noise_of_the_official_runs(capsys):
     assert all(item.error > 1e-8 for case in found.cases for item in case.items if item.group == "taps")
 
 
+def test_recording_without_pytorch(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, text = run("parity-check record --port unet_port.py --src unet.pth --out new", capsys)
+    assert code == 3
+    assert text.startswith("error: cannot import torch: ")
+    assert text.endswith("\n  pip install 'tfmaskformer[torch]'\n")
+    assert not Path("new").exists()
+
+
 def test_recording_refuses_what_it_cannot_use(capsys):
     pytest.importorskip("torch")
     for arguments, told in (

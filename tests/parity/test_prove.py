@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from checkpoints import registry
-from parity import prove
+from parity import judge, prove
+from parity.trace import Trace
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,19 @@ def test_checkpoint_matches_the_official_code(name, padding, assigns):
             assert all(math.isfinite(item.tolerance) and item.tolerance < 1e-3 for item in judged)
 
 
+def test_assignments_of_all_traces_are_clear():
+    for folder in prove.TRACES.iterdir():
+        trace = Trace(folder)
+        assert trace.provenance["seed"] == prove.SEEDS.get(folder.name, 0)
+        for name in trace.cases:
+            with trace.case(name) as case:
+                places = [key.removesuffix("/gap") for key in case.reference.group("matcher") if key.endswith("/gap")]
+                assert bool(places) == (not folder.name.startswith("per_pixel"))
+                for place in places:
+                    gap, noise = judge.gap_and_noise(case, place)
+                    assert gap >= prove.CLEAR * noise, (folder.name, name, place)
+
+
 def test_readme_has_the_table_of_the_last_runs():
     root = Path(__file__).parents[2]
     results = prove.read_results(root / "docs" / "zoo.json")
@@ -60,6 +74,17 @@ def test_a_new_row_takes_its_place_in_the_file_and_on_the_page(tmp_path):
     assert text.endswith(f"\n{prove.MARKS[1]}\nafter\n")
     assert "old" not in text
     assert text.index(f"| {first} |") < text.index(f"| {last} |")
+
+
+def test_a_page_without_an_end_is_refused_before_anything_is_proven(tmp_path, capsys, monkeypatch):
+    page, text = tmp_path / "page.md", f"before\n{prove.MARKS[0]}\nold\nbehind\n"
+    page.write_text(text)
+    with pytest.raises(ValueError, match="between which the table goes"):
+        prove.write_table(page, tmp_path / "zoo.json")
+    monkeypatch.setattr(prove, "prove", None)
+    assert prove.main(["--results", str(tmp_path / "zoo.json"), "--page", str(page)]) == 2
+    assert "between which the table goes" in capsys.readouterr().err
+    assert page.read_text() == text
 
 
 def test_a_page_needs_results(capsys):

@@ -67,6 +67,18 @@ def test_the_last_bits_may_grow(dtype):
     assert grown(10, dtype=dtype, error=resolution / 9).regressed
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32 with products in tf32"])
+def test_reports_of_a_low_precision_are_compared_with_the_resolution_of_float32(precision):
+    def at(error):
+        check = with_items(passing(), [item("taps", TAP, error, tolerance=1.0)], "float32")
+        return dataclasses.replace(check, cases=(dataclasses.replace(check.cases[0], dtype=precision),))
+
+    resolution = regression.RESOLUTION["float32"]
+    assert not found(at(resolution / 11), at(resolution / 1.1)).regressed
+    result = found(at(resolution / 9), at(resolution * 1.1))
+    assert [str(change.key) for change in result.grown] == [f"odd {precision} taps '{TAP}'"]
+
+
 def test_from_nothing_to_something_is_an_infinite_factor():
     before, after = (with_items(passing(), [item("taps", TAP, error, tolerance=1.0)]) for error in (0.0, 1e-6))
     assert [change.factor for change in found(before, after).grown] == [math.inf]
@@ -192,7 +204,7 @@ def test_json_has_everything(files, capsys):
         (json.dumps({"format": report.FORMAT, "version": 99}), "has report version 99, expected 1 or 2"),
         (json.dumps({"format": report.FORMAT, "version": 1}), "is damaged: KeyError('passed')"),
         (json.dumps({"format": report.FORMAT, "version": 1, "passed": True, "cases": 3}), "is damaged: TypeError"),
-        (json.dumps({"format": report.FORMAT, "version": 1, "passed": True, "cases": [{"dtype": "int"}]}), "is damaged: ValueError"),
+        (json.dumps({"format": report.FORMAT, "version": 1, "passed": True, "cases": [{"dtype": 32}]}), "is damaged: TypeError"),
     ],
 )
 def test_bad_input_exits_2(files, capsys, tmp_path, content, told):
@@ -206,6 +218,17 @@ def test_bad_input_exits_2(files, capsys, tmp_path, content, told):
         assert told in err
         assert str(path) in err
         assert not (tmp_path / "out.json").exists()
+
+
+def test_where_json_cannot_be_written(files, capsys, tmp_path):
+    for place in (tmp_path / "nowhere" / "x.json", tmp_path):
+        code, out, err = run(capsys, *files, "--json", place)
+        assert (code, out) == (cli.BAD_INPUT, "")
+        assert err.startswith(f"error: cannot write '{place}'")
+    code, out, err = run(capsys, *files, "--json", "/dev/full")
+    assert code == cli.COULD_NOT_RUN
+    assert out.splitlines()[-1] == "regression: 8 newly fail"
+    assert err == "error: cannot write '/dev/full': No space left on device; give another place\n"
 
 
 @pytest.mark.parametrize("arguments", [["--factor", "0.5"], ["--factor", "nan"], ["--factor", "x"], ["C.json"]])

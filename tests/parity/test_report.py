@@ -122,7 +122,7 @@ def test_a_training_step_has_no_depth():
     depths = [report_figures.error_along_depth(each).png for each in (check, with_step)]
     assert depths[0] == depths[1]
     assert "steps/plain (75×101 px), float32" in report.text(with_step)
-    heights = [int.from_bytes(report_figures.histograms(each).png[20:24]) for each in (check, with_step)]
+    heights = [int.from_bytes(report_figures.histograms(each).png[20:24], "big") for each in (check, with_step)]
     assert heights[1] > 1.3 * heights[0]
 
 
@@ -142,6 +142,19 @@ def test_the_median_alone_can_fail():
     assert line == f"mismatch: the median of error / floor over the taps of all cases is 1.20, allowed {compare.MEDIAN_FACTOR}"
     assert report.text(check).splitlines()[-1] == line
     assert report_text.verdict(CHECKS["empty"]()) == ["mismatch: nothing was compared"]
+
+
+def test_the_median_of_a_low_precision_is_not_judged_and_its_report_is_valid():
+    check = passing(items=tuple(item("taps", f"a.{index}#0", 1.2e-6) for index in range(3)))
+    for precision in ("bfloat16", "float32 with products in tf32"):
+        settings = dataclasses.replace(check.settings, dtypes=(precision,))
+        low, broken = (
+            dataclasses.replace(one, settings=settings, cases=(dataclasses.replace(one.cases[1], dtype=precision),))
+            for one in (check, failing())
+        )
+        assert (check.passed, low.passed, broken.passed) == (False, True, False)
+        for one in (low, broken):
+            VALIDATOR.validate(report.as_dict(one))
 
 
 def test_colour_only_when_asked_for_and_never_from_files():

@@ -250,6 +250,10 @@ def test_command(quick, tmp_path, capsys):
     document = json.loads(capsys.readouterr().out)
     assert {fault["kind"] for fault in document["faults"]} == {"losses"}
     assert document["clean"] == []
+    assert cli.main(["selftest", "--json", "/dev/full", "--readme", str(readme)]) == 3
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].startswith("proven: ")
+    assert "error: cannot write '/dev/full'" in printed.err
     quick["finding"] = ""  # as it may be of faults that the diagnosis had not seen
     assert cli.main(["selftest", "--only", "losses"]) == 1
     assert cli.main(["selftest", "--only", "held-out"]) == 0
@@ -269,6 +273,11 @@ def test_what_cannot_be_run(quick, tmp_path, capsys, monkeypatch):
     (tmp_path / "a.md").write_text("no place")
     assert cli.main(["selftest", "--readme", str(tmp_path / "a.md")]) == 2
     assert "has no lines '<!-- made by parity-check selftest -->'" in capsys.readouterr().err
+    for place in (tmp_path, tmp_path / "nowhere" / "x.json"):
+        assert cli.main(["selftest", "--json", str(place)]) == 2
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err.count("\n")) == ("", 1)  # nothing was begun
+        assert printed.err.startswith(f"error: cannot write '{place}'")
     with pytest.raises(SystemExit, match="2"):
         cli.main(["selftest", "--only", "losses", "--readme", str(tmp_path / "a.md")])
     assert "--readme takes the whole proof" in capsys.readouterr().err

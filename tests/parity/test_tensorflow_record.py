@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import h5py
+import jsonschema
 import numpy as np
 import pytest
 
 from checkpoints import registry, synthesize
-from parity import check, cli, recorded, tensorflow_record
+from parity import check, cli, recorded, regression, report, tensorflow_record
 from parity.inputs import InputError
 from parity.tensorflow_record import Precision, copy_inputs, record_tensorflow, rounded_products
 from parity.trace import Trace, TraceError, TraceFile, file_path
@@ -199,6 +200,10 @@ def test_a_low_precision_is_judged_by_a_cpu_run_of_the_same(folder):
     assert 1e-4 < np.median([item.floor for item in taps]) < 1e-1
     assert [item.error for item in taps] == [item.floor for item in taps]
     assert failures(compare(folder, "float32", "float32")) == set()
+    for found in (result, compare(folder, "tf32", "tf32")):
+        told = report.as_dict(found)
+        jsonschema.validate(told, json.loads(report.SCHEMA.read_text(encoding="utf-8")))
+        assert not regression.regression(told, told, ("A", "B")).regressed
 
 
 @pytest.mark.parametrize(("name", "factor", "fails"), [("bfloat16", 0.5, False), ("bfloat16", 2.0, True), ("tf32", 2.0, True)])

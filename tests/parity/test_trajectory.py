@@ -356,10 +356,17 @@ def test_command(stage, capsys, tmp_path, monkeypatch):
         ([*command[:4], str(tmp_path)], "has no recorded training; record one with 'parity-check record-steps'"),
         (["steps", "--ckpt", str(tmp_path), "--reference", command[4]], "expected a directory from 'convert'"),
         ([*command[:4], str(GOLDEN / "tiny_swin")], "other weights"),
-        ([*command, "--json", str(tmp_path / "nowhere" / "a.json")], "no folder to write in"),
+        ([*command, "--json", str(tmp_path / "nowhere" / "a.json")], "there is no folder"),
+        ([*command, "--json", str(tmp_path)], "it is a folder"),
     ):
         assert cli.main(arguments) == 2
         assert message in capsys.readouterr().err
+    item = trajectory.Item("steps", "1/losses/a", True, 1e-7, 1e-6)
+    monkeypatch.setattr(trajectory, "check", lambda *_, **__: [trajectory.TrainingCheck("plain", "float64", "graph", 1, (item,))])
+    assert cli.main([*command, "--json", "/dev/full"]) == 3
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].startswith("match: ")
+    assert printed.err == "error: cannot write '/dev/full': No space left on device; give another place\n"
 
 
 def test_a_trace_is_no_training(tmp_path):
