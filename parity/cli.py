@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import hashlib
 import logging
@@ -234,7 +235,8 @@ def _check(argv: Sequence[str]) -> int:
     from parity.spool import prepare
 
     require_writable(arguments.report, folder=True)
-    require_writable(arguments.json)
+    if not _in_report(arguments):
+        require_writable(arguments.json)
     try:
         with tempfile.TemporaryDirectory(prefix="parity-check-") as scratch:
             if arguments.reference == "official" and (code := _record_reference(arguments, scratch)):
@@ -244,6 +246,12 @@ def _check(argv: Sequence[str]) -> int:
             return _run(arguments, settings)
     except (OSError, CheckError, InputError) as error:
         return failed(str(error), BAD_INPUT)
+
+
+def _in_report(arguments: argparse.Namespace) -> bool:
+    """Whether the JSON lies in the folder of the report, which may have to be made."""
+    folder, file = arguments.report, arguments.json
+    return bool(folder and file and file != "-" and Path(file).resolve().parent == Path(folder).resolve())
 
 
 def _needs_run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str | None:
@@ -294,6 +302,9 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         return failed("interrupted; nothing was concluded", COULD_NOT_RUN)
     if warning := over_budget(settings.memory_budget):
         print(f"warning: {warning}", file=sys.stderr)
+    if _in_report(arguments):
+        with contextlib.suppress(OSError):  # told when the report is written
+            Path(arguments.report).mkdir(parents=True, exist_ok=True)
     _tell(arguments.json, lambda: report.text(result, colour=sys.stdout.isatty()), lambda: report.as_json(result))
     if arguments.report:
         report.write(result, Path(arguments.report))

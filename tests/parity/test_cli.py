@@ -25,16 +25,16 @@ def run(capsys, *arguments):
 
 def test_an_unbroken_port_matches_in_graph_mode(checkpoint, tmp_path, capsys):
     report = tmp_path / "new" / "report"
-    arguments = ("--ckpt", checkpoint, "--reference", TRACE, "--case", "even", "--report", report, "--json", tmp_path / "check.json")
+    arguments = ("--ckpt", checkpoint, "--reference", TRACE, "--case", "even", "--report", report, "--json", report / "check.json")
     code, out, err = run(capsys, *arguments)
     assert code == cli.MATCH, out
     assert "match: all " in out
     assert "graph mode" in out
     assert "even: float64 …" in err
-    assert sorted(path.name for path in report.iterdir()) == sorted(REPORT_FILES)
+    assert sorted(path.name for path in report.iterdir()) == sorted([*REPORT_FILES, "check.json"])
     assert (report / "error_along_depth.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((report / "report.json").read_text())
-    assert found == json.loads((tmp_path / "check.json").read_text())
+    assert found == json.loads((report / "check.json").read_text())
     assert found["passed"]
     assert found["first_failure"] is None
     assert [(case["case"], case["dtype"]) for case in found["cases"]] == [("even", "float32"), ("even", "float64")]

@@ -69,7 +69,7 @@ def test_problems(coco, tmp_path, capsys):
     [
         (["check", *DATASET, "--data", "nowhere"], "missing file"),
         (["check", *DATASET, "--data", "nowhere", "--split", "test"], "unknown split"),
-        (["check", *DATASET, "--data", ".", "--json", "no/such/folder.json"], "choose another --json file"),
+        (["check", *DATASET, "--data", ".", "--json", "no/such/folder.json"], "there is no folder"),
     ],
 )
 def test_bad_input(arguments, message, capsys):

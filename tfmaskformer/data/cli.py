@@ -6,12 +6,11 @@ import argparse
 import dataclasses
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, OutputError, Progress, failed, positive, write_whole
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, OutputError, Progress, failed, positive, require_writable, write_whole
 from tfmaskformer.data.layouts import LAYOUTS
 
 PROBLEMS = 1
@@ -30,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return failed(f"cannot import {error.name}: {error}\n  pip install 'tfmaskformer[cpu]'", COULD_NOT_RUN)
     try:
-        _require_writable(arguments.json)
+        require_writable(arguments.json)
         dataset = datasets.open_dataset(arguments.dataset, arguments.data, arguments.split)
-    except (DataError, OSError) as error:
+    except (DataError, OSError, OutputError) as error:
         return failed(str(error), BAD_INPUT)
     progress = Progress()
     try:
@@ -165,13 +164,6 @@ def _told(json_file: str | None, result: dict[str, Any], title: str, rows: Seque
         except OutputError as error:
             return failed(f"{error}\n  the result is printed above", error.exit_code)
     return code
-
-
-def _require_writable(path: str | None) -> None:
-    if path not in (None, "-"):
-        file = pathlib.Path(str(path))
-        if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
-            raise OSError(f"cannot write '{path}'\n  choose another --json file, in a directory that exists")
 
 
 if __name__ == "__main__":

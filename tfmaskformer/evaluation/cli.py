@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, OutputError, Progress, failed, positive, write_whole
+from tfmaskformer.cli import BAD_INPUT, COULD_NOT_RUN, OK, OutputError, Progress, failed, positive, require_writable, write_whole
 from tfmaskformer.data.layouts import LAYOUTS
 
 _GROUPS = ("all", "things", "stuff")
@@ -38,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _evaluate(arguments, progress)
     except (EvaluationError, CheckpointError, DataError) as error:
         return _failed(progress, str(error), BAD_INPUT)
+    except OutputError as error:
+        return _failed(progress, str(error), error.exit_code)
     except (DeviceError, ImportError) as error:  # the latter tells of pycocotools
         return _failed(progress, str(error), COULD_NOT_RUN)
     except (OSError, tf.errors.OpError) as error:
@@ -107,8 +108,7 @@ def _evaluate(arguments: argparse.Namespace, progress: Progress) -> int:
     from tfmaskformer.evaluation.augmentation import official_augmentation
     from tfmaskformer.evaluation.devices import strategy_for, worker
 
-    if problem := _not_writable(arguments.json):
-        return _failed(progress, problem, BAD_INPUT)
+    require_writable(arguments.json)
     config = read_config(arguments.ckpt)
     strategy = strategy_for(arguments.device, tpu=arguments.tpu or "", replicas=arguments.replicas)
     shard = worker(strategy)
@@ -182,15 +182,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str
     for name, *values in [header, *rows]:
         cells = ("–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value) for value in values)
         yield f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells)
-
-
-def _not_writable(path: str | None) -> str:
-    if path in (None, "-"):
-        return ""
-    file = pathlib.Path(str(path))
-    if not file.is_dir() and os.access(file if file.exists() else file.absolute().parent, os.W_OK):
-        return ""
-    return f"cannot write '{path}'\n  choose another --json file, in a directory that exists"
 
 
 def _failed(progress: Progress, message: str, code: int) -> int:
