@@ -7,8 +7,10 @@ what ``tf.train.Checkpoint(model=model)`` reads and writes: ``backbone.stem.conv
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -126,7 +128,9 @@ def latest_prefix(directory: str | os.PathLike[str]) -> str:
     return prefix
 
 
-def load(directory: str | os.PathLike[str], dtype: str = "float32", config: MaskFormerConfig | None = None) -> MaskFormer:
+def load(
+    directory: str | os.PathLike[str], dtype: str = "float32", config: MaskFormerConfig | None = None, *, new_classes: bool = False
+) -> MaskFormer:
     """The model in a checkpoint directory, with its weights.
 
     Args:
@@ -134,6 +138,7 @@ def load(directory: str | os.PathLike[str], dtype: str = "float32", config: Mask
             on any file system of TensorFlow (``gs://…``).
         dtype: "float32", "float64" (variables and computation, for parity) or "mixed_bfloat16" (float32 variables).
         config: of the model, in the place of the directory's.
+        new_classes: whether the layers named by :func:`other_classes` get their initial values, as upstream's loader leaves them.
 
     Raises:
         CheckpointError: something is missing, left over or misshapen; all of it is listed.
@@ -143,9 +148,10 @@ def load(directory: str | os.PathLike[str], dtype: str = "float32", config: Mask
     try:
         prefix = latest_prefix(directory)
         reader = tf.compat.v1.train.NewCheckpointReader(prefix)
-        keys, shapes = stored_variables(reader), reader.get_variable_to_shape_map()
-        _check(directory, model, {name: tuple(shapes[key]) for name, key in keys.items() if key in shapes})
-        model.build_parameters(lambda name: reader.get_tensor(keys[name]))
+        keys, stored = stored_variables(reader), _shapes(reader)
+        drawn = _other_classes(model, stored) if new_classes else ()
+        _check(directory, model, {name: shape for name, shape in stored.items() if name not in drawn}, drawn)
+        model.build_parameters(lambda name: None if name in drawn else reader.get_tensor(keys[name]))
     except CheckpointError:
         raise
     except (tf.errors.OpError, RuntimeError, IndexError, ValueError) as error:
@@ -153,12 +159,40 @@ def load(directory: str | os.PathLike[str], dtype: str = "float32", config: Mask
     return model
 
 
+def other_classes(directory: str | os.PathLike[str], config: MaskFormerConfig) -> tuple[str, ...]:
+    """Official names of the parameters that have a checkpoint's number of classes in their shape, where ``config`` has another.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    prefix = latest_prefix(directory)
+    try:
+        return _other_classes(MaskFormer(config), _shapes(tf.compat.v1.train.NewCheckpointReader(prefix)))
+    except (tf.errors.OpError, RuntimeError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{prefix}: not a readable TensorFlow checkpoint ({error}); convert the source again") from error
+
+
+def _shapes(reader: tf.train.CheckpointReader) -> dict[str, tuple[int, ...]]:
+    """Official name → shape of every variable of the model."""
+    shapes = reader.get_variable_to_shape_map()
+    return {name: tuple(shapes[key]) for name, key in stored_variables(reader).items() if key in shapes}
+
+
+def _other_classes(model: MaskFormer, stored: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    config, specs = model.config, parameter_specs(model)
+    more: dict[str, Any] = {"num_classes": config.num_classes + 1, "class_names": (), "thing_classes": ()}
+    if config.head == "PerPixelBaselinePlusHead":  # a query for each class
+        more["predictor"] = dataclasses.replace(config.predictor, num_queries=config.num_classes + 1)
+    with_more = parameter_specs(MaskFormer(dataclasses.replace(config, **more)))
+    return tuple(name for name in specs if with_more[name].shape != specs[name].shape != stored.get(name, specs[name].shape))
+
+
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or type(error).__name__
 
 
-def _check(directory: str | os.PathLike[str], model: MaskFormer, stored: dict[str, tuple[int, ...]]) -> None:
-    specs = parameter_specs(model)
+def _check(directory: str | os.PathLike[str], model: MaskFormer, stored: Mapping[str, tuple[int, ...]], drawn: Collection[str]) -> None:
+    specs = {name: spec for name, spec in parameter_specs(model).items() if name not in drawn}
     problems = [f"missing variable '{name}' {specs[name].shape}" for name in specs.keys() - stored.keys()]
     problems += [f"variable '{name}' {stored[name]} is not in the model" for name in stored.keys() - specs.keys()]
     problems += [

@@ -137,11 +137,11 @@ def assign_official_names(root: keras.layers.Layer) -> None:
 
 
 def build_parameters(root: keras.layers.Layer, value_of: Callable[[str], Any] | None = None) -> None:
-    """Creates every declared variable below ``root``: at ``value_of(official name)``, or at its declared initial value."""
+    """Creates every declared variable below ``root``: at ``value_of(official name)``, or, where that is None, at its initial value."""
     for path, module in named_modules(root):
-        if value_of is not None:
-            for name, spec in module._declared.items():
-                module._declared[name] = dataclasses.replace(spec, initializer=_constant(value_of(f"{path}.{name}")))
+        for name, spec in module._declared.items():
+            if value_of is not None and (value := value_of(f"{path}.{name}")) is not None:
+                module._declared[name] = dataclasses.replace(spec, initializer=_constant(value))
         module.build()
 
 

@@ -1,5 +1,6 @@
 """Checkpoint directories: what load accepts, refuses and says; that stock TensorFlow reads them too."""
 
+import dataclasses
 import json
 
 import keras
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from checkpoints import registry
 from tests.tfmaskformer.conftest import SMALL, random_values
-from tfmaskformer.checkpoint import CheckpointError, checkpoint_key, load, stored_variables
+from tfmaskformer.checkpoint import CheckpointError, checkpoint_key, load, other_classes, stored_variables
+from tfmaskformer.config import MaskFormerConfig
 from tfmaskformer.model import MaskFormer
 from tfmaskformer.module import named_variables
 
@@ -60,6 +63,41 @@ def test_load_restores_every_value(directory, dtype):
     for name, value in expected.items():
         assert actual[name].dtype == dtype
         np.testing.assert_array_equal(actual[name].numpy(), value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "drawn"),
+    [
+        ("tiny_panoptic", ["sem_seg_head.predictor.class_embed.bias", "sem_seg_head.predictor.class_embed.weight"]),
+        ("tiny_per_pixel", ["sem_seg_head.predictor.bias", "sem_seg_head.predictor.weight"]),
+        ("tiny_per_pixel_plus", ["sem_seg_head.predictor.query_embed.weight"]),
+    ],
+)
+def test_other_classes_are_drawn(entry, drawn, tmp_path):
+    """On request, and nothing else."""
+    config = MaskFormerConfig.from_dict(registry.entry(entry).config)
+    values = random_values(config)
+    model = MaskFormer(config)
+    model.build_parameters(values.__getitem__)
+    tf.train.CheckpointManager(tf.train.Checkpoint(model=model), str(tmp_path), 1).save()
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    changes = {"num_classes": config.num_classes - 1, "class_names": (), "thing_classes": ()}
+    if entry == "tiny_per_pixel_plus":
+        changes["predictor"] = dataclasses.replace(config.predictor, num_queries=config.num_classes - 1)
+    fewer = dataclasses.replace(config, **changes)
+    assert sorted(other_classes(tmp_path, fewer)) == drawn
+    assert other_classes(tmp_path, config) == ()
+    with pytest.raises(CheckpointError, match="has shape"):
+        load(tmp_path, config=fewer)
+    loaded = named_variables(load(tmp_path, config=fewer, new_classes=True))
+    for name, variable in loaded.items():
+        if name not in drawn:
+            np.testing.assert_array_equal(variable.numpy(), values[name], err_msg=name)
+        elif name.endswith("weight"):
+            assert 0 < np.abs(variable.numpy()).max() < 5
+    wider = dataclasses.replace(fewer, pixel_decoder=dataclasses.replace(fewer.pixel_decoder, mask_dim=fewer.pixel_decoder.mask_dim + 1))
+    with pytest.raises(CheckpointError, match="has shape"):
+        load(tmp_path, config=wider, new_classes=True)
 
 
 def test_stock_checkpoint_restores_into_the_model(directory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -479,6 +480,25 @@ def test_what_it_does_not_start_from(whole, data, tmp_path, uncompiled, capsys):
     assert cli.main(arguments(data, tmp_path / "other", "--init", str(whole), MODEL__SEM_SEG_HEAD__MASK_DIM=24)) == cli.BAD_INPUT
     assert "has shape" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_it_starts_from_a_model_of_other_classes(whole, data, tmp_path, uncompiled, capsys):
+    other = tfmaskformer.MaskFormer(dataclasses.replace(read_config(whole), num_classes=9, class_names=(), thing_classes=()))
+    other.build_parameters()
+    tf.train.CheckpointManager(tf.train.Checkpoint(model=other), str(tmp_path / "other"), 1).save()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(other.config.to_dict()))
+    options = {"SOLVER__MAX_ITER": 1, "SOLVER__BASE_LR": 1e-12}
+    assert cli.main(arguments(data, tmp_path / "run", "--init", str(tmp_path / "other"), **options)) == cli.OK
+    told = capsys.readouterr().err
+    layer = "sem_seg_head.predictor.class_embed."
+    assert f"note: {layer}weight, {layer}bias: drawn, since" in told
+    assert "has other classes than the 7 that are trained" in told
+    begun, trained = named_variables(other), named_variables(tfmaskformer.load(tmp_path / "run"))
+    for name, variable in trained.items():
+        if name.startswith(layer):
+            assert variable.shape[-1] == 8
+        else:
+            np.testing.assert_allclose(variable.numpy(), begun[name].numpy(), atol=1e-9, err_msg=name)
 
 
 def test_every_official_config_by_name(tmp_path):

@@ -263,7 +263,7 @@ class MaskFormerTask(base_task.Task):
             raise RunError("run_experiment does not read the checkpoint on this worker\n  tfmaskformer.model_garden.task.Runner does")
         if given := self.task_config.init_checkpoint:
             with tempfile.TemporaryDirectory() as scratch:
-                loaded = checkpoint.load(_initial(given, model.config, self.settings.seed, scratch), config=model.config)
+                loaded = checkpoint.load(_initial(given, model.config, self.settings.seed, scratch), config=model.config, new_classes=True)
             values = named_variables(loaded)
             for name, variable in named_variables(model).items():
                 variable.assign(values[name].numpy())

@@ -164,9 +164,13 @@ def _initial(given: str, config: MaskFormerConfig, seed: int, scratch: str) -> s
     """A checkpoint directory: the given one, or one that the command ``convert`` makes of the weights of a backbone."""
     import tensorflow as tf
 
+    from tfmaskformer import checkpoint
     from tfmaskformer.training.run import RunError
 
     if tf.io.gfile.isdir(given):
+        if drawn := checkpoint.other_classes(given, config):
+            told = f"{', '.join(drawn)}: drawn, since '{given}' has other classes than the {config.num_classes} that are trained"
+            print(f"note: {told}", file=sys.stderr)
         return given
     [convert] = metadata.entry_points(group=GROUP, name="convert")
     file, directory = pathlib.Path(scratch, "config.json"), str(pathlib.Path(scratch, "initial"))

@@ -90,7 +90,7 @@ class Training:
         settings: what to train, and how.
         dataset: to train on.
         strategy: whose replicas share each batch.
-        initial: a checkpoint directory to start from; None: the official initial distributions.
+        initial: a checkpoint directory to start from, maybe of other classes; None: the official initial distributions.
         validation: what the model is evaluated on, this worker's share; None: no evaluation.
 
     Raises:
@@ -125,7 +125,7 @@ class Training:
                 self.model = MaskFormer(settings.config, settings.dtype)
                 self.model.build_parameters()
             else:
-                self.model = checkpoint.load(initial, settings.dtype, settings.config)
+                self.model = checkpoint.load(initial, settings.dtype, settings.config, new_classes=True)
             self.optimizer = build_optimizer(settings.recipe, self.model)
             self.guard = Guard()
         if bad := self._not_finite():
