@@ -49,7 +49,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ours(data, tmp_path_factory, uncompiled):
+def ours(task, data, tmp_path_factory, uncompiled):
     """The folder of ``tfmaskformer train``. With dropout and stochastic depth."""
     folder = tmp_path_factory.mktemp("ours") / "run"
     assert cli.main(arguments(data, folder, SOLVER__MAX_ITER=STEPS)) == cli.OK
